@@ -1,0 +1,472 @@
+"""A recipe as typed, frozen settings.
+
+Defaults < the recipe's `extends` parents < the recipe < `--set section.key=value`. Unknown keys and values of
+the wrong type are errors that name the key, the value and the remedy; all of them are reported at once. What
+a section means is written under each of its fields. No torch here: `mm --help` and `--plan` stay light.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mmcore.errors import ConfigError
+
+ARCHITECTURES = ("memory_mosaics_v2", "llama", "long_short_transformer")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network. The keys are config.json's, so a recipe and an exported checkpoint read alike."""
+
+    model_type: str = "memory_mosaics_v2"
+    """memory_mosaics_v2, llama (the baseline), or long_short_transformer (the ablation of figure 5)."""
+    vocab_size: int = 128_256
+    """Rows of the embedding; the tokenizer must not know more tokens."""
+    hidden_size: int = 768
+    """d, the width of the residual stream."""
+    intermediate_size: int = 2048
+    """d', the width of the persistent memory (SwiGLU)."""
+    num_hidden_layers: int = 12
+    """Blocks."""
+    num_attention_heads: int = 12
+    """H, heads of each memory, of size d / H."""
+    num_key_value_heads: int | None = None
+    """llama only: heads of keys and values (GQA); none means one for each query head."""
+    head_dim: int | None = None
+    """llama only: size of a head; none means hidden_size / num_attention_heads."""
+    short_term_window: int = 256
+    """h: a query at t reads the short-term pairs t-h+1 .. t-1 of its document."""
+    long_term_delay: int = 64
+    """m at inference: a query at t reads the long-term pairs 1 .. t-m of its document."""
+    long_term_delay_range: tuple[int, int] = (64, 256)
+    """In training m is drawn uniformly from these integers, both ends included, once a step."""
+    rms_norm_eps: float = 1e-5
+    """Added to the mean square in RMSNorm."""
+    rope_theta: float = 10_000.0
+    """llama only: base of the rotary position encoding."""
+    rope_scaling: dict[str, Any] | None = None
+    """llama only: config.json's rope_scaling (rope_type linear or llama3)."""
+    max_position_embeddings: int = 4096
+    """The context the model was trained for. Reading further is allowed, and said."""
+    tie_word_embeddings: bool = False
+    """Whether embedding and classifier are one matrix."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.model_type not in ARCHITECTURES:
+            problems.append(f"model.model_type is {self.model_type!r}: choose one of {', '.join(ARCHITECTURES)}")
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                     "short_term_window", "long_term_delay", "max_position_embeddings"):
+            if getattr(self, name) < 1:
+                problems.append(f"model.{name} is {getattr(self, name)}: it must be at least 1")
+        if not problems:
+            problems = self._misfits()
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+    def _misfits(self) -> list[str]:
+        problems = []
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            problems.append(
+                f"model.hidden_size {self.hidden_size} does not divide into {self.num_attention_heads} heads: "
+                f"make it a multiple of model.num_attention_heads"
+            )
+        if self.num_attention_heads % self.kv_heads:
+            problems.append(
+                f"model.num_key_value_heads {self.kv_heads} does not divide model.num_attention_heads "
+                f"{self.num_attention_heads}"
+            )
+        low, high = self.long_term_delay_range
+        if not 1 <= low <= high:
+            problems.append(f"model.long_term_delay_range is [{low}, {high}]: it must be [low, high], 1 <= low <= high")
+        if self.rms_norm_eps <= 0:
+            problems.append(f"model.rms_norm_eps is {self.rms_norm_eps}: it must be positive")
+        return problems
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def head_size(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Which tokenizer. Give `path`, or leave it out and one is trained on the recipe's training documents."""
+
+    path: str | None = None
+    """A sentencepiece .model, a Hugging Face tokenizer.json, a tiktoken-style file, or a folder with one."""
+    train_vocab_size: int | None = None
+    """Size of the sentencepiece vocabulary to train; none means model.vocab_size."""
+    train_megabytes: float = 20.0
+    """At most so much text is read to train it."""
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One place documents come from."""
+
+    path: str
+    """A file or folder (.txt .md .py .rst .jsonl .jsonl.gz .jsonl.zst .parquet), `python-library` for the
+    sources, docstrings and help topics of the running Python, or `hf:NAME[:SPLIT]` with the datasets extra."""
+    weight: float | None = None
+    """Share of the training samples drawn here; give it for all sources or for none (then by size)."""
+    text_key: str = "text"
+    """The field that holds the text in jsonl and parquet."""
+    separator: str | None = "<|endoftext|>"
+    """What divides a .txt file into documents; none, or absent from the file: the file is one document."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The text."""
+
+    sources: tuple[SourceConfig, ...] = ()
+    """Training documents."""
+    validation: tuple[SourceConfig, ...] = ()
+    """Held-out documents; none: a fraction of the training documents is held out instead."""
+    validation_fraction: float = 0.01
+    """The share of documents held out, chosen by a hash of their content, where `validation` is empty."""
+    kind: str = "text"
+    """text, or conversations: jsonl rows with `messages`, loss on the assistant's words only."""
+    cache: str | None = None
+    """Folder for tokenized shards; none: $MM_CACHE/data or ~/.cache/mm/data."""
+    workers: int | None = None
+    """Processes that tokenize; none: one for each core."""
+    seed: int = 0
+    """Orders the samples."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("text", "conversations"):
+            raise ConfigError(f"data.kind is {self.kind!r}: choose text or conversations")
+        if not 0 <= self.validation_fraction < 1:
+            raise ConfigError(f"data.validation_fraction is {self.validation_fraction}: it must lie in [0, 1)")
+        given = [source.weight is not None for source in self.sources]
+        if any(given) and not all(given):
+            raise ConfigError("data.sources: give a weight to every source or to none")
+        if any(source.weight is not None and source.weight <= 0 for source in self.sources):
+            raise ConfigError("data.sources: every weight must be positive")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The optimization (SPEC 2: AdamW, warm-up, cosine)."""
+
+    init_from: str | None = None
+    """`mm finetune` goes on from this checkpoint: a run folder, a training checkpoint or an exported folder."""
+    sequence_length: int = 4096
+    """Tokens of context in a training sequence."""
+    batch_size: int = 1024
+    """Sequences in one optimizer step, over all ranks and accumulation steps."""
+    micro_batch_size: int | None = None
+    """Sequences in one forward pass of one rank; none: the whole batch of the rank."""
+    steps: int | None = None
+    """Optimizer steps; give this or tokens."""
+    tokens: float | None = None
+    """Tokens to train on, e.g. 2.0e11; rounded up to whole steps."""
+    learning_rate: float = 3e-4
+    """Peak."""
+    final_learning_rate_ratio: float = 0.01
+    """The cosine ends at this share of the peak."""
+    warmup_steps: int = 2000
+    """Linear warm-up from 0."""
+    schedule: str = "cosine"
+    """cosine, or constant after the warm-up."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    adam_eps: float = 1e-8
+    weight_decay: float = 0.1
+    """On matrices only."""
+    gradient_clip: float = 1.0
+    """Largest global norm of the gradient."""
+    precision: str = "auto"
+    """fp32, or bf16 (autocast with fp32 master weights); auto: bf16 on a GPU, fp32 on a CPU, where bf16 matrix
+    products are 8 to 130 times slower."""
+    device: str = "auto"
+    """auto, cpu, or cuda."""
+    seed: int = 0
+    """Draws the weights and the long-term delays."""
+    validation_every: int = 250
+    """Steps between validations; 0: only at the end."""
+    validation_tokens: float = 1e6
+    """Tokens of held-out text read in a validation, at most."""
+    log_every: int = 1
+    """Steps between lines of metrics.jsonl."""
+    compile: bool = False
+    """torch.compile each block."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        for name in ("sequence_length", "batch_size", "log_every"):
+            if getattr(self, name) < 1:
+                problems.append(f"training.{name} is {getattr(self, name)}: it must be at least 1")
+        if self.micro_batch_size is not None and self.micro_batch_size < 1:
+            problems.append(f"training.micro_batch_size is {self.micro_batch_size}: it must be at least 1")
+        if self.steps is not None and self.tokens is not None:
+            problems.append("training.steps and training.tokens are both given: keep one")
+        if (self.steps is not None and self.steps < 1) or (self.tokens is not None and self.tokens < 1):
+            problems.append("training.steps or training.tokens is below 1: it must be positive")
+        if self.learning_rate <= 0:
+            problems.append(f"training.learning_rate is {self.learning_rate}: it must be positive")
+        if self.schedule not in ("cosine", "constant"):
+            problems.append(f"training.schedule is {self.schedule!r}: choose cosine or constant")
+        if self.precision not in ("auto", "fp32", "bf16"):
+            problems.append(f"training.precision is {self.precision!r}: choose auto, fp32 or bf16")
+        if not 0 <= self.warmup_steps:
+            problems.append(f"training.warmup_steps is {self.warmup_steps}: it must not be negative")
+        if self.gradient_clip <= 0:
+            problems.append(f"training.gradient_clip is {self.gradient_clip}: it must be positive")
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.sequence_length
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run. Raises ConfigError where the recipe gives neither steps nor tokens."""
+        if self.steps is not None:
+            return self.steps
+        if self.tokens is None:
+            raise ConfigError("the recipe says neither training.steps nor training.tokens: add one")
+        return -int(-self.tokens // self.tokens_per_step)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What is kept of a run."""
+
+    folder: str | None = None
+    """The run's folder; none: runs/<name of the recipe>."""
+    every: int = 1000
+    """Steps between checkpoints; the last step is always saved."""
+    keep_last: int = 2
+    """Older checkpoints are removed once a newer one is whole; 0 keeps all."""
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.keep_last < 0:
+            raise ConfigError("checkpoint.every must be at least 1 and checkpoint.keep_last at least 0")
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """How one step is spread over devices, and what is recomputed to save memory."""
+
+    activation_checkpointing: str = "none"
+    """none, or full: keep only each block's input and recompute the rest in the backward pass."""
+
+    def __post_init__(self) -> None:
+        if self.activation_checkpointing not in ("none", "full"):
+            raise ConfigError(
+                f"distributed.activation_checkpointing is {self.activation_checkpointing!r}: choose none or full"
+            )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything `mm pretrain` and `mm finetune` need to know."""
+
+    name: str = "run"
+    """Names the run's folder; by default the recipe file's name."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.checkpoint.folder or Path("runs") / self.name)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for YAML and JSON, every default spelled out."""
+        return _plain(dataclasses.asdict(self))
+
+
+def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe file and apply `section.key=value` overrides.
+
+    Relative paths in data.sources, data.validation, tokenizer.path and training.init_from are taken from the
+    folder the command runs in, as in a shell. Raises ConfigError, naming every fault found.
+    """
+    path = Path(path)
+    values = _read_chain(path, ())
+    for override in overrides:
+        _apply_override(values, override)
+    values.setdefault("name", path.stem)
+    return build_recipe(values, origin=str(path))
+
+
+def build_recipe(values: dict[str, Any], origin: str = "recipe") -> Recipe:
+    """A Recipe from nested plain values. Raises ConfigError, naming every fault found."""
+    problems: list[str] = []
+    recipe = _build(Recipe, values, "", problems)
+    if problems:
+        raise ConfigError(f"{origin}: " + "; ".join(problems))
+    return recipe
+
+
+def model_config_from_json(values: dict[str, Any]) -> ModelConfig:
+    """A ModelConfig from an exported config.json; keys of other libraries are ignored. Raises ConfigError."""
+    known = {f.name for f in dataclasses.fields(ModelConfig)}
+    chosen = {key: value for key, value in values.items() if key in known}
+    parameters = values.get("rope_parameters")  # transformers 5 moved theta and scaling in here
+    if isinstance(parameters, dict):
+        chosen["rope_theta"] = float(parameters.get("rope_theta", chosen.get("rope_theta") or 10_000.0))
+        if parameters.get("rope_type", "default") != "default":
+            chosen["rope_scaling"] = {key: value for key, value in parameters.items() if key != "rope_theta"}
+    problems: list[str] = []
+    config = _build(ModelConfig, chosen, "config.json", problems)
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return config
+
+
+def _read_chain(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    """A recipe's values laid over those of the recipe it extends."""
+    if path.resolve() in seen:
+        raise ConfigError(f"{path} extends itself: remove one `extends`")
+    if not path.is_file():
+        raise ConfigError(f"there is no recipe {path}{_near_file(path)}")
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        first = " ".join(str(error).split())
+        raise ConfigError(f"{path} is not a YAML recipe: {first}") from None
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} is not a recipe: it must hold sections such as model and training")
+    parent = values.pop("extends", None)
+    if parent is None:
+        return values
+    base = _read_chain(path.parent / str(parent), (*seen, path.resolve()))
+    base.pop("name", None)
+    return _overlay(base, values)
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that reads 3e-4 and 1e12 as numbers (YAML 1.1 wants 3.0e-4) and refuses a key given twice."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def _near_file(path: Path) -> str:
+    near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+    return f": did you mean {path.parent / near[0]}?" if near else ": check the path"
+
+
+def _overlay(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _overlay(merged[key], value) if both else value
+    return merged
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {override}: write it as section.key=value")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {override}: the value is not YAML") from None
+    *sections, last = key.strip().split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"--set {override}: {section} is a value, not a section")
+    values[last] = value
+
+
+def _build(cls: type, values: Any, where: str, problems: list[str]) -> Any:
+    """An instance of the dataclass `cls`; faults are appended to `problems`, and None comes back with them."""
+    if not isinstance(values, dict):
+        problems.append(f"{where or 'the recipe'} is {values!r}: it must be a section with keys")
+        return None
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    before = len(problems)
+    chosen = {}
+    for key, value in values.items():
+        name = f"{where}.{key}" if where else str(key)
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            advice = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(fields)}"
+            problems.append(f"unknown key {name}: {advice}")
+            continue
+        chosen[key] = _convert(hints[key], value, name, problems)
+    for name, f in fields.items():
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and name not in chosen:
+            problems.append(f"{where}.{name} is missing")
+    if len(problems) > before:
+        return None
+    try:
+        return cls(**chosen)
+    except ConfigError as error:
+        problems.append(str(error))
+        return None
+
+
+def _convert(kind: Any, value: Any, name: str, problems: list[str]) -> Any:
+    """`value` as `kind`, or a fault. ints pass as floats and whole floats (1e6) as ints; nothing else is bent."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        kind = next(a for a in arguments if a is not type(None))
+        return _convert(kind, value, name, problems)
+    if dataclasses.is_dataclass(kind):
+        return _build(kind, value, name, problems)
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)) or (arguments[-1] is not Ellipsis and len(value) != len(arguments)):
+            count = "a list" if arguments[-1] is Ellipsis else f"a list of {len(arguments)}"
+            problems.append(f"{name} is {value!r}: it must be {count}")
+            return None
+        return tuple(_convert(arguments[0], item, f"{name}[{i}]", problems) for i, item in enumerate(value))
+    if origin is dict and isinstance(value, dict):
+        return value
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, kind) and not (kind is not bool and isinstance(value, bool)):
+        return value
+    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    problems.append(f"{name} is {value!r}: it must be {words.get(kind, 'a section')}")
+    return None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
