@@ -44,7 +44,7 @@ def memory_read(
         starts: int32 [B, Tq], the first position that a query may read (the start of its document, or the
             number of padding positions on its left); None means 0.
         window: positions back that a query sees, its own included; None means all.
-        delay: how many positions the newest pair lies behind the query, at least 1.
+        delay: how many positions the newest pair lies behind the query; 0 reads its own pair too, as attention does.
         offset: the position of query 0; 0 in training, the pairs already stored in decoding.
         implementation: auto, cpu (C, fp32), blocked (PyTorch, any device and dtype, no Tq x Tk matrix), or
             reference (the definition, Tq x Tk).
@@ -70,8 +70,8 @@ def memory_read(
         )
     if delay < 0 or offset < 0 or (window is not None and window < 1):
         raise ConfigError(
-            f"memory_read got delay {delay}, offset {offset} and window {window}: delay and window must be at least "
-            f"1, offset at least 0"
+            f"memory_read got delay {delay}, offset {offset} and window {window}: window must be at least 1, "
+            f"delay and offset at least 0"
         )
     if starts is not None and starts.shape != queries.shape[:2]:
         raise ConfigError(
