@@ -129,7 +129,9 @@ INLINE void backward_group(Sequence grad_keys, const float *keys, const float *k
         ptrdiff_t head = (b * s.T + t) * s.H + first;
         const float *k = kept + (b * s.T + t) * 3 * s.H + first;
         const float *grad_key = grad_keys.data + b * grad_keys.row + t * grad_keys.step + first * D;
-        for (ptrdiff_t h = 0; h < count; h++) {
+        /* Heads backwards too: memory is then walked in one direction, which the prefetcher follows (5.7 instead of
+           11 ms of processor time at B=4 T=4096 H=8 D=64; asking for the rows ahead by hand did not help). */
+        for (ptrdiff_t h = count - 1; h >= 0; h--) {
             /* u_{t-1} = ||u_{t-1}|| k_{t-1}; before the first step it is the state the scan started from. */
             const float *before = t ? keys + (head - s.H + h) * D : vector + h * D;
             float d = k[s.H + h], length = t ? k[h - s.H] : 1.0f;
