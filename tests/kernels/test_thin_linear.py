@@ -86,7 +86,7 @@ def test_more_rows_other_dtypes_and_strides_are_right_too():
 @needs_compiler
 def test_the_compiled_kernel_refuses_what_it_cannot_compute():
     for x, weight, reason in (
-        (torch.randn(MOST_ROWS + 1, 8), torch.randn(3, 8), "x has 17 rows, and the kernel is for at most 16"),
+        (torch.randn(MOST_ROWS + 1, 8), torch.randn(3, 8), "x has 17 rows, and the kernel is for 1 to 16"),
         (torch.randn(1, 8).double(), torch.randn(3, 8), "x is torch.float64"),
         (torch.randn(1, 8), torch.randn(3, 8).half(), "the weights are torch.float16"),
         (torch.randn(1, 8), torch.randn(8, 3).T, "not contiguous"),
@@ -96,7 +96,7 @@ def test_the_compiled_kernel_refuses_what_it_cannot_compute():
 
 
 def test_misuse_is_named():
-    with pytest.raises(ValueError, match=r"x is \[1, 8\] and a weight \[3, 7\]: give \[out, 8\]"):
+    with pytest.raises(ValueError, match=r"x is \[1, 8\] and a weight \[3, 7\]: give \[3, 8\]"):
         thin_linear(torch.randn(1, 8), torch.randn(3, 7))
     with torch.enable_grad(), pytest.raises(ValueError, match="no gradient"):
         thin_linear(torch.randn(1, 8), torch.randn(3, 8, requires_grad=True))

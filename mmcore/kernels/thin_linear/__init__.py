@@ -30,20 +30,17 @@ def thin_linears(x: Tensor, weights: Sequence[Tensor], *, implementation: str = 
     on a CPU, all the matrices are read in one pass by all threads: the projections of one layer cost one call, not
     six. More rows, other dtypes and other devices take the library's matrix product (in x's dtype).
 
-    Raises ValueError for shapes that do not fit and where a gradient is asked for, HardwareError where
-    implementation="cpu" is given something that it cannot compute.
+    Raises ValueError where a gradient is asked for or shapes do not fit, HardwareError where implementation="cpu" is
+    given something that it cannot compute.
     """
     if torch.is_grad_enabled() and (x.requires_grad or any(weight.requires_grad for weight in weights)):
         raise ValueError("thin_linear has no gradient: call it under torch.no_grad(), or use F.linear")
-    width = x.shape[-1]
-    for weight in weights:
-        if weight.dim() != 2 or weight.shape[1] != width:
-            raise ValueError(f"thin_linear: x is {list(x.shape)} and a weight {list(weight.shape)}: give [out, {width}]")
     function = dispatch.choose("thin_linear", _TABLE, implementation, x.device)
-    if function is cpu.thin_linears:
-        reason = cpu.why_not(x, weights, MOST_ROWS)
-        if reason and implementation == "cpu":
-            raise HardwareError(f"thin_linear cannot run as 'cpu': {reason}")
-        if reason:
-            function = reference.library_linears
-    return function(x, weights)
+    if function is not cpu.thin_linears:
+        return function(x, weights)
+    call = cpu.prepare(x, weights, MOST_ROWS)
+    if not isinstance(call, str):
+        return cpu.thin_linears(x, call)
+    if implementation == "cpu":
+        raise HardwareError(f"thin_linear cannot run as 'cpu': {call}")
+    return reference.library_linears(x, weights)
