@@ -6,7 +6,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -18,17 +18,19 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 def convert(
     source: Annotated[
-        Optional[Path],  # noqa: UP007 - Typer reads the annotation
+        Path | None,
         typer.Argument(metavar="SRC", help="A run folder, a training checkpoint, an exported or Hugging Face Llama "
                        "folder, or a llama2.c .bin.", show_default=False),
     ] = None,
     target: Annotated[
-        Optional[Path],  # noqa: UP007
+        Path | None,
         typer.Argument(metavar="DST", help="The folder to write; it appears whole or not at all.", show_default=False),
     ] = None,
-    to: Annotated[str, typer.Option("--to", help="hf: config.json and safetensors, the baseline as LlamaForCausalLM.")] = "hf",
+    to: Annotated[
+        str, typer.Option("--to", help="hf: config.json and safetensors, the baseline as LlamaForCausalLM.")
+    ] = "hf",
     dtype: Annotated[
-        Optional[str],  # noqa: UP007
+        str | None,
         typer.Option(help="float32, bfloat16 or float16; by default the source's.", show_default=False),
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest file of weights, such as 5GB or 500MB.")] = "5GB",

@@ -80,7 +80,7 @@ def _fill(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, device: 
         left.discard(source)
         value = checkpoint.tensors[source]
         if value.shape != model.get_parameter(names[0]).shape:
-            raise CheckpointError(f"{checkpoint.path}: {source} does not fit the model: this version of mm cannot read it")
+            raise CheckpointError(f"{checkpoint.path}: {source} does not fit: this version of mm cannot read it")
         # copy=True: the tensor is mapped from the file, which may be replaced while the model lives
         parameter = nn.Parameter(value.to(device=device, dtype=dtype, copy=True))
         for name in names:

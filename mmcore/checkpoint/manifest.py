@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from mmcore import __version__
-from mmcore.checkpoint import disk
-from mmcore.checkpoint.disk import FileRecord, shown
+from mmcore.checkpoint import disk, untrusted
+from mmcore.checkpoint.disk import FileRecord
+from mmcore.checkpoint.untrusted import shown
 from mmcore.errors import CheckpointError
 
 NAME = "manifest.json"
@@ -35,7 +36,7 @@ def write_manifest(folder: Path, step: int, records: dict[str, FileRecord]) -> N
 def read_manifest(folder: Path) -> tuple[int, dict[str, FileRecord]]:
     """The step and the records of a training checkpoint's files. Raises CheckpointError."""
     path = folder / NAME
-    values = disk.read_json(path)
+    values = untrusted.read_json(path)
     version, step, files = values.get("format_version"), values.get("step"), values.get("files")
     if values.get("format") != FORMAT or type(version) is not int:
         raise CheckpointError(f"{path} is not the manifest of a training checkpoint")
@@ -49,7 +50,7 @@ def read_manifest(folder: Path) -> tuple[int, dict[str, FileRecord]]:
 
 
 def _record(path: Path, name: str, entry: Any) -> FileRecord:
-    if disk.is_plain_name(name) and isinstance(entry, dict):
+    if untrusted.is_plain_name(name) and isinstance(entry, dict):
         size, sha256 = entry.get("bytes"), entry.get("sha256")
         if type(size) is int and isinstance(sha256, str) and _HASH.fullmatch(sha256):
             return FileRecord(size, sha256)
@@ -78,7 +79,7 @@ def folder_name(step: int) -> str:
 
 def _fault(path: Path, record: FileRecord, hashes: bool) -> str | None:
     try:
-        size = disk.require_regular(path)
+        size = untrusted.require_regular(path)
         if size != record.bytes:
             return f"{path.name} has {size} bytes of {record.bytes}"
         if hashes and disk.hash_file(path) != record:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-from mmcore.checkpoint.disk import shown
+from mmcore.checkpoint.untrusted import shown
 from mmcore.config import ModelConfig
 from mmcore.errors import CheckpointError
 

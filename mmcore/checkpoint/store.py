@@ -15,13 +15,14 @@ from typing import Any
 
 from torch import Tensor
 
-from mmcore.checkpoint import disk, manifest, tensorfile
-from mmcore.checkpoint.disk import FileRecord, shown
+from mmcore.checkpoint import disk, manifest, tensorfile, untrusted
+from mmcore.checkpoint.disk import FileRecord
 from mmcore.checkpoint.formats.folder import copied, open_folder
 from mmcore.checkpoint.formats.modelconfig import config_from, generation_config_json
 from mmcore.checkpoint.names import check_tensors, expected_tensors
 from mmcore.checkpoint.resolve import resolve_checkpoint, steps_in, whole_checkpoints
 from mmcore.checkpoint.tensorfile import TensorSpec
+from mmcore.checkpoint.untrusted import shown
 from mmcore.config import ModelConfig
 from mmcore.errors import CheckpointError
 
@@ -146,7 +147,7 @@ def load_state(path: str | Path, *, verify: bool = False) -> TrainingState:
         raise CheckpointError(f"{folder} is no training checkpoint (it has no {manifest.NAME}): give a step of a run")
     manifest.check(folder, hashes=verify)
     checkpoint = open_folder(folder, verify=False)
-    state = disk.read_json(folder / STATE)
+    state = untrusted.read_json(folder / STATE)
     step = state.get("step")
     if type(step) is not int or step < 0:
         raise CheckpointError(f"{folder / STATE} says no step: go back to an earlier checkpoint")

@@ -19,8 +19,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mmcore.checkpoint import disk
-from mmcore.checkpoint.disk import FileRecord, NewFile, shown
+from mmcore.checkpoint import disk, untrusted
+from mmcore.checkpoint.disk import FileRecord, NewFile
+from mmcore.checkpoint.untrusted import shown
 from mmcore.errors import CheckpointError
 
 SHARD_BYTES = 4_000_000_000
@@ -92,7 +93,7 @@ def read_header(path: Path) -> dict[str, TensorSpec]:
     Raises CheckpointError for a link, a file cut short, unreadable or unreasonable headers, duplicate names,
     overlaps and holes.
     """
-    size = disk.require_regular(path)
+    size = untrusted.require_regular(path)
     try:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -102,7 +103,7 @@ def read_header(path: Path) -> dict[str, TensorSpec]:
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     try:
-        header = disk.parse_json_object(data)
+        header = untrusted.parse_json_object(data)
         header.pop("__metadata__", None)
         return _specs_of(header, size - 8 - length)
     except ValueError as error:
@@ -159,13 +160,13 @@ def find_tensors(folder: Path, stem: str) -> TensorFiles:
     if not os.path.lexists(index):
         specs = read_header(single)
         return TensorFiles(specs, dict.fromkeys(specs, single), [])
-    weight_map = disk.read_json(index).get("weight_map")
+    weight_map = untrusted.read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map: get it again")
     for name, file in weight_map.items():
-        if not disk.is_plain_name(file) or not file.endswith(".safetensors"):
+        if not untrusted.is_plain_name(file) or not file.endswith(".safetensors"):
             raise CheckpointError(
-                f"{index} keeps {shown(name)} in {shown(str(file))}: a shard must be a plain file name in the same folder"
+                f"{index} keeps {shown(name)} in {shown(str(file))}: a shard must be a plain file name in that folder"
             )
     found = TensorFiles({}, {}, [])
     for file in sorted(set(weight_map.values())):
@@ -248,8 +249,8 @@ def _header(specs: Mapping[str, TensorSpec]) -> bytes:
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers 4 asks for this word
     end = 0
     for name, spec in specs.items():
-        entries[name] = {"dtype": _CODES[spec.dtype], "shape": list(spec.shape), "data_offsets": [end, end + spec.nbytes]}
-        end += spec.nbytes
+        begin, end = end, end + spec.nbytes
+        entries[name] = {"dtype": _CODES[spec.dtype], "shape": list(spec.shape), "data_offsets": [begin, end]}
     data = json.dumps(entries, separators=(",", ":")).encode()
     data += b" " * (-len(data) % 8)
     return len(data).to_bytes(8, "little") + data
@@ -257,7 +258,7 @@ def _header(specs: Mapping[str, TensorSpec]) -> bytes:
 
 def _bytes_of(name: str, tensor: Tensor, spec: TensorSpec) -> memoryview:
     if tuple(tensor.shape) != spec.shape:
-        raise CheckpointError(f"tensor {name} is {list(tensor.shape)} and must be {list(spec.shape)}: nothing was saved")
+        raise CheckpointError(f"tensor {name} is {list(tensor.shape)} and not {list(spec.shape)}: nothing was saved")
     given = tensor.detach()
     tensor = given.to("cpu", spec.dtype).contiguous()
     if not is_finite(tensor):

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmcore.checkpoint import disk, manifest, tensorfile
-from mmcore.checkpoint.disk import shown
+from mmcore.checkpoint import disk, manifest, tensorfile, untrusted
 from mmcore.checkpoint.formats.base import Checkpoint
 from mmcore.checkpoint.formats.modelconfig import config_json, generation_config_json, read_config
 from mmcore.checkpoint.names import check_tensors, expected_tensors
 from mmcore.checkpoint.tensorfile import TensorSpec
+from mmcore.checkpoint.untrusted import shown
 from mmcore.config import ModelConfig
 from mmcore.errors import CheckpointError
 
@@ -78,10 +78,10 @@ def copied(folder: Path, files: Mapping[str, bytes | Path]) -> dict[str, disk.Fi
     """Write further files of a checkpoint durably, from bytes or from other files. Raises OSError."""
     records = {}
     for name, source in files.items():
-        if not disk.is_plain_name(name):
+        if not untrusted.is_plain_name(name):
             raise CheckpointError(f"{shown(name)} cannot be a file of a checkpoint: use a plain file name")
         if isinstance(source, Path):
-            disk.require_regular(source)
+            untrusted.require_regular(source)
             with open(source, "rb") as file:
                 records[name] = disk.write_file(folder / name, iter(lambda f=file: f.read(disk.CHUNK), b""))
         else:

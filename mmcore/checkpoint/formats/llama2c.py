@@ -1,8 +1,9 @@
 """llama2.c's .bin files (karpathy/llama2.c, export version 0).
 
-Seven int32 (dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, seq_len; a negative vocab_size
-says that the classifier is untied), then float32 arrays: each kind of weight for all layers at once, in Meta's layout (W_1, W_2, W_3 are gate, down, up), then the two rotary tables, which follow from the header and are skipped,
-and the classifier where it is untied.
+Seven int32 (dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, seq_len; a negative vocab_size says that the
+classifier is untied), then float32 arrays: each kind of weight for all layers at once, in Meta's layout (W_1, W_2,
+W_3 are gate, down, up), then the two rotary tables, which follow from the header and are skipped, and the
+classifier where it is untied.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmcore.checkpoint import disk
+from mmcore.checkpoint import untrusted
 from mmcore.checkpoint.formats.base import Checkpoint
 from mmcore.checkpoint.formats.modelconfig import config_json
 from mmcore.checkpoint.names import check_tensors, expected_tensors, hugging_face_name, meta_to_hugging_face
@@ -29,13 +30,14 @@ BOS, EOS = 1, 2
 
 _HEADER = struct.Struct("<7i")
 _MAGIC = 0x616B3432  # "ak42": versions 1 and 2
-_ORDER = ("tok_embeddings", "attention_norm", "attention.wq", "attention.wk", "attention.wv", "attention.wo", "ffn_norm",
-          "feed_forward.w1", "feed_forward.w2", "feed_forward.w3", "norm", "rotary tables", "output")  # fmt: skip
+_ORDER = ("tok_embeddings", "attention_norm", "attention.wq", "attention.wk", "attention.wv", "attention.wo",
+          "ffn_norm", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3", "norm", "rotary tables",
+          "output")  # fmt: skip
 
 
 def open_llama2c(path: Path, *, allow_nonfinite: bool = False) -> Checkpoint:
     """A llama2.c model file. Its size must be what its header implies, to the byte. Raises CheckpointError."""
-    size = disk.require_regular(path)
+    size = untrusted.require_regular(path)
     config = _read_header(path, size)
     shapes = expected_tensors(config)
     offsets, end = _offsets(config, shapes)

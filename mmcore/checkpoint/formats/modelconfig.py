@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from mmcore.checkpoint import disk
-from mmcore.checkpoint.disk import shown
+from mmcore.checkpoint import untrusted
 from mmcore.checkpoint.tensorfile import dtype_name
+from mmcore.checkpoint.untrusted import shown
 from mmcore.config import ARCHITECTURES, ModelConfig, model_config_from_json
 from mmcore.errors import CheckpointError, ConfigError
 
@@ -25,12 +25,17 @@ _TWO_MEMORIES = ("short_term_window", "long_term_delay", "long_term_delay_range"
 _UNSUPPORTED = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "quantization_config": None,
                 "partial_rotary_factor": 1.0}  # fmt: skip
 """Settings of other Llamas -> the only value this model has."""
+_ROPE_NUMBERS = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+"""rope_type -> the numbers that it needs."""
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
     """config.json of a folder, as settings and as it is. Raises CheckpointError; auto_map is never followed."""
     path = folder / "config.json"
-    values = disk.read_json(path)
+    values = untrusted.read_json(path)
     return config_from(values, str(path)), values
 
 
@@ -41,7 +46,8 @@ def config_from(values: dict[str, Any], origin: str) -> ModelConfig:
         raise CheckpointError(
             f"{origin}: model_type is {shown(repr(kind))}, and only {', '.join(ARCHITECTURES)} can be read"
         )
-    problems = [f"{key} is missing" for key in _NEEDED if values.get(key) is None]
+    needed = _NEEDED if kind == "llama" else _NEEDED + _TWO_MEMORIES
+    problems = [f"{key} is missing" for key in needed if values.get(key) is None]
     for key, only in _UNSUPPORTED.items():
         if values.get(key, only) not in (only, None):
             problems.append(f"{key} is {shown(repr(values[key]))} and this model only knows {only!r}")
@@ -76,11 +82,9 @@ def _rope_scaling(values: dict[str, Any]) -> dict[str, Any] | None:
     kind = given.get("rope_type", given.get("type", "default"))
     if kind == "default":
         return None
-    needed = {"linear": ("factor",),
-              "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}  # fmt: skip
-    if not isinstance(kind, str) or kind not in needed:
+    if not isinstance(kind, str) or kind not in _ROPE_NUMBERS:
         raise ValueError(f"rope_scaling has rope_type {shown(repr(kind))}, and only linear and llama3 are known")
-    numbers = {key: given.get(key) for key in needed[kind]}
+    numbers = {key: given.get(key) for key in _ROPE_NUMBERS[kind]}
     for key, number in numbers.items():
         if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 < number < 1e12:
             raise ValueError(f"rope_scaling.{key} is {shown(repr(number))} and must be a positive number")
@@ -116,13 +120,9 @@ def config_json(config: ModelConfig, dtype: torch.dtype, bos_token_id: int | Non
         **{key: getattr(config, key) for key in _NEEDED[:5]},
     }
     if config.model_type == "llama":
-        values |= {
-            "num_key_value_heads": config.kv_heads,
-            "head_dim": config.head_size,
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "mlp_bias": False,
-        }
+        given = {"num_key_value_heads": config.num_key_value_heads, "head_dim": config.head_dim}
+        values |= {key: value for key, value in given.items() if value is not None}
+        values |= {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
     else:
         values |= {key: getattr(config, key) for key in _TWO_MEMORIES}
         values["long_term_delay_range"] = list(config.long_term_delay_range)
