@@ -20,6 +20,15 @@ class Preparing:
 
 
 @dataclass(frozen=True)
+class Tokenizing:
+    """Text is being turned into tokens; bytes of files as they lie on disk."""
+
+    done: int
+    total: int
+    bytes_per_second: float
+
+
+@dataclass(frozen=True)
 class Notice:
     """Something the user should know; training goes on."""
 
@@ -137,5 +146,5 @@ class Ended:
     """Of this process, from the first step to the end."""
 
 
-Event = Preparing | Notice | Started | StepDone | Validating | Validated | Saving | Saved | Stopping | Quitting | Ended
+Event = Preparing | Tokenizing | Notice | Started | StepDone | Validating | Validated | Saving | Saved | Stopping | Quitting | Ended
 Listener = Callable[[Event], None]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mmcore.config import TrainingConfig
 from mmcore.errors import CheckpointError
 
-STATES = ("exp_avg", "exp_avg_sq", "step")
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def build_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.AdamW:
@@ -44,36 +44,40 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The state of `optimizer` as `<parameter name>.<exp_avg, exp_avg_sq or step>` -> tensor (not copied)."""
-    tensors = {}
+    """AdamW's averages as `<exp_avg or exp_avg_sq>.<parameter name>` -> tensor (not copied)."""
+    return {
+        f"{moment}.{name}": optimizer.state[parameter][moment]
+        for moment in MOMENTS
+        for name, parameter in model.named_parameters()
+        if parameter in optimizer.state
+    }
+
+
+def optimizer_steps(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """How often each parameter was updated, for the bias correction: plain numbers for a checkpoint.
+
+    `*` stands for most parameters, and any that had no gradient in some step is named beside it.
+    """
+    steps = {n: int(optimizer.state[p]["step"]) for n, p in model.named_parameters() if p in optimizer.state}
+    most = max(steps.values(), default=0)
+    return {"*": most} | {name: count for name, count in steps.items() if count != most}
+
+
+def load_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], steps: Mapping[str, int]
+) -> None:
+    """The inverse of `optimizer_tensors` and `optimizer_steps`. Raises CheckpointError for shapes that do not fit."""
     for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{name}.{key}"] = value
-    return tensors
-
-
-def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`. Raises CheckpointError for names or shapes that do not fit."""
-    known = dict(model.named_parameters())
-    left = set(tensors)
-    for name, parameter in known.items():
-        present = [key for key in STATES if f"{name}.{key}" in tensors]
-        if not present:
+        if f"{MOMENTS[0]}.{name}" not in tensors:
             continue  # a parameter that never had a gradient has no state
-        if len(present) < len(STATES):
-            missing = ", ".join(f"{name}.{key}" for key in STATES if key not in present)
-            raise CheckpointError(f"the optimizer state lacks {missing}: resume from another checkpoint")
-        state = {}
-        for key in STATES:
-            value = tensors[f"{name}.{key}"]
-            if key != "step" and value.shape != parameter.shape:
+        on_device = parameter.device if parameter.device.type == "cuda" else "cpu"
+        state = {"step": torch.tensor(float(steps.get(name, steps["*"])), device=on_device)}
+        for moment in MOMENTS:
+            value = tensors[f"{moment}.{name}"]
+            if value.shape != parameter.shape:
                 raise CheckpointError(
-                    f"the optimizer state {name}.{key} has shape {list(value.shape)} where the model has "
+                    f"the optimizer state {moment}.{name} has shape {list(value.shape)} where the model has "
                     f"{list(parameter.shape)}: resume with the recipe that the checkpoint was made with"
                 )
-            device = parameter.device if key != "step" or parameter.device.type == "cuda" else "cpu"
-            state[key] = value.to(device=device, dtype=torch.float32, copy=True)
-            left.discard(f"{name}.{key}")
+            state[moment] = value.to(parameter.device, torch.float32, copy=True)
         optimizer.state[parameter] = state
-    if left:
-        raise CheckpointError(f"the optimizer state {sorted(left)[0]} belongs to no parameter of this model")

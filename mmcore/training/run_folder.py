@@ -29,6 +29,7 @@ from typing import Any
 
 import yaml
 
+from mmcore.checkpoint.resolve import steps_in
 from mmcore.config import Recipe
 from mmcore.errors import CheckpointError, ConfigError, HardwareError
 
@@ -79,7 +80,8 @@ class RunFolder:
         self.recipe = path / "recipe.yaml"
 
     def holds_checkpoints(self) -> bool:
-        return self.checkpoints.is_dir() and any(p.name.startswith("step-") for p in self.checkpoints.iterdir())
+        """Whether there is any, whole or not."""
+        return bool(steps_in(self.checkpoints))
 
     def refuse_if_used(self) -> None:
         """Raise ConfigError where an earlier run left checkpoints: they are never overwritten unasked."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mmcore.distributed.mesh import World
 from mmcore.distributed.reduce import total
@@ -109,13 +109,3 @@ def _worst_gradient(model: nn.Module) -> str:
         if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
             return f" (first in {name})"
     return " (every entry is finite: their squares overflow)"
-
-
-def require_finite_weights(tensors: dict[str, Tensor], step: int) -> None:
-    """Raise NonFiniteError where a weight is not finite: such a checkpoint would be of no use and push out a good one."""
-    for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise NonFiniteError(
-                f"{name} is not finite after step {step}, so it was not saved: resume from the checkpoint before with a "
-                f"lower training.learning_rate"
-            )

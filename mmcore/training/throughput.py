@@ -8,35 +8,17 @@ from collections import deque
 import psutil
 import torch
 
-# Dense peak of matrix products in FLOP/s as published: (bf16 with fp32 sums, plain fp32), by a part of the name
-PEAKS = {
-    "B200": (2250e12, 75e12),
-    "GH200": (989e12, 67e12),
-    "H200": (989e12, 67e12),
-    "H100 PCIe": (756e12, 51e12),
-    "H100 NVL": (835e12, 60e12),
-    "H100": (989e12, 67e12),
-    "H800": (989e12, 67e12),
-    "A100": (312e12, 19.5e12),
-    "A800": (312e12, 19.5e12),
-    "A40": (150e12, 37.4e12),
-    "A10": (125e12, 31.2e12),
-    "L40S": (362e12, 91.6e12),
-    "L40": (181e12, 90.5e12),
-    "L4": (121e12, 30.3e12),
-    "RTX 6000 Ada": (364e12, 91.1e12),
-    "RTX 4090": (165e12, 82.6e12),
-    "RTX 3090": (71e12, 35.6e12),
-}
-
+from mmcore import planning
 
 def peak_flops(device: torch.device, precision: str) -> float:
-    """The device's peak of matrix products in FLOP/s: published for known GPUs, else measured in ~0.3 s."""
+    """The device's peak of matrix products in FLOP/s: published for known GPUs, else measured in ~0.3 s.
+
+    A CPU's peak is measured because it follows the clock, which is not known, and the threads in use.
+    """
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for part in sorted(PEAKS, key=len, reverse=True):  # "H100 PCIe" before "H100"
-            if part in name:
-                return PEAKS[part][0 if precision == "bf16" else 1]
+        published = planning.machine_here().peaks.get(precision)
+        if published:
+            return published
     return measured_flops(device, torch.bfloat16 if precision == "bf16" else torch.float32)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,16 @@ from mmcore.training.events import Event, Listener
 from mmcore.training.interrupt import Interrupts
 from mmcore.training.memory import explain_memory
 from mmcore.training.metrics import Smoothed
-from mmcore.training.optimizer import build_optimizer, load_optimizer_tensors, optimizer_tensors, set_learning_rate
+from mmcore.training.optimizer import (
+    build_optimizer,
+    load_optimizer,
+    optimizer_steps,
+    optimizer_tensors,
+    set_learning_rate,
+)
 from mmcore.training.run_folder import recipe_text
 from mmcore.training.schedule import learning_rate, long_term_delay
-from mmcore.training.step import StepResult, accumulate, clip, require_finite, require_finite_weights
+from mmcore.training.step import StepResult, accumulate, clip, require_finite
 from mmcore.training.throughput import Meter, memory_in_use, peak_flops, synchronize
 from mmcore.training.validation import bits_per_byte, held_out_loss
 
@@ -57,7 +63,8 @@ class Job:
     """config.json of the checkpoints."""
     files: Mapping[str, bytes | Path] = field(default_factory=dict)
     """Further files of the checkpoints: the tokenizer's, a chat template."""
-    data_fingerprint: dict[str, Any] = field(default_factory=dict)
+    data_identity: str = ""
+    """Equal exactly where the tokens and their order are."""
     training_tokens: int = 0
     stage: str = "pretrain"
     """pretrain or finetune"""
@@ -94,7 +101,7 @@ class Trainer:
         self.checkpoint: Path | None = None
         """The newest one of this run."""
         self.resumed_from: Path | None = None
-        self._validated_step = 0
+        self._validated_step = self._saved_step = 0
         self._validation_seconds = 0.0
         self._last_loss: float | None = None
         self._last_validation: tuple[float, float | None] | None = None
@@ -132,28 +139,29 @@ class Trainer:
         every = self.recipe.checkpoint.every
         if self._validation_due():  # the run was stopped after a step whose validation was still to come
             self._validate(stopping)
-        batches = iter(self._loader()) if self.step < self.total_steps else iter(())
-        while self.step < self.total_steps and not stopping():
-            self._train_step(batches)
-            if self._validation_due() and not stopping():
-                self._validate(stopping)
-            if self.step % every == 0 or self.step == self.total_steps:
-                self.save()
+        with self._loader() as loader:
+            steps = iter(loader)
+            while self.step < self.total_steps and not stopping():
+                self._train_step(steps)
+                if self._validation_due() and not stopping():
+                    self._validate(stopping)
+                if self.step % every == 0 or self.step == self.total_steps:
+                    self.save()
         self.save()
 
     def _loader(self) -> Loader:
         training, world = self.recipe.training, self.job.world
-        self._batches = Loader(
+        return Loader(
             self.job.samples,
             training.batch_size,
-            training.micro_batch_size or training.batch_size // world.size,
+            training.micro_batch_size,
             rank=world.rank,
             world_size=world.size,
             start=self.position,
+            stop=self.total_steps * training.batch_size,
         )
-        return self._batches
 
-    def _train_step(self, batches: Iterable) -> None:
+    def _train_step(self, batches: Iterator[Sequence]) -> None:
         """One update. Nothing of the trainer changes where the loss or the gradient is not finite."""
         training, step = self.recipe.training, self.step + 1
         rate = learning_rate(training, step)
@@ -212,7 +220,7 @@ class Trainer:
         due = self.step == self.total_steps or (every > 0 and self.step > 0 and self.step % every == 0)
         return bool(self.job.validation) and due and self._validated_step < self.step
 
-    def _validate(self, stopping) -> None:
+    def _validate(self, stopping: Callable[[], bool]) -> None:
         start = time.perf_counter()
         total = sum(batch.tokens.numel() for batch in self.job.validation)
         found = held_out_loss(
@@ -232,10 +240,9 @@ class Trainer:
 
     def save(self) -> Path | None:
         """Write a checkpoint of the present step, unless that is done; the newest checkpoint, None before any."""
-        if self.step == 0 or (self.checkpoint is not None and self.checkpoint.name == f"step-{self.step:06d}"):
+        if self.step in (0, self._saved_step):
             return self.checkpoint
         tensors = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
-        require_finite_weights(tensors, self.step)
         self._emit(events.Saving(self.step))
         start = time.perf_counter()
         self.checkpoint = save_checkpoint(
@@ -249,6 +256,7 @@ class Trainer:
             keep_last=self.recipe.checkpoint.keep_last,
             protect=(self.resumed_from,) if self.resumed_from else (),
         )
+        self._saved_step = self.step
         self._emit(events.Saved(self.step, self.checkpoint, time.perf_counter() - start))
         return self.checkpoint
 
@@ -261,9 +269,10 @@ class Trainer:
             "tokens": self.tokens,
             "smoothed_loss": self.smoothed.state(),
             "training_seconds": self.meter.seconds,
+            "optimizer_steps": optimizer_steps(self.model, self.optimizer),
             "validated_step": self._validated_step,
             "validation": self._last_validation,
-            "data": self.job.data_fingerprint,
+            "data_identity": self.job.data_identity,
         }
 
     def restore(self, checkpoint: Path) -> None:
@@ -273,19 +282,20 @@ class Trainer:
         """
         saved = load_state(checkpoint)
         state = saved.state
-        if state["data"] != self.job.data_fingerprint:
+        if state["data_identity"] != self.job.data_identity:
             raise DataError(
                 f"the data changed since {checkpoint} was written, so its position in them means nothing: restore the "
                 f"files, or start a new run from it with `mm finetune` and training.init_from"
             )
         load_weights(self.model, saved.model, checkpoint)
-        load_optimizer_tensors(self.model, self.optimizer, saved.optimizer)
+        load_optimizer(self.model, self.optimizer, saved.optimizer, state["optimizer_steps"])
         self.step, self.position, self.tokens = state["step"], state["sample_position"], state["tokens"]
         self.smoothed.load(state["smoothed_loss"])
         self.meter.seconds = state["training_seconds"]
         self._validated_step = state["validated_step"]
         self._last_validation = tuple(state["validation"]) if state["validation"] else None
         self.checkpoint = self.resumed_from = checkpoint
+        self._saved_step = self.step
 
     def _started(self) -> events.Started:
         return events.Started(
