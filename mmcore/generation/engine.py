@@ -26,6 +26,8 @@ PREFILL_CHUNK = 512
 """Tokens of a prompt read in one pass: long enough for matrix products at full speed, short enough to stop
 within a moment and to bound the memory a long prompt takes."""
 
+GREEDY = Sampling()
+
 Progress = Callable[[int, int], None]
 """Called with (tokens read, tokens to read) after each chunk of a prompt."""
 
@@ -114,7 +116,7 @@ class Session:
     def stream(
         self,
         max_new_tokens: int,
-        sampling: Sampling = Sampling(),
+        sampling: Sampling = GREEDY,
         stop_ids: Iterable[int] = (),
         progress: Progress | None = None,
     ) -> Iterator[int]:
@@ -178,7 +180,7 @@ class Session:
             self.model.advance(torch.zeros(1, 1, dtype=torch.int64, device=self._device), probe)
         mine = probe.tensors()
         if mine.keys() != tensors.keys():
-            raise CheckpointError(f"it lacks or adds {sorted(mine.keys() ^ tensors.keys())[0]}")
+            raise CheckpointError(f"it lacks or adds {min(mine.keys() ^ tensors.keys())}")
         for name, tensor in tensors.items():
             # Pairs are [1, number of pairs, H, D]; all else has one shape.
             free = 1 if name.endswith((".keys", ".values")) else None

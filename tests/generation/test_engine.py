@@ -256,7 +256,7 @@ class TestSavedSessions:
             session.load(tmp_path / "notes")
 
     def test_every_cut_and_flipped_bit_is_refused(self, saved):
-        session, path = saved
+        _, path = saved
         whole = path.read_bytes()
         other = Session(FakeModel())
         other.feed([9])
@@ -304,7 +304,7 @@ class TestSavedSessions:
         tensors, facts = files.read_session(path)
         for change in ({"model": {}}, {"model": 3}, {"stats": {"speed": 1}}, {"extra": None}):
             files.write_session(path, tensors, facts | change)
-            with pytest.raises(CheckpointError, match="saved"):
+            with pytest.raises(CheckpointError, match="saved|holds no session"):
                 Session(FakeModel()).load(path)
 
     def test_holds_no_code(self, saved):
