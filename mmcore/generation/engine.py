@@ -20,7 +20,7 @@ from mmcore.generation import history as files
 from mmcore.generation.sampling import Sampling, choose, uniform
 
 if TYPE_CHECKING:
-    from mmcore.model.transformer import LanguageModel
+    from mmcore.model.language_model import LanguageModel
 
 PREFILL_CHUNK = 512
 """Tokens of a prompt read in one pass: long enough for matrix products at full speed, short enough to stop
@@ -126,8 +126,7 @@ class Session:
         (`append` it where it belongs there). The stream may be left at any id; the session goes on from there.
         Raises ConfigError for settings out of range or an empty text.
         """
-        if max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens is {max_new_tokens}: it must be at least 1")
+        check_length(max_new_tokens)
         if not self._unread and self._logits is None:
             raise ConfigError("the prompt is empty: give at least one token, such as the tokenizer's bos_id")
         return self._stream(max_new_tokens, sampling, frozenset(stop_ids), progress)
@@ -146,14 +145,16 @@ class Session:
             tensors["logits"] = self._logits
         files.write_session(path, tensors, facts)
 
-    def load(self, path: str | Path) -> dict[str, Any]:
+    def load(self, path: str | Path, check: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
         """Take text and memories from a file that `save` wrote, and return its `extra`.
 
-        The session is unchanged where CheckpointError is raised: a missing, damaged or foreign file, or one of
+        `check` is called with `extra` before anything is taken, and may raise. The session is unchanged where CheckpointError is raised: a missing, damaged or foreign file, or one of
         another model (other settings, weights, number format, or memories knocked out).
         """
         tensors, facts = files.read_session(path)
         files.require_same_model(path, facts["model"], files.identity(self.model))
+        if check:
+            check(facts["extra"])
         vocabulary = self.model.config.vocab_size
         state = self.model.new_state(1)
         try:
@@ -287,8 +288,7 @@ def generate_batch(
     Row i draws as `generate` does with seed + i. A row ends with the first id of `stop_ids`, as the stream does.
     Raises ConfigError for no prompts, an empty one, or settings out of range.
     """
-    if max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens is {max_new_tokens}: it must be at least 1")
+    check_length(max_new_tokens)
     sampling = Sampling(temperature, top_k, top_p, seed)
     size = model.config.vocab_size
     rows = [checked_ids(prompt, size) for prompt in prompts]
@@ -319,6 +319,12 @@ def generate_batch(
 def default_stop_ids(model: LanguageModel) -> frozenset[int]:
     """The ids that end a text, as the checkpoint names them; none for a model that was not loaded from one."""
     return frozenset(getattr(model, "stop_ids", ()))
+
+
+def check_length(max_new_tokens: int) -> None:
+    """Raises ConfigError where the number of tokens to draw is no positive whole number."""
+    if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens is {max_new_tokens!r}: it must be a whole number of at least 1")
 
 
 def checked_ids(ids: Iterable[int] | Tensor, vocab_size: int) -> list[int]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from mmcore.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from mmcore.model.transformer import LanguageModel
+    from mmcore.model.language_model import LanguageModel
 
 FORMAT = "mm-session-1"
 _SAMPLES = 1024
