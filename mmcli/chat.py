@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,11 +11,6 @@ import typer
 if TYPE_CHECKING:
     from mmcli.chat_commands import Settings
     from mmcore.generation.conversation import Conversation
-
-EXAMPLE = """Example: mm chat runs/quickstart
-
-With --prompt, or text on standard input, it answers once and ends: echo "Once upon a time" | mm chat runs/stories"""
-
 
 def chat(
     checkpoint: Annotated[str, typer.Argument(
@@ -38,17 +32,26 @@ def chat(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object: text, ids, statistics.")] = False,
 ) -> None:
-    """Talk to a model. Its memories go on from turn to turn; a base model continues your text."""
-    from mmcli.chat_commands import Settings
+    """Talk to a model. Its memories go on from turn to turn; a base model continues your text.
+
+    With --prompt, or text on standard input, it answers once and ends.
+
+    \b
+    Examples:
+      mm chat runs/quickstart
+      echo "Once upon a time" | mm chat runs/stories --temperature 0.7
+    """
     from mmcli.terminal import tolerate_narrow_encodings
     from mmcore.errors import ConfigError
 
     tolerate_narrow_encodings()
-    settings = Settings(temperature, top_k, top_p, max_new_tokens, seed or 0).checked()
     interactive = prompt is None and sys.stdin.isatty() and sys.stdout.isatty()
     if interactive and as_json:
         raise ConfigError("--json answers one prompt: give it with --prompt, or on standard input")
     text = None if interactive else _given_text(prompt)
+    from mmcli.chat_commands import Settings  # torch comes with it: a bad prompt is refused before
+
+    settings = Settings(temperature, top_k, top_p, max_new_tokens, seed or 0).checked()
     conversation = _open(checkpoint, system, without, dtype, device)
     if interactive:
         _talk(conversation, checkpoint, settings, fixed_seed=seed is not None)
@@ -77,11 +80,11 @@ def _given_text(prompt: str | None) -> str:
 def _open(
     checkpoint: str, system: str | None, without: str | None, dtype: str | None, device: str
 ) -> Conversation:
+    import torch
+
     import mmcore
     from mmcore.errors import ConfigError
     from mmcore.generation.conversation import Conversation
-
-    import torch
 
     formats = {"float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
                "float16": torch.float16, "fp16": torch.float16}
@@ -99,15 +102,11 @@ def _answer_once(conversation: Conversation, text: str, settings: Settings, as_j
     from mmcli.terminal import clean
 
     pieces = []
-    try:
-        for piece in conversation.say(text, settings.max_new_tokens, settings.sampling):
-            pieces.append(piece)
-            if not as_json:
-                print(clean(piece), end="", flush=True)
-        print(_as_json(conversation, "".join(pieces), settings) if as_json else "", flush=True)
-    except BrokenPipeError:  # whoever read the answer has seen enough, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return
+    for piece in conversation.say(text, settings.max_new_tokens, settings.sampling):
+        pieces.append(piece)
+        if not as_json:
+            print(clean(piece), end="", flush=True)
+    print(_as_json(conversation, "".join(pieces), settings) if as_json else "", flush=True)
     if notice := long_context(conversation):
         print(notice, file=sys.stderr)
 

@@ -95,7 +95,7 @@ class TestChat:
             asked = [*conversation.messages, {"role": "user", "content": text}]
             answer = "".join(conversation.say(text, 12))
             said = chat_tokenizer.decode(conversation.answer_ids)
-            assert said == answer or not said.isprintable()
+            assert said.startswith(answer)  # but for a character that was cut off
             prompt = conversation.session.history[: len(conversation.session.history) - len(conversation.answer_ids)]
             again = list(generate(FakeModel(model.config.vocab_size), prompt, max_new_tokens=12,
                                   stop_ids=conversation.stop_ids, vocab_size=chat_tokenizer.vocab_size))
