@@ -24,8 +24,7 @@ TINY = dict(
 def tiny_variants():
     for model_type, tied in itertools.product(ARCHITECTURES, (False, True)):
         yield ModelConfig(model_type=model_type, tie_word_embeddings=tied, **TINY)
-    for model_type in ("llama", "long_short_transformer"):
-        yield ModelConfig(model_type=model_type, num_key_value_heads=2, head_dim=8, **TINY)
+    yield ModelConfig(model_type="llama", num_key_value_heads=2, head_dim=8, **TINY)
 
 
 def test_paper_sizes():
