@@ -302,12 +302,20 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     Relative paths in data.sources, data.validation, tokenizer.path and training.init_from are taken from the
     folder the command runs in, as in a shell. Raises ConfigError, naming every fault found.
     """
+    return build_recipe(read_recipe(path, overrides), origin=str(path))
+
+
+def read_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
+    """The values that a recipe file, those it extends, and the overrides give, without the defaults.
+
+    Raises ConfigError where a file cannot be read; keys and types are checked by `build_recipe`.
+    """
     path = Path(path)
     values = _read_chain(path, ())
     for override in overrides:
         _apply_override(values, override)
     values.setdefault("name", path.stem)
-    return build_recipe(values, origin=str(path))
+    return values
 
 
 def build_recipe(values: dict[str, Any], origin: str = "recipe") -> Recipe:

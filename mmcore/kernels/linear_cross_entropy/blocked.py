@@ -91,7 +91,7 @@ class _Chunks:
 
 class _TotalLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, step, wanted):  # noqa: ANN001, ANN205
+    def forward(ctx, hidden, weight, labels, step, wanted):
         chunks = _Chunks(hidden, weight, step)
         total = torch.zeros((), dtype=chunks.statistics, device=hidden.device)
         for_hidden, for_weight = (wanted and needed for needed in ctx.needs_input_grad[:2])
@@ -112,7 +112,7 @@ class _TotalLoss(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, upstream):  # noqa: ANN001, ANN205
+    def backward(ctx, upstream):
         grad_hidden, grad_weight = ctx.saved_tensors
         # Not in place: a second backward pass through a retained graph must find them as they were.
         if grad_hidden is not None:
@@ -124,7 +124,7 @@ class _TotalLoss(torch.autograd.Function):
 
 class _RowLosses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, step):  # noqa: ANN001, ANN205
+    def forward(ctx, hidden, weight, labels, step):
         chunks = _Chunks(hidden, weight, step)
         losses = torch.empty(len(hidden), dtype=chunks.statistics, device=hidden.device)
         for start, stop in chunks.spans():
@@ -135,7 +135,7 @@ class _RowLosses(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, upstream):  # noqa: ANN001, ANN205
+    def backward(ctx, upstream):
         hidden, weight, labels = ctx.saved_tensors
         chunks = _Chunks(hidden, weight, ctx.step)
         for_hidden, for_weight = ctx.needs_input_grad[:2]

@@ -7,9 +7,11 @@ from torch import Tensor
 
 from mmcore.errors import ConfigError
 from mmcore.kernels import dispatch
-from mmcore.kernels.memory_read import blocked, reference
+from mmcore.kernels.memory_read import blocked, cpu, reference
 
-FORMS = {"blocked": blocked.memory_read, "reference": reference.memory_read}
+# In order of preference. The C form holds its tiles in fp32; other dtypes go to the PyTorch blocks.
+FORMS = {"cpu": cpu.memory_read, "blocked": blocked.memory_read, "reference": reference.memory_read}
+FORMS_OTHER_DTYPES = {name: form for name, form in FORMS.items() if name != "cpu"}
 
 
 def memory_read(
@@ -42,9 +44,9 @@ def memory_read(
         starts: int32 [B, Tq], the first position that a query may read (the start of its document, or the
             number of padding positions on its left); None means 0.
         window: positions back that a query sees, its own included; None means all.
-        delay: how many positions the newest pair lies behind the query, at least 1.
+        delay: how many positions the newest pair lies behind the query; 0 reads its own pair too, as attention does.
         offset: the position of query 0; 0 in training, the pairs already stored in decoding.
-        implementation: auto, blocked (PyTorch, any device and dtype, no Tq x Tk matrix), or
+        implementation: auto, cpu (C, fp32), blocked (PyTorch, any device and dtype, no Tq x Tk matrix), or
             reference (the definition, Tq x Tk).
 
     Returns:
@@ -66,17 +68,19 @@ def memory_read(
             f"memory_read got {queries.dtype} queries, {keys.dtype} keys and {values.dtype} values: "
             f"convert them to one dtype"
         )
-    if delay < 1 or offset < 0 or (window is not None and window < 1):
+    if delay < 0 or offset < 0 or (window is not None and window < 1):
         raise ConfigError(
-            f"memory_read got delay {delay}, offset {offset} and window {window}: delay and window must be at least "
-            f"1, offset at least 0"
+            f"memory_read got delay {delay}, offset {offset} and window {window}: window must be at least 1, "
+            f"delay and offset at least 0"
         )
     if starts is not None and starts.shape != queries.shape[:2]:
         raise ConfigError(
             f"memory_read got starts {tuple(starts.shape)} for queries {tuple(queries.shape)}: give one start for "
             f"each query, [B, Tq]"
         )
-    read = dispatch.choose("memory_read", FORMS, implementation, queries.device)
+    any_dtype = implementation == "auto" and queries.dtype is not torch.float32
+    forms = FORMS_OTHER_DTYPES if any_dtype else FORMS
+    read = dispatch.choose("memory_read", forms, implementation, queries.device)
     return read(
         queries, keys, values, bandwidth_base, bandwidth_slope, bandwidth_exponent, starts, window, delay, offset
     )

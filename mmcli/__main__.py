@@ -1,0 +1,5 @@
+"""`python -m mmcli` is `mm`."""
+
+from mmcli.app import main
+
+main()

@@ -1,0 +1,100 @@
+"""What can be known before any work is done: the recipe against itself, the device, memory and disk."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import psutil
+import torch
+
+from mmcore import planning
+from mmcore.config import Recipe
+from mmcore.errors import ConfigError, HardwareError
+from mmcore.model.accounting import checkpoint_bytes
+
+_GIB = 2**30
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Raise ConfigError where sections of a recipe contradict one another."""
+    training = recipe.training
+    training.total_steps  # noqa: B018 - raises where the recipe gives no length
+    if not recipe.data.sources:
+        raise ConfigError("data.sources is empty: name the files or folders to train on")
+    if training.sequence_length > recipe.model.max_position_embeddings:
+        raise ConfigError(
+            f"training.sequence_length {training.sequence_length} is longer than model.max_position_embeddings "
+            f"{recipe.model.max_position_embeddings}: raise the second or lower the first"
+        )
+    if training.micro_batch_size and training.micro_batch_size > training.batch_size:
+        raise ConfigError(
+            f"training.micro_batch_size {training.micro_batch_size} is larger than training.batch_size "
+            f"{training.batch_size}: lower it"
+        )
+
+
+def choose_device(requested: str) -> torch.device:
+    """The device of `training.device`: auto takes a GPU where there is one. Raises ConfigError, HardwareError."""
+    if requested not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"training.device is {requested!r}: choose auto, cpu or cuda")
+    if requested == "cuda" and not torch.cuda.is_available():
+        why = "this torch is built without CUDA" if torch.version.cuda is None else "no CUDA device answers"
+        raise HardwareError(f"training.device is cuda, but {why}: set training.device=cpu, or use a machine with a GPU")
+    if requested == "cuda" or (requested == "auto" and torch.cuda.is_available()):
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def choose_precision(requested: str, device: torch.device) -> str:
+    """fp32 or bf16. Raises HardwareError for a GPU without bf16."""
+    if requested == "auto":
+        return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    if requested == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise HardwareError("training.precision is bf16, which this GPU cannot compute: set training.precision=fp32")
+    return requested
+
+
+def check_memory(recipe: Recipe, device: torch.device) -> None:
+    """Raise HardwareError where the plan's estimate does not fit into the memory that is free now."""
+    machine = planning.machine_here() if device.type == "cuda" else planning.parse_machine("cpu")
+    micro_batch = recipe.training.micro_batch_size or recipe.training.batch_size
+    needed = planning.memory_per_device(recipe, machine, micro_batch)["total"]
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = psutil.virtual_memory().available
+    if needed <= free:
+        return
+    remedies = []
+    if micro_batch > 1:
+        remedies.append(f"lower training.micro_batch_size (now {micro_batch})")
+    if recipe.distributed.activation_checkpointing == "none":
+        remedies.append("set distributed.activation_checkpointing=full")
+    remedies.append("make the model smaller")
+    raise HardwareError(
+        f"training needs about {needed / _GIB:.1f} GiB and {free / _GIB:.1f} GiB are free on {device.type}: "
+        f"{', or '.join(remedies)}; `mm pretrain RECIPE --plan` shows where the memory goes"
+    )
+
+
+def check_disk(recipe: Recipe) -> None:
+    """Raise HardwareError where the checkpoints that are kept at once do not fit on the disk of the run folder."""
+    keep, every = recipe.checkpoint.keep_last, recipe.checkpoint.every
+    written = -(-recipe.training.total_steps // every)
+    kept = min(written, keep + 1) if keep else written  # a new one is whole before an old one goes
+    needed = kept * checkpoint_bytes(recipe.model)["total"]
+    place = _existing(recipe.run_folder)
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise HardwareError(
+            f"the checkpoints need about {needed / _GIB:.1f} GiB and {free / _GIB:.1f} GiB are free at {place}: free "
+            f"some space, lower checkpoint.keep_last (now {keep}), or choose another checkpoint.folder"
+        )
+
+
+def _existing(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path

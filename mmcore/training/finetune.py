@@ -1,0 +1,58 @@
+"""The recipe of a fine-tuning run: the model is the checkpoint's, read at another context or on other data."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mmcore.checkpoint.formats import open_checkpoint
+from mmcore.checkpoint.resolve import resolve_checkpoint
+from mmcore.config import ModelConfig, Recipe, build_recipe, read_recipe
+from mmcore.errors import ConfigError
+
+CONTEXT_KEYS = (
+    "max_position_embeddings",
+    "long_term_delay",
+    "long_term_delay_range",
+    "rope_theta",
+    "rope_scaling",
+)
+"""What a fine-tuning recipe may change of its checkpoint's model: how far it reads, not what its weights are."""
+
+
+def load_finetune_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe with `training.init_from`; its model section is laid over the checkpoint's configuration.
+
+    Raises ConfigError where there is no init_from, or where the section changes anything but the context
+    (CONTEXT_KEYS), naming every such key; CheckpointError where the checkpoint cannot be read.
+    """
+    values = read_recipe(path, tuple(overrides))
+    training = values.get("training")
+    source = training.get("init_from") if isinstance(training, dict) else None
+    if not source:
+        raise ConfigError(f"{path} has no training.init_from: name the checkpoint to go on from")
+    build_recipe(values, origin=str(path))  # every misspelt key and wrong type, before the checkpoint is opened
+    given = values.get("model") or {}
+    base = open_checkpoint(resolve_checkpoint(Path(str(source)))).config
+    values["model"] = _overlay(base, given, source)
+    return build_recipe(values, origin=str(path))
+
+
+def _overlay(base: ModelConfig, given: dict[str, Any], source: str) -> dict[str, Any]:
+    kept = {key: _plain(value) for key, value in dataclasses.asdict(base).items()}
+    barred = [
+        key for key, value in given.items() if key not in CONTEXT_KEYS and key in kept and _plain(value) != kept[key]
+    ]
+    if barred:
+        words = "; ".join(f"model.{key} is {given[key]!r} here and {kept[key]!r} there" for key in barred)
+        raise ConfigError(
+            f"fine-tuning cannot change the model of {source} ({words}): take those keys out; "
+            f"{', '.join(CONTEXT_KEYS)} may change"
+        )
+    return kept | given
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

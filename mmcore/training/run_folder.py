@@ -1,0 +1,226 @@
+"""The folder of a run: what it is, what it saw, what it wrote.
+
+```
+recipe.yaml        the resolved recipe, every default spelled out
+environment.json   versions, processor, GPU, git commit, command line; earlier sessions of the run below
+data.json          the data's fingerprint
+tokenizer/         the tokenizer's files
+metrics.jsonl      one line a step, one a validation
+tensorboard/       the same numbers
+checkpoints/       step-000123/, whole or absent
+```
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mmcore.checkpoint.resolve import steps_in
+from mmcore.config import Recipe
+from mmcore.errors import CheckpointError, ConfigError, HardwareError
+
+# A resumed run may change these: they decide what is written and where it runs, not what is computed
+FREE_KEYS = frozenset(
+    {
+        "name",
+        "data.cache",
+        "data.workers",
+        "training.steps",
+        "training.tokens",
+        "training.log_every",
+        "training.validation_every",
+        "training.validation_tokens",
+        "training.device",
+        "training.micro_batch_size",
+        "training.compile",
+    }
+)
+FREE_SECTIONS = ("checkpoint.", "distributed.")
+_ROUNDING = ("training.device", "training.micro_batch_size", "training.compile", "distributed.")
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn what a disk refuses into one sentence that names `path` and the remedy."""
+    try:
+        yield
+    except PermissionError:
+        raise ConfigError(f"no permission to write {path}: choose another folder with --set checkpoint.folder=") from None
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise HardwareError(f"the disk is full at {path}: free some space and go on with --resume") from None
+        if error.errno in (errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+            raise ConfigError(f"cannot write {path} ({error.strerror}): choose another checkpoint.folder") from None
+        raise
+
+
+class RunFolder:
+    """Paths of a run, and the small files that say what it is."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.metrics = path / "metrics.jsonl"
+        self.tensorboard = path / "tensorboard"
+        self.tokenizer = path / "tokenizer"
+        self.recipe = path / "recipe.yaml"
+
+    def holds_checkpoints(self) -> bool:
+        """Whether there is any, whole or not."""
+        return bool(steps_in(self.checkpoints))
+
+    def refuse_if_used(self) -> None:
+        """Raise ConfigError where an earlier run left checkpoints: they are never overwritten unasked."""
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"{self.path} is a file: choose another run folder with --set checkpoint.folder=")
+        if self.holds_checkpoints():
+            raise ConfigError(
+                f"{self.path} already holds checkpoints: go on with --resume, start over with --overwrite, "
+                f"or choose another folder with --set checkpoint.folder="
+            )
+
+    def check_writable(self) -> None:
+        """Raise ConfigError where the folder cannot be written, without leaving anything behind."""
+        existing = self.path
+        while not existing.exists() and existing != existing.parent:
+            existing = existing.parent
+        if not existing.is_dir():
+            raise ConfigError(f"{existing} is not a folder: choose another run folder with --set checkpoint.folder=")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise ConfigError(f"no permission to write {self.path}: choose another folder with --set checkpoint.folder=")
+
+    def clear(self) -> None:
+        """Remove what a run writes, and nothing else that may lie in the folder."""
+        with disk_errors(self.path):
+            for folder in (self.checkpoints, self.tensorboard, self.tokenizer):
+                if folder.exists():
+                    shutil.rmtree(folder)
+            for name in ("metrics.jsonl", "recipe.yaml", "environment.json", "data.json"):
+                (self.path / name).unlink(missing_ok=True)
+
+    def write_identity(self, recipe: Recipe, fingerprint: dict[str, Any]) -> None:
+        """Write recipe.yaml, environment.json and data.json; earlier environments are kept in the new one."""
+        with disk_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            _replace(self.recipe, recipe_text(recipe))
+            _replace(self.path / "data.json", json.dumps(fingerprint, indent=2, sort_keys=True) + "\n")
+            here = self.path / "environment.json"
+            current = environment()
+            if here.exists():
+                last = json.loads(here.read_text(encoding="utf-8"))
+                current["earlier"] = [*last.pop("earlier", []), last]
+            _replace(here, json.dumps(current, indent=2) + "\n")
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, its sections in the order of the house."""
+    return yaml.safe_dump(recipe.as_dict(), sort_keys=False, allow_unicode=True)
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and key != "rope_scaling":
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def check_same_recipe(before: dict[str, Any], now: dict[str, Any], checkpoint: Path) -> list[str]:
+    """Compare the recipe a checkpoint was made with to the one to go on with (both as `Recipe.as_dict`).
+
+    Returns notices about changes that are allowed. Raises CheckpointError that names every other changed key
+    with both values.
+    """
+    old, new = _flat(before), _flat(now)
+    changed = {key: (old.get(key), new.get(key)) for key in [*old, *new] if old.get(key) != new.get(key)}
+    barred = [key for key in changed if key not in FREE_KEYS and not key.startswith(FREE_SECTIONS)]
+    if barred:
+        words = "; ".join(f"{key} was {changed[key][0]!r} and is now {changed[key][1]!r}" for key in barred)
+        raise CheckpointError(
+            f"cannot resume {checkpoint} with another recipe ({words}): set them back, or start a new run with "
+            f"another checkpoint.folder"
+        )
+    notices = []
+    if {"training.steps", "training.tokens"} & set(changed) and new.get("training.schedule") == "cosine":
+        was, now_is = _length(old), _length(new)
+        notices.append(f"the run's length changes from {was} to {now_is}: the cosine now ends there")
+    rounding = [key for key in changed if key.startswith(_ROUNDING)]
+    if rounding:
+        notices.append(f"{', '.join(rounding)} changed: sums round differently, so losses agree but not bit for bit")
+    return notices
+
+
+def _length(flat: dict[str, Any]) -> str:
+    if flat.get("training.steps") is not None:
+        return f"{flat['training.steps']} steps"
+    return f"{flat.get('training.tokens'):.4g} tokens"
+
+
+def environment() -> dict[str, Any]:
+    """Where and with what this process runs, as plain values."""
+    import psutil
+    import torch
+
+    versions = {}
+    for package in ("mm", "torch", "numpy", "safetensors", "sentencepiece", "tokenizers", "typer", "rich", "pyyaml"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv,
+        "git": _git_commit(),
+        "python": platform.python_version(),
+        "packages": versions,
+        "system": platform.platform(),
+        "cpu": {"model": _cpu_model(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpus": gpus,
+        "cuda": torch.version.cuda,
+    }
+
+
+def _cpu_model() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _git_commit() -> dict[str, Any] | None:
+    """The commit of the code that runs, where it runs from a git checkout of this project; else None."""
+    root = Path(__file__).resolve().parents[2]
+
+    def git(*words: str) -> str | None:
+        try:
+            result = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return result.stdout.strip() if result.returncode == 0 else None
+
+    if git("ls-files", "--error-unmatch", "mmcore/__init__.py") is None:
+        return None
+    return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "--untracked-files=no"))}

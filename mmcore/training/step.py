@@ -1,0 +1,111 @@
+"""One optimizer step: gradients over micro-batches, the check that they are finite, the update."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from mmcore.distributed.mesh import World
+from mmcore.distributed.reduce import total
+from mmcore.errors import NonFiniteError
+
+IGNORED = -100
+"""The label of a token that is not trained."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step's forward and backward passes gave."""
+
+    loss: float
+    """Mean over the trained labels of all ranks, nats."""
+    gradient_norm: float
+    """Global 2-norm before clipping."""
+    trained_tokens: int
+    micro_losses: tuple[float, ...]
+    """Each micro-batch's share of `loss`, this rank's."""
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """bf16 products over fp32 master weights, or plain fp32."""
+    if precision == "bf16":
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def accumulate(
+    model: nn.Module, batches: Sequence, delay: int, device: torch.device, precision: str, world: World
+) -> StepResult:
+    """Add the gradient of the mean loss over all `batches` (and ranks) to the parameters' `.grad`.
+
+    `batches` are micro-batches with tokens, labels and documents int64 or int32 [b, T]. Each one's loss is the sum
+    over its labels divided by the number of labels of the whole step, so that the gradient is the one of a single
+    pass over everything, however the step is cut and wherever the labels lie. Nothing is clipped here.
+    """
+    kept = torch.tensor(sum(int((batch.labels != IGNORED).sum()) for batch in batches), device=device)
+    kept = int(total(kept, world))
+    losses = []
+    for batch in batches:
+        tokens, labels, documents = (
+            part.to(device, non_blocking=True) for part in (batch.tokens, batch.labels, batch.documents)
+        )
+        with autocast(device, precision):
+            loss = model.loss(tokens, labels, documents, delay=delay, reduction="sum") / max(1, kept)
+        loss.backward()
+        losses.append(loss.detach().float())
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+    micro = torch.stack(losses)
+    mean = total(micro.sum(), world)
+    *micro_losses, loss_value, norm_value = torch.cat([micro, mean[None], norm[None].to(micro)]).tolist()
+    return StepResult(loss_value, norm_value, kept, tuple(micro_losses))
+
+
+def clip(model: nn.Module, norm: float, largest: float) -> None:
+    """Scale the gradients so that their global norm, now `norm`, is at most `largest`."""
+    if norm > largest:
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        torch._foreach_mul_(gradients, largest / norm)
+
+
+def require_finite(
+    result: StepResult, model: nn.Module, step: int, samples: range, checkpoint: Path | None, learning_rate: float
+) -> None:
+    """Raise NonFiniteError, before anything is updated, where the loss or the gradient of a step is not finite.
+
+    `samples` are this rank's global sample numbers of the step, in the order of the micro-batches. The sentence
+    names the step, the samples of the micro-batches at fault, and what to try.
+    """
+    if math.isfinite(result.loss) and math.isfinite(result.gradient_norm):
+        return
+    size = max(1, math.ceil(len(samples) / max(1, len(result.micro_losses))))
+    bad = [i for i, loss in enumerate(result.micro_losses) if not math.isfinite(loss)]
+    if bad:
+        what = f"the loss is {result.micro_losses[bad[0]]}"
+        where = ", ".join(_span(samples[i * size : (i + 1) * size]) for i in bad[:4])
+    else:
+        what = f"the gradient norm is {result.gradient_norm}{_worst_gradient(model)}"
+        where = _span(samples)
+    kept = f"the last whole checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
+    raise NonFiniteError(
+        f"step {step} stopped before its update: {what} on samples {where}; {kept}; try a lower "
+        f"training.learning_rate (it stood at {learning_rate:.3g}), more training.warmup_steps, "
+        f"a lower training.gradient_clip, or training.precision=fp32, and look at those samples"
+    )
+
+
+def _span(samples: range) -> str:
+    return f"{samples[0]}-{samples[-1]}" if len(samples) > 1 else f"{samples[0]}"
+
+
+def _worst_gradient(model: nn.Module) -> str:
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
+            return f" (first in {name})"
+    return " (every entry is finite: their squares overflow)"

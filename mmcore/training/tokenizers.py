@@ -1,0 +1,49 @@
+"""The tokenizer of a run: its checkpoint's, the recipe's, or one trained on the recipe's documents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from mmcore.config import Recipe
+from mmcore.data.conversations import CHAT_TEMPLATE
+from mmcore.data.corpus import obtain_tokenizer
+from mmcore.data.tokenizer import Tokenizer, load_tokenizer
+from mmcore.errors import ConfigError
+
+
+def find_tokenizer(recipe: Recipe, known: Path | None, say: Callable[[str], None]) -> Tokenizer:
+    """The tokenizer that `recipe` trains with.
+
+    known: the folder of the checkpoint that is resumed or fine-tuned, whose tokenizer the weights belong to; None
+    for a fresh run. Raises ConfigError where the recipe names another, or where it knows more tokens than the model.
+    """
+    if known is not None:
+        tokenizer = load_tokenizer(known)
+        if recipe.tokenizer.path is not None and _load(recipe.tokenizer.path).fingerprint != tokenizer.fingerprint:
+            raise ConfigError(
+                f"tokenizer.path {recipe.tokenizer.path} is not the tokenizer of {known}, whose weights know only "
+                f"their own: take tokenizer.path out"
+            )
+    elif recipe.tokenizer.path is not None:
+        tokenizer = _load(recipe.tokenizer.path)
+    else:
+        say(f"making a tokenizer of {recipe.tokenizer.train_vocab_size or recipe.model.vocab_size:,} pieces")
+        tokenizer = obtain_tokenizer(recipe.tokenizer, recipe.data, recipe.model.vocab_size)
+    if tokenizer.vocab_size > recipe.model.vocab_size:
+        raise ConfigError(
+            f"the tokenizer knows {tokenizer.vocab_size} tokens and model.vocab_size is {recipe.model.vocab_size}: set "
+            f"model.vocab_size to {tokenizer.vocab_size} or more"
+        )
+    if recipe.data.kind == "conversations":
+        tokenizer.chat_template = CHAT_TEMPLATE
+    elif known is None:
+        tokenizer.chat_template = None  # a template beside a base model would promise turns that it never saw
+    return tokenizer
+
+
+def _load(path: str) -> Tokenizer:
+    """A tokenizer file or folder; a run folder keeps its own in tokenizer/."""
+    inside = Path(path) / "tokenizer"
+    return load_tokenizer(inside if inside.is_dir() else path)
+

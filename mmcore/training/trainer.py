@@ -1,0 +1,340 @@
+"""The one trainer: pretraining, fine-tuning, on a CPU or a GPU, with a terminal or without.
+
+A run is a pure function of its recipe: the learning rate and the long-term delay depend on the step, the samples
+on one global index. So a checkpoint holds weights, the optimizer's state and a handful of numbers, and a resumed
+run makes the very updates that the unbroken one would have made.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mmcore.checkpoint.store import load_state, save_checkpoint
+from mmcore.config import Recipe
+from mmcore.data.loader import Loader
+from mmcore.distributed.mesh import World
+from mmcore.distributed.reduce import agreed
+from mmcore.errors import CheckpointError, DataError
+from mmcore.training import events
+from mmcore.training.events import Event, Listener
+from mmcore.training.interrupt import Interrupts
+from mmcore.training.memory import explain_memory
+from mmcore.training.metrics import Smoothed
+from mmcore.training.optimizer import (
+    build_optimizer,
+    load_optimizer,
+    optimizer_steps,
+    optimizer_tensors,
+    set_learning_rate,
+)
+from mmcore.training.run_folder import recipe_text
+from mmcore.training.schedule import learning_rate, long_term_delay
+from mmcore.training.step import StepResult, accumulate, clip, require_finite
+from mmcore.training.throughput import Meter, memory_in_use, peak_flops, synchronize
+from mmcore.training.validation import bits_per_byte, held_out_loss
+
+
+@dataclass
+class Job:
+    """What a trainer works on. `setup.py` makes one from a recipe; tests and scripts may make their own."""
+
+    recipe: Recipe
+    model: nn.Module
+    samples: Any
+    """mmcore.data Samples of the training documents."""
+    validation: Sequence = ()
+    """Micro-batches of held-out text; empty: no validation."""
+    bytes_per_token: float | None = None
+    """Of the held-out text."""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    precision: str = "fp32"
+    world: World = field(default_factory=World)
+    flops_per_token: float = 0.0
+    """Forward and backward, at the recipe's sequence length."""
+    config_json: dict[str, Any] = field(default_factory=dict)
+    """config.json of the checkpoints."""
+    files: Mapping[str, bytes | Path] = field(default_factory=dict)
+    """Further files of the checkpoints: the tokenizer's, a chat template."""
+    data_identity: str = ""
+    """Equal exactly where the tokens and their order are."""
+    training_tokens: int = 0
+    stage: str = "pretrain"
+    """pretrain or finetune"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How `Trainer.fit` ended."""
+
+    status: str
+    """done or interrupted"""
+    step: int
+    checkpoint: Path | None
+    signal: signal.Signals | None = None
+
+
+class Trainer:
+    """Trains `job.model` to the recipe's last step. `fit` may be called once.
+
+    Everything that happens is told to `listeners` (events.py).
+    """
+
+    def __init__(self, job: Job, listeners: Iterable[Listener] = ()):
+        self.job, self.listeners = job, list(listeners)
+        self.recipe, self.model = job.recipe, job.model
+        self.total_steps = job.recipe.training.total_steps
+        self.optimizer = build_optimizer(job.model, job.recipe.training)
+        self.step = 0
+        """Updates made."""
+        self.position = 0
+        """Global number of the next sample."""
+        self.tokens = 0
+        self.smoothed, self.meter = Smoothed(), Meter()
+        self.checkpoint: Path | None = None
+        """The newest one of this run."""
+        self.resumed_from: Path | None = None
+        self._validated_step = self._saved_step = 0
+        self._validation_seconds = 0.0
+        self._last_loss: float | None = None
+        self._last_validation: tuple[float, float | None] | None = None
+
+    def fit(self) -> Outcome:
+        """Train until the last step, or until SIGINT or SIGTERM: then the current step is finished and saved.
+
+        Raises NonFiniteError before an update that is not finite, and HardwareError where memory does not suffice.
+        """
+        began = time.perf_counter()
+        interrupts = Interrupts(
+            on_first=lambda number: self._emit(events.Stopping(number.name)),
+            on_second=lambda: self._emit(events.Quitting()),
+        )
+        try:
+            with interrupts, explain_memory(self.recipe):
+                self._emit(self._started())
+                self._run(interrupts)
+                finished = self.step >= self.total_steps and not self._validation_due()
+                outcome = Outcome("done" if finished else "interrupted", self.step, self.checkpoint, interrupts.received)
+                self._emit(self._ended(outcome, time.perf_counter() - began))
+        finally:
+            for listener in self.listeners:
+                close = getattr(listener, "close", None)
+                if close is not None:
+                    close()
+        return outcome
+
+    def _run(self, interrupts: Interrupts) -> None:
+        def stopping() -> bool:
+            return agreed(interrupts.received is not None, self.job.world, self.job.device)
+
+        self.model.train()
+        self._peak = peak_flops(self.job.device, self.job.precision) * self.job.world.size
+        every = self.recipe.checkpoint.every
+        if self._validation_due():  # the run was stopped after a step whose validation was still to come
+            self._validate(stopping)
+        with self._loader() as loader:
+            steps = iter(loader)
+            while self.step < self.total_steps and not stopping():
+                self._train_step(steps)
+                if self._validation_due() and not stopping():
+                    self._validate(stopping)
+                if self.step % every == 0 or self.step == self.total_steps:
+                    self.save()
+        self.save()
+
+    def _loader(self) -> Loader:
+        training, world = self.recipe.training, self.job.world
+        return Loader(
+            self.job.samples,
+            training.batch_size,
+            training.micro_batch_size,
+            rank=world.rank,
+            world_size=world.size,
+            start=self.position,
+            stop=self.total_steps * training.batch_size,
+        )
+
+    def _train_step(self, batches: Iterator[Sequence]) -> None:
+        """One update. Nothing of the trainer changes where the loss or the gradient is not finite."""
+        training, step = self.recipe.training, self.step + 1
+        rate = learning_rate(training, step)
+        delay = long_term_delay(self.recipe.model.long_term_delay_range, training.seed, step)
+        self.meter.start()
+        micro_batches = next(batches)
+        self.optimizer.zero_grad(set_to_none=True)
+        result = accumulate(self.model, micro_batches, delay, self.job.device, self.job.precision, self.job.world)
+        require_finite(result, self.model, step, self._samples_of_step(), self.checkpoint, rate)
+        clip(self.model, result.gradient_norm, training.gradient_clip)
+        set_learning_rate(self.optimizer, rate)
+        self.optimizer.step()
+        synchronize(self.job.device)
+        self.meter.stop(training.tokens_per_step)
+        self.step = step
+        self.position += training.batch_size
+        self.tokens += training.tokens_per_step
+        self._emit(self._step_done(result, rate, delay))
+
+    def _samples_of_step(self) -> range:
+        """This rank's global sample numbers in the step that is being made."""
+        share = self.recipe.training.batch_size // self.job.world.size
+        first = self.position + self.job.world.rank * share
+        return range(first, first + share)
+
+    def _step_done(self, result: StepResult, rate: float, delay: int) -> events.StepDone:
+        self._last_loss = result.loss
+        if result.trained_tokens:
+            self.smoothed.update(result.loss)
+        speed = self.meter.tokens_per_second
+        return events.StepDone(
+            step=self.step,
+            total_steps=self.total_steps,
+            loss=result.loss,
+            smoothed_loss=self.smoothed.value,
+            learning_rate=rate,
+            gradient_norm=result.gradient_norm,
+            long_term_delay=delay,
+            trained_tokens=result.trained_tokens,
+            tokens=self.tokens,
+            tokens_per_second=speed,
+            mfu=speed * self.job.flops_per_token / self._peak,
+            memory_bytes=memory_in_use(self.job.device),
+            elapsed_seconds=self.meter.seconds,
+            seconds_left=self._seconds_left(),
+        )
+
+    def _seconds_left(self) -> float:
+        steps = self.total_steps - self.step
+        every = self.recipe.training.validation_every
+        validations = (self.total_steps // every - self.step // every if every else 1) if self.job.validation else 0
+        return steps * self.meter.seconds_per_step + validations * self._validation_seconds
+
+    def _validation_due(self) -> bool:
+        every = self.recipe.training.validation_every
+        due = self.step == self.total_steps or (every > 0 and self.step > 0 and self.step % every == 0)
+        return bool(self.job.validation) and due and self._validated_step < self.step
+
+    def _validate(self, stopping: Callable[[], bool]) -> None:
+        start = time.perf_counter()
+        total = sum(batch.tokens.numel() for batch in self.job.validation)
+        found = held_out_loss(
+            self.model,
+            self.job.validation,
+            self.job.device,
+            self.job.precision,
+            stop=stopping,
+            progress=lambda done: self._emit(events.Validating(done, total)),
+        )
+        if found is None:
+            return
+        loss, tokens = found
+        self._validated_step, self._validation_seconds = self.step, time.perf_counter() - start
+        self._last_validation = (loss, bits_per_byte(loss, self.job.bytes_per_token))
+        self._emit(events.Validated(self.step, *self._last_validation, tokens, self._validation_seconds))
+
+    def save(self) -> Path | None:
+        """Write a checkpoint of the present step, unless that is done; the newest checkpoint, None before any."""
+        if self.step in (0, self._saved_step):
+            return self.checkpoint
+        tensors = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+        self._emit(events.Saving(self.step))
+        start = time.perf_counter()
+        self.checkpoint = save_checkpoint(
+            self.recipe.run_folder,
+            self.step,
+            model=tensors,
+            optimizer=optimizer_tensors(self.model, self.optimizer),
+            state=self._state(),
+            config=self.job.config_json,
+            files={**self.job.files, "recipe.yaml": recipe_text(self.recipe).encode()},
+            keep_last=self.recipe.checkpoint.keep_last,
+            protect=(self.resumed_from,) if self.resumed_from else (),
+        )
+        self._saved_step = self.step
+        self._emit(events.Saved(self.step, self.checkpoint, time.perf_counter() - start))
+        return self.checkpoint
+
+    def _state(self) -> dict[str, Any]:
+        """What trainer.json holds: all that `restore` needs beside weights and optimizer."""
+        return {
+            "stage": self.job.stage,
+            "step": self.step,
+            "sample_position": self.position,
+            "tokens": self.tokens,
+            "smoothed_loss": self.smoothed.state(),
+            "training_seconds": self.meter.seconds,
+            "optimizer_steps": optimizer_steps(self.model, self.optimizer),
+            "validated_step": self._validated_step,
+            "validation": self._last_validation,
+            "data_identity": self.job.data_identity,
+        }
+
+    def restore(self, checkpoint: Path) -> None:
+        """Go on from a whole training checkpoint of this run.
+
+        Raises CheckpointError where it does not fit the model, DataError where the data are not those it saw.
+        """
+        saved = load_state(checkpoint)
+        state = saved.state
+        if state["data_identity"] != self.job.data_identity:
+            raise DataError(
+                f"the data changed since {checkpoint} was written, so its position in them means nothing: restore the "
+                f"files, or start a new run from it with `mm finetune` and training.init_from"
+            )
+        load_weights(self.model, saved.model, checkpoint)
+        load_optimizer(self.model, self.optimizer, saved.optimizer, state["optimizer_steps"])
+        self.step, self.position, self.tokens = state["step"], state["sample_position"], state["tokens"]
+        self.smoothed.load(state["smoothed_loss"])
+        self.meter.seconds = state["training_seconds"]
+        self._validated_step = state["validated_step"]
+        self._last_validation = tuple(state["validation"]) if state["validation"] else None
+        self.checkpoint = self.resumed_from = checkpoint
+        self._saved_step = self.step
+
+    def _started(self) -> events.Started:
+        return events.Started(
+            run_folder=self.recipe.run_folder,
+            step=self.step,
+            total_steps=self.total_steps,
+            tokens_per_step=self.recipe.training.tokens_per_step,
+            parameters=sum(p.numel() for p in self.model.parameters()),
+            device=str(self.job.device),
+            precision=self.job.precision,
+            training_tokens=self.job.training_tokens,
+            resumed_from=self.resumed_from,
+        )
+
+    def _ended(self, outcome: Outcome, seconds: float) -> events.Ended:
+        validation_loss, bits = self._last_validation or (None, None)
+        return events.Ended(
+            self.step, self.total_steps, outcome.status, self.checkpoint, self._last_loss, validation_loss, bits, seconds
+        )
+
+    def _emit(self, event: Event) -> None:
+        for listener in self.listeners:
+            listener(event)
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, tensors: Mapping[str, torch.Tensor], source: Path) -> None:
+    """Copy `tensors` into the parameters of `model`, name by name. Raises CheckpointError for any misfit."""
+    parameters = dict(model.named_parameters())
+    missing = [name for name in parameters if name not in tensors]
+    extra = [name for name in tensors if name not in parameters]
+    if missing or extra:
+        what = f"lacks {missing[0]}" if missing else f"has {extra[0]}, which the model has not"
+        raise CheckpointError(f"{source} does not fit the recipe's model: it {what}; check the recipe's model section")
+    for name, parameter in parameters.items():
+        tensor = tensors[name]
+        if tensor.shape != parameter.shape:
+            raise CheckpointError(
+                f"{source} does not fit the recipe's model: {name} has shape {list(tensor.shape)} there and "
+                f"{list(parameter.shape)} here; check the recipe's model section"
+            )
+        parameter.copy_(tensor)
