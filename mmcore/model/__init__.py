@@ -5,7 +5,7 @@ Nothing here imports torch before a model is built: `mm pretrain --plan` only co
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mmcore.config import ModelConfig
 
@@ -23,3 +23,11 @@ def build_model(config: ModelConfig, kernels: str = "auto") -> LanguageModel:
 
     build = build_mosaic if config.model_type == "memory_mosaics_v2" else build_transformer
     return build(config, kernels)
+
+
+def __getattr__(name: str) -> Any:
+    if name != "LanguageModel":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from mmcore.model.language_model import LanguageModel
+
+    return LanguageModel
