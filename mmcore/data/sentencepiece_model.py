@@ -52,8 +52,9 @@ class SentencePieceModel:
         }
         self._bytes = {int(piece[3:5], 16): i for i, piece in enumerate(self.pieces) if processor.is_byte(i)}
         self.leading_space = bool(first) and first[0].startswith(SPACE)
-        # Where no piece holds a line break, merging never crosses one, and lines can be encoded one by one.
-        self._by_lines = not self.leading_space and not any("\n" in piece for piece in self.pieces)
+        # Where no piece holds a line break, merging never crosses one, and lines can be encoded one by one. The
+        # leading space of a later line then stays a piece by itself, which encode drops again.
+        self._by_lines = not any("\n" in piece for piece in self.pieces) and SPACE in self.pieces
 
     def encode(self, text: str) -> list[int]:
         if SPACE in text and not self.leading_space and len(self._bytes) == 256:
@@ -69,7 +70,8 @@ class SentencePieceModel:
             return self._processor.encode(text)
         ids = []
         for group in _line_groups(text):
-            ids += self._processor.encode(group)
+            drop = 1 if ids and self.leading_space else 0
+            ids += self._processor.encode(group)[drop:]
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -104,10 +106,11 @@ class SentencePieceModel:
 
 
 def _line_groups(text: str) -> Iterator[str]:
-    """`text` in pieces of about _LINE_GROUP characters that end after a line break."""
+    """`text` in pieces of about _LINE_GROUP characters, all but the first of which begin with a line break."""
     start = 0
     while start < len(text):
-        end = text.find("\n", start + _LINE_GROUP) + 1 or len(text)
+        end = text.find("\n", start + _LINE_GROUP)
+        end = end if end >= 0 else len(text)
         yield text[start:end]
         start = end
 

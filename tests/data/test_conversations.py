@@ -51,6 +51,7 @@ def test_template_writes_the_same_text(small_tokenizer):
     assert small_tokenizer.decode(chat.prompt(plain[:2]), special=True) == asked
 
 
+@pytest.mark.slow
 @needs_data("tokenizers/llama3/tokenizer.json")
 def test_transformers_applies_the_template_to_the_same_ids(tmp_path):
     transformers = pytest.importorskip("transformers")
