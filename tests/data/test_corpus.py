@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from mmcore.config import DataConfig, SourceConfig, TokenizerConfig
@@ -41,6 +42,8 @@ def test_held_out_documents_are_stable_and_never_trained(small_tokenizer, tmp_pa
     held, trained = documents_of(corpus.validation, small_tokenizer), documents_of(corpus.train, small_tokenizer)
     assert sorted(held + trained) == sorted(rows)
     assert not set(held) & set(trained)
+    frames = [len(small_tokenizer.encode(text)) + 2 for text in held]
+    assert np.concatenate([s.document_lengths() for s in corpus.validation.streams]).tolist() == frames
     assert 40 <= len(held) <= 150
     fewer = DataConfig(sources=(write(tmp_path / "c.jsonl", rows[:200]),), cache=str(tmp_path / "cache"),
                        validation_fraction=0.1)
@@ -68,7 +71,9 @@ def test_only_document_gives_its_end(small_tokenizer, library_text, tmp_path):
     tail = int(len(ids) * 0.02)
     (held,) = [stream for stream in corpus.validation.streams if stream.tokens]
     assert held.read(0, held.tokens).tolist() == ids[-tail:]
+    assert held.document_lengths().tolist() == [tail]
     for stream, copies in zip(corpus.train.streams, (1, 2), strict=True):
+        assert stream.document_lengths().tolist() == [len(ids) - tail] * copies
         assert stream.read(0, stream.tokens).tolist() == ids[:-tail] * copies
     assert corpus.fingerprint["held_out"] == f"the last {tail} tokens of the longest document"
 
