@@ -8,6 +8,7 @@ all offsets follow from names, shapes and dtypes, so a shard needs the memory of
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -81,7 +82,7 @@ def is_finite(tensor: Tensor) -> bool:
     if tensor.numel() == 0 or not tensor.dtype.is_floating_point:
         return True
     low, high = torch.aminmax(tensor.detach())
-    return bool(torch.isfinite(low) and torch.isfinite(high))
+    return math.isfinite(low) and math.isfinite(high)
 
 
 # -- reading ---------------------------------------------------------------------------------------------------
