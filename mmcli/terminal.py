@@ -1,0 +1,45 @@
+"""What may be printed. A model's text, the names in a checkpoint and a loaded conversation are untrusted: a
+terminal obeys control characters, and text that changes its own direction can show other words than it holds."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from typing import TextIO
+
+_UNSAFE = re.compile(
+    "["
+    "\x00-\x08\x0b-\x1f"  # C0 but newline and tab: escape, bell, backspace, carriage return ...
+    "\x7f-\x9f"  # DEL and C1, which hold the one-byte forms of the escape sequences
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # marks, embeddings, overrides and isolates of direction
+    "\ufff9-\ufffb"  # interlinear annotation
+    "\U000e0000-\U000e007f"  # invisible tag characters
+    "]"
+)
+_SURROGATES = re.compile("[\ud800-\udfff]")
+
+
+def clean(text: str) -> str:
+    """`text` without what a terminal would obey rather than show. Works piece by piece: no state is needed,
+    since without its first character no escape sequence is left, only its visible rest."""
+    return _SURROGATES.sub("\ufffd", _UNSAFE.sub("", text))
+
+
+def clean_line(text: str, limit: int = 200) -> str:
+    """The same on one line and at most `limit` characters long, for names."""
+    line = " ".join(clean(text).split())
+    return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
+def dim(text: str, stream: TextIO) -> str:
+    """`text` in a fainter colour where `stream` is a terminal and NO_COLOR is not set."""
+    plain = not stream.isatty() or "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
+    return text if plain else f"\x1b[2m{text}\x1b[0m"
+
+
+def tolerate_narrow_encodings() -> None:
+    """Let a terminal that cannot show a character show a stand-in, instead of the program failing there."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")

@@ -1,0 +1,144 @@
+"""config.json: read with distrust, written as the contract says."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmcore.checkpoint import untrusted
+from mmcore.checkpoint.tensorfile import dtype_name
+from mmcore.checkpoint.untrusted import shown
+from mmcore.config import ARCHITECTURES, ModelConfig, model_config_from_json
+from mmcore.errors import CheckpointError, ConfigError
+
+_ARCHITECTURE_NAMES = {
+    "memory_mosaics_v2": "MemoryMosaicForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "long_short_transformer": "LongShortTransformerForCausalLM",
+}
+_NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+           "rms_norm_eps", "max_position_embeddings")  # fmt: skip
+_TWO_MEMORIES = ("short_term_window", "long_term_delay", "long_term_delay_range")
+_UNSUPPORTED = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "quantization_config": None,
+                "partial_rotary_factor": 1.0}  # fmt: skip
+"""Settings of other Llamas -> the only value this model has."""
+_ROPE_NUMBERS = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+"""rope_type -> the numbers that it needs."""
+
+
+def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """config.json of a folder, as settings and as it is. Raises CheckpointError; auto_map is never followed."""
+    path = folder / "config.json"
+    values = untrusted.read_json(path)
+    return config_from(values, str(path)), values
+
+
+def config_from(values: dict[str, Any], origin: str) -> ModelConfig:
+    """The settings in a config.json. Raises CheckpointError, naming all that this model cannot be."""
+    kind = values.get("model_type")
+    if kind not in ARCHITECTURES:
+        raise CheckpointError(
+            f"{origin}: model_type is {shown(repr(kind))}, and only {', '.join(ARCHITECTURES)} can be read"
+        )
+    needed = _NEEDED if kind == "llama" else _NEEDED + _TWO_MEMORIES
+    problems = [f"{key} is missing" for key in needed if values.get(key) is None]
+    for key, only in _UNSUPPORTED.items():
+        if values.get(key, only) not in (only, None):
+            problems.append(f"{key} is {shown(repr(values[key]))} and this model only knows {only!r}")
+    try:
+        scaling = _rope_scaling(values) if kind == "llama" else None
+        known = {key: value for key, value in values.items() if key not in ("rope_scaling", "rope_parameters")}
+        theta = (values.get("rope_parameters") or {}).get("rope_theta") if kind == "llama" else None
+        if theta is not None:
+            known["rope_theta"] = theta
+        config = model_config_from_json(_without_nulls(known | ({"rope_scaling": scaling} if scaling else {})))
+        problems += _unreasonable(config)
+    except (ConfigError, ValueError, OverflowError, TypeError, AttributeError) as error:
+        # the last four: numbers beyond float and lists where a number or a section belongs
+        problems.append(shown(str(error), 1000))
+    if problems:
+        raise CheckpointError(f"{origin} cannot be used: {'; '.join(problems)}")
+    return config
+
+
+def _without_nulls(values: dict[str, Any]) -> dict[str, Any]:
+    """Hugging Face writes null for "the default"."""
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _rope_scaling(values: dict[str, Any]) -> dict[str, Any] | None:
+    """The scaling of rotary positions in the form `{"rope_type": ..., ...}`, whichever way it was written."""
+    given = values.get("rope_parameters") or values.get("rope_scaling")
+    if given is None:
+        return None
+    if not isinstance(given, dict):
+        raise ValueError("rope_scaling must be a section")
+    kind = given.get("rope_type", given.get("type", "default"))
+    if kind == "default":
+        return None
+    if not isinstance(kind, str) or kind not in _ROPE_NUMBERS:
+        raise ValueError(f"rope_scaling has rope_type {shown(repr(kind))}, and only linear and llama3 are known")
+    numbers = {key: given.get(key) for key in _ROPE_NUMBERS[kind]}
+    for key, number in numbers.items():
+        if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 < number < 1e12:
+            raise ValueError(f"rope_scaling.{key} is {shown(repr(number))} and must be a positive number")
+    if kind == "llama3" and numbers["low_freq_factor"] >= numbers["high_freq_factor"]:
+        raise ValueError("rope_scaling.low_freq_factor must be below high_freq_factor")
+    return {"rope_type": kind, **numbers}
+
+
+def _unreasonable(config: ModelConfig) -> list[str]:
+    """Values that pass a recipe's checks, where a person sees the file, but not those of a stranger's file."""
+    problems = []
+    numbers = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+               "kv_heads", "head_size", "max_position_embeddings", "short_term_window", "long_term_delay")  # fmt: skip
+    for name in numbers:
+        if not 1 <= getattr(config, name) < 1 << 31:
+            problems.append(f"{name} is {shown(str(getattr(config, name)))} and must be at least 1 and below 2**31")
+    for name in ("rms_norm_eps", "rope_theta"):
+        if not (math.isfinite(getattr(config, name)) and getattr(config, name) > 0):
+            problems.append(f"{name} is {getattr(config, name)} and must be positive and finite")
+    if config.model_type != "memory_mosaics_v2" and config.head_size % 2:
+        problems.append(f"a head of size {config.head_size} cannot be rotated: it must be even")
+    if config.model_type != "llama" and config.head_size * config.num_attention_heads != config.hidden_size:
+        problems.append("head_dim is only known to llama: remove it")
+    return problems
+
+
+def config_json(config: ModelConfig, dtype: torch.dtype, bos_token_id: int | None = None,
+                eos_token_id: int | list[int] | None = None) -> dict[str, Any]:  # fmt: skip
+    """config.json of an exported checkpoint whose weights all are of `dtype`."""
+    values: dict[str, Any] = {
+        "model_type": config.model_type,
+        "architectures": [_ARCHITECTURE_NAMES[config.model_type]],
+        **{key: getattr(config, key) for key in _NEEDED[:5]},
+    }
+    if config.model_type == "llama":
+        given = {"num_key_value_heads": config.num_key_value_heads, "head_dim": config.head_dim}
+        values |= {key: value for key, value in given.items() if value is not None}
+        values |= {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+    else:
+        values |= {key: getattr(config, key) for key in _TWO_MEMORIES}
+        values["long_term_delay_range"] = list(config.long_term_delay_range)
+    if config.model_type != "memory_mosaics_v2":
+        # transformers 4 reads these two; transformers 5 turns them into its rope_parameters
+        values |= {"rope_theta": config.rope_theta, "rope_scaling": config.rope_scaling}
+    return values | {
+        "rms_norm_eps": config.rms_norm_eps,
+        "max_position_embeddings": config.max_position_embeddings,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "bos_token_id": bos_token_id,
+        "eos_token_id": eos_token_id,
+        "dtype": dtype_name(dtype),
+    }
+
+
+def generation_config_json(values: dict[str, Any]) -> dict[str, Any]:
+    """generation_config.json that belongs to a config.json: where a text begins and ends."""
+    return {"bos_token_id": values.get("bos_token_id"), "eos_token_id": values.get("eos_token_id")}

@@ -1,0 +1,106 @@
+"""What the user typed -> the checkpoint that is meant."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from mmcore.checkpoint import disk, manifest
+from mmcore.errors import CheckpointError
+
+_STEP = re.compile(r"step-(\d{6,12})")
+_log = logging.getLogger(__name__)
+
+Report = Callable[[str], None]
+"""Takes one sentence on a checkpoint that was passed over, and why."""
+
+
+def steps_in(checkpoints: Path) -> list[tuple[int, Path]]:
+    """Folders that are, or stepped aside as, checkpoints, newest first; the one in its place before the others."""
+    found = []
+    for path in checkpoints.iterdir() if checkpoints.is_dir() else ():
+        name, kind = disk.final_name(path)
+        match = _STEP.fullmatch(name)
+        if match and kind != "tmp" and path.is_dir() and not path.is_symlink():
+            found.append((int(match[1]), kind is None, path))
+    return [(step, path) for step, _, path in sorted(found, reverse=True)]
+
+
+def iterate_whole(run_folder: str | Path, on_skip: Report | None = None, *, verify: bool = True) -> Iterator[Path]:
+    """A run's whole checkpoints, newest first, each verified when its turn comes.
+
+    on_skip hears of each that is not whole; without it a warning is logged. verify=False checks only that all
+    files are there with their sizes.
+    """
+    report = on_skip or _log.warning
+    done = set()
+    for step, path in steps_in(Path(run_folder) / "checkpoints"):
+        if step in done:
+            continue
+        try:
+            manifest.check(path, hashes=verify)
+        except CheckpointError as error:
+            report(f"passed over {error}")
+            continue
+        done.add(step)
+        yield path
+
+
+def whole_checkpoints(run_folder: str | Path, on_skip: Report | None = None) -> list[Path]:
+    """All whole checkpoints of a run, newest first; every byte is read. resolve_checkpoint stops at the newest."""
+    return list(iterate_whole(run_folder, on_skip))
+
+
+def resolve_checkpoint(path: str | Path, on_skip: Report | None = None, *, verify: bool = True) -> Path:
+    """The checkpoint that `path` means: its folder, or a llama2.c file.
+
+    path: a run folder (its newest whole checkpoint, on_skip hearing of those passed over), a training
+    checkpoint (verified), an exported or Hugging Face folder, or a llama2.c .bin. Raises CheckpointError.
+    """
+    path = Path(path)
+    try:
+        return _resolve(path, on_skip, verify)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _resolve(path: Path, on_skip: Report | None, verify: bool) -> Path:
+    if path.is_file():
+        if path.suffix != ".bin":
+            raise CheckpointError(f"{path} is a file: give the folder it lies in (only llama2.c's .bin is a file)")
+        return path
+    if not path.is_dir():
+        raise CheckpointError(f"there is no checkpoint at {path}: check the path")
+    if (path / "checkpoints").is_dir():
+        return _newest(path, on_skip, verify)
+    if path.name == "checkpoints" and steps_in(path):
+        return _newest(path.parent, on_skip, verify)
+    if os.path.lexists(path / manifest.NAME) or os.path.lexists(path / "trainer.json"):
+        try:
+            manifest.check(path, hashes=verify)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; give the run's folder to use its newest whole checkpoint") from error
+        return path
+    if os.path.lexists(path / "config.json"):
+        return path
+    raise CheckpointError(
+        f"{path} holds no checkpoint: it has neither config.json nor a folder checkpoints; give a run folder, a "
+        f"training checkpoint, or an exported folder"
+    )
+
+
+def _newest(run_folder: Path, on_skip: Report | None, verify: bool) -> Path:
+    skipped: list[str] = []
+
+    def note(sentence: str) -> None:
+        skipped.append(sentence)
+        (on_skip or _log.warning)(sentence)
+
+    newest = next(iterate_whole(run_folder, note, verify=verify), None)
+    if newest is None:
+        why = f": {'; '.join(skipped)}" if skipped else ": let the run reach its first one"
+        raise CheckpointError(f"the run {run_folder} has no whole checkpoint{why}")
+    return newest

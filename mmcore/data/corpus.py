@@ -1,0 +1,209 @@
+"""From a recipe's data section to token stores: shards made or found, held-out documents set apart."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmcore.config import DataConfig, SourceConfig, TokenizerConfig
+from mmcore.data.conversations import CHAT_TEMPLATE
+from mmcore.data.documents import HashBook, Source, open_source, source_hash
+from mmcore.data.files import disk_faults, write_atomically
+from mmcore.data.sentencepiece_model import train_sentencepiece
+from mmcore.data.shards import DOCUMENT, ShardSet, document_record, open_shards, shard_identity, tokenize
+from mmcore.data.splitting import HeldOut, Split, choose_held_out, split_documents
+from mmcore.data.store import Stream, TokenStore
+from mmcore.data.tokenizer import Tokenizer, load_tokenizer
+from mmcore.errors import DataError
+
+Progress = Callable[[int, int, float], None]
+"""Hears (bytes done, bytes in all, bytes per second) of tokenizing; bytes of files as they lie on disk."""
+
+_READ_TWICE_BELOW = 1 << 28  # bytes; larger data holds so many documents that the threshold alone decides
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Tokenized data: `validation` is None where nothing is held out. `fingerprint` is plain JSON for the record;
+    its "identity" is equal exactly where the tokens and their split are."""
+
+    train: TokenStore
+    validation: TokenStore | None
+    fingerprint: dict[str, Any]
+
+
+def cache_folder(data: DataConfig) -> Path:
+    """Where tokenized shards lie: data.cache, else $MM_CACHE/data, else ~/.cache/mm/data."""
+    if data.cache:
+        return Path(data.cache).expanduser()
+    return Path(os.environ.get("MM_CACHE") or "~/.cache/mm").expanduser() / "data"
+
+
+def prepare(data: DataConfig, tokenizer: Tokenizer, *, progress: Progress | None = None,
+            verify: bool = False) -> Corpus:
+    """Tokenize what is not tokenized yet and split it. `verify` hashes the shards found, besides their sizes.
+
+    Raises DataError for every fault of the sources, the tokenizer or the disk, naming the file and the remedy.
+    """
+    if not data.sources:
+        raise DataError("the recipe names no data: add data.sources, such as [{path: python-library}]")
+    tokenizer.frame()
+    cache = cache_folder(data)
+    configs = [*data.sources, *data.validation]
+    sources = [open_source(config, data.kind) for config in configs]
+    hashes = _hashes(sources, cache)
+    sets = _all_shards(sources, hashes, tokenizer, cache, data.workers or os.cpu_count() or 1, progress, verify)
+    names = [config.path for config in configs]
+    split = split_documents(sets[:len(data.sources)], sets[len(data.sources):], names, data)
+    begin, end = tokenizer.frame()
+    given = [config.weight for config in data.sources if config.weight is not None]
+    weights = tuple(given) if given else None
+    fingerprint = _fingerprint(split, sources, tokenizer, data)
+    train = TokenStore(tuple(split.train), weights, begin, end, data.kind, fingerprint)
+    if train.tokens == 0:
+        raise DataError("no text is left to train on once validation is held out: give more text or lower "
+                        "data.validation_fraction")
+    validation = None
+    if any(stream.tokens for stream in split.validation):
+        validation = TokenStore(tuple(split.validation), None, begin, end, data.kind, fingerprint)
+    return Corpus(train, validation, fingerprint)
+
+
+def _hashes(sources: Sequence[Source], cache: Path) -> list[str]:
+    with disk_faults(cache):
+        cache.mkdir(parents=True, exist_ok=True)
+    book = HashBook(cache / "hashes.json")
+    hashes = [source_hash(source, book) for source in sources]
+    book.write(time.time_ns())
+    return hashes
+
+
+def _all_shards(sources: Sequence[Source], hashes: Sequence[str], tokenizer: Tokenizer, cache: Path, workers: int,
+                progress: Progress | None, verify: bool) -> list[ShardSet]:
+    """The shards of every source; `progress` counts only those that have to be made."""
+    sets: list[ShardSet | None] = []
+    for source, digest in zip(sources, hashes, strict=True):
+        identity = shard_identity(source, digest, tokenizer)
+        sets.append(open_shards(cache / identity[:32], identity, verify=verify))
+    total = sum(source.total_bytes for source, found in zip(sources, sets, strict=True) if found is None)
+    before, started = 0, time.monotonic()
+
+    def heard(position: int) -> None:
+        if progress is not None:
+            done = before + position
+            progress(min(done, total), total, done / max(1e-9, time.monotonic() - started))
+
+    for number, source in enumerate(sources):
+        if sets[number] is None:
+            sets[number] = tokenize(source, hashes[number], tokenizer, cache, workers=workers, on_position=heard)
+            before += source.total_bytes
+    return [found for found in sets if found is not None]
+
+
+def _fingerprint(split: Split, sources: Sequence[Source], tokenizer: Tokenizer, data: DataConfig) -> dict[str, Any]:
+    def side(streams: Sequence[Stream], weights: Sequence[float | None]) -> list[dict[str, Any]]:
+        return [
+            {"source": stream.name, "sha256": stream.shards.source_sha256, "shards": stream.shards.identity,
+             "weight": weight, "tokens": stream.tokens, "documents": stream.documents, "bytes": stream.bytes}
+            for stream, weight in zip(streams, weights, strict=True)
+        ]
+
+    record = {
+        "tokenizer": tokenizer.fingerprint,
+        "kind": data.kind,
+        "held_out": split.how,
+        "excluded_from_training": split.excluded,
+        "train": side(split.train, [config.weight for config in data.sources]),
+        "validation": side(split.validation, [None] * len(split.validation)),
+    }
+    essence = json.dumps([
+        record["tokenizer"], record["kind"], record["held_out"],
+        *[[row[key] for key in ("shards", "weight", "tokens")] for part in ("train", "validation")
+          for row in record[part]],
+    ])
+    record["files"] = {
+        source.config.path: {"files": len(source.files), "bytes": source.total_bytes, "skipped": dict(source.skipped)}
+        for source in sources
+    }
+    record["identity"] = hashlib.sha256(essence.encode()).hexdigest()
+    return record
+
+
+# --- the tokenizer of a recipe ---
+
+
+def obtain_tokenizer(config: TokenizerConfig, data: DataConfig, vocab_size: int) -> Tokenizer:
+    """The recipe's tokenizer: the one at tokenizer.path, or one trained on its training documents.
+
+    A trained one is kept beside the shards and found again. `vocab_size` (model.vocab_size) is the default size.
+    Raises DataError.
+    """
+    if config.path is not None:
+        return load_tokenizer(config.path)
+    if not data.sources:
+        raise DataError("there is no text to train a tokenizer on: add data.sources or give tokenizer.path")
+    cache = cache_folder(data)
+    sources = [open_source(source, data.kind) for source in data.sources]
+    size = config.train_vocab_size or vocab_size
+    facts = [_hashes(sources, cache), [_facts(source) for source in data.sources], data.kind, size,
+             config.train_megabytes, data.validation_fraction if not data.validation else 0, 1]
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+    folder = cache.parent / "tokenizers" / key if not data.cache else cache / "tokenizers" / key
+    if (folder / "tokenizer.model").is_file() and (folder / "tokenizer_config.json").is_file():
+        return load_tokenizer(folder)
+    tokenizer = train_sentencepiece(_training_texts(sources, config, data), size, threads=os.cpu_count() or 1)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    for name, content in tokenizer.files().items():
+        write_atomically(folder / name, content)
+    return load_tokenizer(folder)
+
+
+def _facts(source: SourceConfig) -> list[Any]:
+    return [source.weight, source.text_key, source.separator]
+
+
+def _training_texts(sources: Sequence[Source], config: TokenizerConfig, data: DataConfig) -> Iterator[str]:
+    """Text of the sources in the shares they are trained in, within train_megabytes; no held-out document.
+
+    Files are taken in an order drawn by their names' hashes, so that a part of a large source is no one-sided part.
+    """
+    budget = config.train_megabytes * 1e6
+    shares = [source.config.weight or max(1, source.total_bytes) for source in sources]
+    held_out = _held_out_of(sources, data)
+    for source, share in zip(sources, shares, strict=True):
+        left = budget * share / sum(shares)
+        files = sorted(source.files, key=lambda file: hashlib.sha256(file.name.encode()).digest())
+        shuffled = Source(source.config, source.kind, files, dataset=source.dataset)
+        for document in shuffled.documents():
+            text = document.text
+            if held_out is not None and held_out(_table([text])["hash"])[0]:
+                continue
+            if source.kind == "conversations":
+                text = "\n\n".join(message["content"] for message in json.loads(text))
+            yield text[:int(left) + 1]
+            left -= len(text.encode())
+            if left <= 0:
+                break
+
+
+def _held_out_of(sources: Sequence[Source], data: DataConfig) -> HeldOut | None:
+    """The documents that `prepare` will hold out, before anything is tokenized."""
+    if data.validation or data.validation_fraction == 0:
+        return None
+    if sum(source.total_bytes for source in sources) > _READ_TWICE_BELOW:
+        return HeldOut.below(data.validation_fraction)
+    tables = [_table([document.text for document in source.documents() if document.text.strip()])
+              for source in sources]
+    return choose_held_out(tables, data.validation_fraction, data.kind)
+
+
+def _table(texts: Sequence[str]) -> np.ndarray:
+    return np.array([document_record(text.encode()) for text in texts], DOCUMENT)

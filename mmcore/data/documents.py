@@ -1,0 +1,360 @@
+"""Documents of a data source, in a fixed order, each as text.
+
+A source is a file, a folder (searched to the bottom, in sorted order), `python-library`, or `hf:NAME[:SPLIT]`.
+A document is a .txt file or a part of one between separators, a row of a .jsonl or .parquet file, or a help topic
+of Python. Whatever cannot be used is an error that names the file and the place in it.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import importlib
+import io
+import json
+import os
+import sysconfig
+import tokenize
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from mmcore.config import SourceConfig
+from mmcore.data.conversations import check_messages
+from mmcore.errors import DataError
+
+PYTHON_LIBRARY = "python-library"
+HUGGING_FACE = "hf:"
+TEXT_ENDINGS = (".txt", ".md", ".py", ".rst")
+ROW_ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+# Parts of Python's library that are tests, generated, or no library of its own.
+_LIBRARY_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo",
+                     "ensurepip", "__pycache__", "__phello__"}
+_BLOCK = 8 << 20  # bytes read at once from text files
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document and how far into the source's bytes on disk the reader stood once it was read."""
+
+    text: str
+    position: int
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file of a source: `name` is relative to the source, `size` in bytes."""
+
+    name: str
+    path: Path
+    size: int
+
+
+@dataclass
+class Source:
+    """A SourceConfig looked up on disk. `skipped` counts the endings of files that a folder holds beside text."""
+
+    config: SourceConfig
+    kind: str = "text"
+    files: list[SourceFile] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
+    dataset: Any = None
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes on disk (compressed ones as they are); for hf: the size the library states, or 0."""
+        if self.dataset is not None:
+            return int(getattr(self.dataset, "dataset_size", None) or 0)
+        return sum(file.size for file in self.files)
+
+    def documents(self) -> Iterator[Document]:
+        """The documents in order; conversations come as JSON text of their messages. Raises DataError."""
+        if self.dataset is not None:
+            for number, row in enumerate(self.dataset, 1):
+                yield Document(self._row_text(row, f"row {number} of {self.config.path}"), 0)
+            return
+        before = 0
+        for file in self.files:
+            for document in self._file_documents(file):
+                yield Document(document.text, before + document.position)
+            before += file.size
+
+    def _file_documents(self, file: SourceFile) -> Iterator[Document]:
+        try:
+            if file.name.endswith(ROW_ENDINGS):
+                yield from self._rows(file)
+            elif self.config.path == PYTHON_LIBRARY:
+                for text in _python_documents(file):
+                    yield Document(text, file.size)
+            else:
+                yield from _text_documents(file.path, self.config.separator)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise DataError(f"{file.path} cannot be read ({reason}): check the file and its permissions") from None
+
+    def _rows(self, file: SourceFile) -> Iterator[Document]:
+        if file.name.endswith(".parquet"):
+            for number, row, position in _parquet_rows(file, self._key):
+                yield Document(self._row_text(row, f"{file.path}, row {number}"), position)
+        else:
+            for number, row, position in _json_rows(file.path):
+                yield Document(self._row_text(row, f"{file.path}, line {number}"), position)
+
+    @property
+    def _key(self) -> str:
+        return "messages" if self.kind == "conversations" else self.config.text_key
+
+    def _row_text(self, row: dict[str, Any], where: str) -> str:
+        if self._key not in row:
+            keys = ", ".join(map(repr, row)) or "nothing"
+            remedy = "give rows with messages" if self.kind == "conversations" else "set text_key to one of these"
+            raise DataError(f"{where} has no field {self._key!r}; it has {keys}: {remedy}")
+        value = row[self._key]
+        if self.kind == "conversations":
+            value = json.dumps(check_messages(value, where), ensure_ascii=False)
+        elif not isinstance(value, str):
+            raise DataError(f"{where}: {self._key!r} holds {type(value).__name__}, not text: correct the row")
+        if not value.isascii():
+            try:
+                value.encode("utf-8")
+            except UnicodeEncodeError:
+                raise DataError(f"{where} holds half of a surrogate pair, which is no text: correct the row") from None
+        return value
+
+
+def open_source(config: SourceConfig, kind: str = "text") -> Source:
+    """Find what a SourceConfig names. Raises DataError where it is missing, empty or of an unknown sort."""
+    source = Source(config, kind)
+    if config.path.startswith(HUGGING_FACE):
+        source.dataset = _load_dataset(config.path)
+        return source
+    if config.path == PYTHON_LIBRARY:
+        root = Path(sysconfig.get_path("stdlib"))
+        _walk(source, root, (".py",), _LIBRARY_LEFT_OUT)
+        if not source.files:
+            raise DataError(f"this Python has no library sources in {root}: install them or give another data source")
+    else:
+        root = Path(config.path).expanduser()
+        if not root.exists():
+            raise DataError(f"there is no file or folder {root}: check data.sources")
+        if root.is_dir():
+            endings = ROW_ENDINGS if kind == "conversations" else TEXT_ENDINGS + ROW_ENDINGS
+            _walk(source, root, endings, set())
+        else:
+            _single(source, root)
+        if not source.files:
+            raise DataError(f"{root} holds no text: it needs {' '.join(TEXT_ENDINGS + ROW_ENDINGS)} files")
+    if kind == "conversations" and not all(file.name.endswith(ROW_ENDINGS) for file in source.files):
+        raise DataError(f"{root} holds no conversations: give {' '.join(ROW_ENDINGS)} files with messages")
+    if source.total_bytes == 0:
+        raise DataError(f"{root} is empty: give a source that holds text")
+    return source
+
+
+def _single(source: Source, path: Path) -> None:
+    if not path.name.endswith(TEXT_ENDINGS + ROW_ENDINGS):
+        known = " ".join(TEXT_ENDINGS + ROW_ENDINGS)
+        raise DataError(f"{path} is of an unknown sort: rename or convert it to one of {known}")
+    source.files.append(SourceFile(path.name, path, path.stat().st_size))
+
+
+def _walk(source: Source, root: Path, endings: tuple[str, ...], left_out: set[str]) -> None:
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename} cannot be read ({error.strerror}): check its permissions") from None
+
+    for folder, folders, names in os.walk(root, onerror=refuse):
+        folders[:] = sorted(f for f in folders if f not in left_out and not f.startswith((".", "config-")))
+        for name in sorted(names):
+            path = Path(folder) / name
+            if name.startswith(".") or not name.endswith(endings) or not path.is_file():
+                source.skipped[path.suffix or name] += 1
+                continue
+            source.files.append(SourceFile(path.relative_to(root).as_posix(), path, path.stat().st_size))
+    source.files.sort(key=lambda file: file.name)
+
+
+# --- text files ---
+
+
+def _text_documents(path: Path, separator: str | None) -> Iterator[Document]:
+    """Documents of a text file: what stands between separators, less the line breaks around it; else all of it."""
+    mark = separator.encode() if separator else b""
+    with open(path, "rb") as file:
+        if not mark:
+            yield from _text_part(path, file.read(), 0, parted=False)
+            return
+        rest, start, parted = bytearray(), 0, False
+        while block := file.read(_BLOCK):
+            seen = max(0, len(rest) - len(mark) + 1)  # a separator may lie across two blocks
+            rest += block
+            if rest.find(mark, seen) < 0:
+                continue
+            parted = True
+            *parts, rest = rest.split(mark)
+            for part in parts:
+                yield from _text_part(path, part, start, parted)
+                start += len(part) + len(mark)
+        yield from _text_part(path, rest, start, parted)
+
+
+def _text_part(path: Path, part: bytes | bytearray, start: int, parted: bool) -> Iterator[Document]:
+    if b"\0" in part:
+        raise DataError(f"{path} is binary (a zero byte at byte {start + part.index(0)}): give UTF-8 text")
+    try:
+        text = part.decode("utf-8-sig" if start == 0 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 at byte {start + error.start}: convert it (iconv -t UTF-8)") from None
+    yield Document(text.strip("\r\n") if parted else text, start + len(part))
+
+
+def _python_documents(file: SourceFile) -> Iterator[str]:
+    """A module's source, in the encoding it declares; for Python's help, the topics."""
+    if file.name == "pydoc_data/topics.py":
+        topics = importlib.import_module("pydoc_data.topics").topics
+        yield from (topics[name] for name in sorted(topics))
+        return
+    try:
+        with tokenize.open(file.path) as stream:
+            yield stream.read()
+    except (SyntaxError, UnicodeDecodeError) as error:
+        raise DataError(f"{file.path} of Python's library cannot be read ({error}): repair the installation") from None
+
+
+# --- rows ---
+
+
+def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any], int]]:
+    """Line number (from 1), row, position in the file on disk. Blank lines are passed over."""
+    with open(path, "rb") as raw, _uncompressed(path, raw) as stream:
+        number = 0
+        try:
+            for number, line in enumerate(stream, 1):
+                if not line.strip():
+                    continue
+                yield number, _json_row(path, number, line), raw.tell()
+        except (EOFError, gzip.BadGzipFile, _zstd_error()) as error:
+            raise DataError(f"{path} is damaged after line {number} ({error}): fetch it again") from None
+
+
+def _json_row(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    if b"\0" in line:
+        raise DataError(f"{path}, line {number} holds zero bytes: the file is binary or damaged; give JSON lines")
+    try:
+        row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}, line {number} is not UTF-8 at byte {error.start} of the line: convert it") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}, line {number} is not JSON ({error}): correct or remove the line") from None
+    if not isinstance(row, dict):
+        raise DataError(f"{path}, line {number} is no JSON object: write rows such as {{\"text\": \"...\"}}")
+    return row
+
+
+def _uncompressed(path: Path, raw: IO[bytes]) -> IO[bytes]:
+    if path.name.endswith(".gz"):
+        return io.BufferedReader(gzip.GzipFile(fileobj=raw))  # type: ignore[arg-type]
+    if path.name.endswith(".zst"):
+        zstandard = _library("zstandard", "zstd", str(path))
+        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
+    return raw
+
+
+def _zstd_error() -> type[Exception]:
+    try:
+        import zstandard
+    except ImportError:
+        return EOFError
+    return zstandard.ZstdError
+
+
+def _parquet_rows(file: SourceFile, key: str) -> Iterator[tuple[int, dict[str, Any], int]]:
+    """Row number (from 1), the one column of the row, position in the file by share of rows read."""
+    _library("pyarrow", "parquet", str(file.path))
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(file.path)
+        names = table.schema_arrow.names
+        if key not in names:
+            raise DataError(f"{file.path} has no column {key!r}; it has {', '.join(map(repr, names))}: set text_key")
+        rows, number = max(1, table.metadata.num_rows), 0
+        for batch in table.iter_batches(batch_size=1024, columns=[key]):
+            for value in batch.column(0).to_pylist():
+                number += 1
+                yield number, {key: value}, file.size * number // rows
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{file.path} is no whole parquet file ({' '.join(str(error).split())}): fetch it again") from None
+
+
+def _library(name: str, extra: str, what: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise DataError(f"{what} needs the library {name}: pip install 'mm[{extra}]'") from None
+
+
+def _load_dataset(path: str) -> Any:
+    datasets = _library("datasets", "datasets", path)
+    name, _, split = path.removeprefix(HUGGING_FACE).partition(":")
+    try:
+        return datasets.load_dataset(name, split=split or "train")
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise DataError(f"{path} cannot be loaded ({' '.join(str(error).split())}): check its name and split") from None
+
+
+# --- what a source holds, as a hash ---
+
+
+class HashBook:
+    """SHA-256 of files, remembered by path, size and time of change in a JSON file."""
+
+    def __init__(self, file: Path):
+        self._file = file
+        self._known: dict[str, list[Any]] = {}
+        self._fresh = False
+        try:
+            known = json.loads(file.read_text("utf-8"))
+        except (OSError, ValueError):  # a missing or damaged book only costs hashing again
+            known = {}
+        if isinstance(known, dict):
+            self._known = known
+
+    def sha256(self, path: Path) -> str:
+        """The file's hash. Raises DataError where it cannot be read."""
+        try:
+            stat = path.stat()
+            key = str(path.resolve())
+            state = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+            entry = self._known.get(key)
+            if isinstance(entry, list) and entry[:3] == state:
+                return entry[3]
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise DataError(f"{path} cannot be read ({error.strerror}): check its permissions") from None
+        self._known[key] = [*state, digest]
+        self._fresh = True
+        return digest
+
+    def write(self, now_ns: int) -> None:
+        """Remember the hashes, but for files changed in the last 2 s: a further change might not move their time."""
+        if not self._fresh:
+            return
+        from mmcore.data.files import write_atomically
+
+        settled = {key: entry for key, entry in self._known.items() if now_ns - entry[1] > 2_000_000_000}
+        write_atomically(self._file, json.dumps(settled).encode())
+        self._fresh = False
+
+
+def source_hash(source: Source, book: HashBook) -> str:
+    """SHA-256 over the names and contents of a source's files; for hf: the library's own fingerprint."""
+    digest = hashlib.sha256()
+    if source.dataset is not None:
+        digest.update(f"hf:{source.dataset._fingerprint}".encode())
+    for file in source.files:
+        digest.update(f"{file.name}\0{book.sha256(file.path)}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,336 @@
+"""Generation on token ids: prompts in chunks, then one token at a time from a state that is never re-read.
+
+Shape suffixes: B rows of a batch, T tokens, V vocabulary. The model is anything with `config.vocab_size`,
+`classifier_weight`, `new_state` and `advance` (`mmcore.model.build_model`, `mmcore.load_model`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mmcore.errors import CheckpointError, ConfigError
+from mmcore.generation import history as files
+from mmcore.generation.sampling import Sampling, choose, uniform
+
+if TYPE_CHECKING:
+    from mmcore.model.language_model import LanguageModel
+
+PREFILL_CHUNK = 512
+"""Tokens of a prompt read in one pass: long enough for matrix products at full speed, short enough to stop
+within a moment and to bound the memory a long prompt takes."""
+
+GREEDY = Sampling()
+
+Progress = Callable[[int, int], None]
+"""Called with (tokens read, tokens to read) after each chunk of a prompt."""
+
+
+@dataclass
+class Stats:
+    """What a session has done, in tokens and seconds inside the model and the choice of tokens."""
+
+    prefill_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_tokens: int = 0
+    """Tokens that cost a pass of the model each: all that were drawn, but for the first of each answer."""
+    decode_seconds: float = 0.0
+
+    @property
+    def prefill_rate(self) -> float:
+        """Tokens of prompt a second; 0 before the first."""
+        return self.prefill_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    @property
+    def decode_rate(self) -> float:
+        """Tokens of answers a second; 0 before the first."""
+        return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+    def as_dict(self) -> dict[str, float]:
+        """The fields and both rates, for JSON."""
+        rates = {"prefill_tokens_per_second": self.prefill_rate, "decode_tokens_per_second": self.decode_rate}
+        return asdict(self) | rates
+
+
+class Session:
+    """A model and the memories of one text: feed it tokens, stream tokens from it, in any order.
+
+    `history` holds the ids of the text, those that were fed and those that were drawn. A drawn token is read
+    into the memories only when something comes after it, so no pass of the model is ever thrown away.
+    """
+
+    def __init__(
+        self, model: LanguageModel, *, state: Any = None, vocab_size: int | None = None, chunk: int = PREFILL_CHUNK
+    ) -> None:
+        """`state`: go on from this one, of batch size 1, which the session changes; none: an empty one.
+        `vocab_size`: ids from here on are never drawn (rows of the classifier that no token stands for)."""
+        if chunk < 1:
+            raise ConfigError(f"the prefill chunk is {chunk}: it must be at least 1 token")
+        self.model = model
+        self.chunk = chunk
+        self.vocab_size = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
+        self.reset()
+        if state is not None:
+            self._state = state
+
+    def reset(self) -> None:
+        """Forget everything: an empty text, empty memories, no statistics."""
+        self.history: list[int] = []
+        self.stats = Stats()
+        self._unread: list[int] = []
+        self._logits: Tensor | None = None
+        self._broken = False
+        self._state = self.model.new_state(1)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the text so far, whatever was in the given state included."""
+        return self._state.length + len(self._unread)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes that the memories take."""
+        return self._state.bytes
+
+    def append(self, ids: Iterable[int]) -> None:
+        """Put ids behind the text without reading them yet. Raises ConfigError for ids the model does not have."""
+        ids = checked_ids(ids, self.model.config.vocab_size)
+        self.history += ids
+        self._unread += ids
+
+    def feed(self, ids: Iterable[int], progress: Progress | None = None) -> None:
+        """Put ids behind the text and read them into the memories, a chunk at a time.
+
+        `progress` may raise to stop: what is not read yet then stays behind the text, and is read by whatever
+        comes next.
+        """
+        self.append(ids)
+        self._catch_up(progress)
+
+    def stream(
+        self,
+        max_new_tokens: int,
+        sampling: Sampling = GREEDY,
+        stop_ids: Iterable[int] = (),
+        progress: Progress | None = None,
+    ) -> Iterator[int]:
+        """Draw up to `max_new_tokens` ids that go on with the text.
+
+        An id of `stop_ids` ends the stream: it is given out as the last one, but is not put behind the text
+        (`append` it where it belongs there). The stream may be left at any id; the session goes on from there.
+        Raises ConfigError for settings out of range or an empty text.
+        """
+        check_length(max_new_tokens)
+        if not self._unread and self._logits is None:
+            raise ConfigError("the prompt is empty: give at least one token, such as the tokenizer's bos_id")
+        return self._stream(max_new_tokens, sampling, frozenset(stop_ids), progress)
+
+    def save(self, path: str | Path, extra: dict[str, Any] | None = None) -> None:
+        """Write text and memories to one file, whole or not at all, with `extra` (JSON values) beside them.
+
+        Raises CheckpointError where the file cannot be written, or exists and is no saved session.
+        """
+        self._require_whole()
+        facts = {"model": files.identity(self.model), "stats": asdict(self.stats), "extra": extra or {}}
+        tensors = {f"state.{name}": tensor for name, tensor in self._state.tensors().items()}
+        tensors["history"] = torch.tensor(self.history, dtype=torch.int64)
+        tensors["unread"] = torch.tensor(self._unread, dtype=torch.int64)
+        if self._logits is not None:
+            tensors["logits"] = self._logits
+        files.write_session(path, tensors, facts)
+
+    def load(self, path: str | Path, check: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
+        """Take text and memories from a file that `save` wrote, and return its `extra`.
+
+        `check` is called with `extra` before anything is taken, and may raise. The session is unchanged where CheckpointError is raised: a missing, damaged or foreign file, or one of
+        another model (other settings, weights, number format, or memories knocked out).
+        """
+        tensors, facts = files.read_session(path)
+        files.require_same_model(path, facts["model"], files.identity(self.model))
+        if check:
+            check(facts["extra"])
+        vocabulary = self.model.config.vocab_size
+        state = self.model.new_state(1)
+        try:
+            history = checked_ids(tensors.pop("history").tolist(), vocabulary)
+            unread = checked_ids(tensors.pop("unread").tolist(), vocabulary)
+            logits = tensors.pop("logits", None)
+            if logits is not None and (logits.ndim, len(logits)) != (2, 1):
+                raise ConfigError(f"logits of shape {tuple(logits.shape)}")
+            tensors = {name.removeprefix("state."): tensor.to(self._device) for name, tensor in tensors.items()}
+            self._check_state(tensors)
+            state.load(tensors)
+            stats = Stats(**facts["stats"])
+        except (ConfigError, CheckpointError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path} holds no session that this model can go on from: {error}") from None
+        self.history, self.stats, self._unread, self._state = history, stats, unread, state
+        self._logits = None if logits is None else logits[:, : self.vocab_size].to(self._device)
+        self._broken = False
+        return facts["extra"]
+
+    def _check_state(self, tensors: dict[str, Tensor]) -> None:
+        """Raises CheckpointError where saved tensors are not those of a state of this model, by name and shape."""
+        probe = self.model.new_state(1)
+        if int(tensors["length"]):
+            self.model.advance(torch.zeros(1, 1, dtype=torch.int64, device=self._device), probe)
+        mine = probe.tensors()
+        if mine.keys() != tensors.keys():
+            raise CheckpointError(f"it lacks or adds {min(mine.keys() ^ tensors.keys())}")
+        for name, tensor in tensors.items():
+            # Pairs are [1, number of pairs, H, D]; all else has one shape.
+            free = 1 if name.endswith((".keys", ".values")) else None
+            shapes = [[size for axis, size in enumerate(t.shape) if axis != free] for t in (tensor, mine[name])]
+            if shapes[0] != shapes[1] or tensor.dtype != mine[name].dtype:
+                raise CheckpointError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}")
+
+    @property
+    def _device(self) -> torch.device:
+        return self.model.classifier_weight.device
+
+    def _stream(
+        self, max_new_tokens: int, sampling: Sampling, stop_ids: frozenset[int], progress: Progress | None
+    ) -> Iterator[int]:
+        token = self._draw(self._catch_up(progress), sampling)
+        for left in range(max_new_tokens - 1, -1, -1):
+            if token in stop_ids:
+                yield token
+                return
+            self.history.append(token)
+            self._unread.append(token)
+            yield token
+            if not left:
+                return
+            started = time.perf_counter()
+            ids, self._unread = self._unread, []
+            self._logits = self._read(ids)
+            token = self._draw(self._logits, sampling)
+            self.stats.decode_seconds += time.perf_counter() - started
+            self.stats.decode_tokens += len(ids)
+
+    def _draw(self, logits_BV: Tensor, sampling: Sampling) -> int:
+        point = uniform(sampling.seed, self._state.length) if sampling.temperature else 0.0
+        return choose(logits_BV, sampling, [point])[0]
+
+    def _catch_up(self, progress: Progress | None) -> Tensor:
+        """Read what is unread, in chunks; returns the logits [1, V] behind the text."""
+        total = len(self._unread)
+        while self._unread:
+            started = time.perf_counter()
+            ids, self._unread = self._unread[: self.chunk], self._unread[self.chunk :]
+            self._logits = self._read(ids)
+            self.stats.prefill_seconds += time.perf_counter() - started
+            self.stats.prefill_tokens += len(ids)
+            if progress:
+                progress(total - len(self._unread), total)
+        if self._logits is None:
+            raise ConfigError("the prompt is empty: give at least one token, such as the tokenizer's bos_id")
+        return self._logits
+
+    def _read(self, ids: list[int]) -> Tensor:
+        """One pass of the model over `ids`; returns the logits [1, V] behind the last."""
+        self._require_whole()
+        self._broken = True  # until the pass is over: a Ctrl-C or a lack of memory within leaves half a token
+        logits = self.model.advance(torch.tensor([ids], device=self._device), self._state)[:, : self.vocab_size]
+        self._broken = False
+        return logits
+
+    def _require_whole(self) -> None:
+        if self._broken:
+            raise ConfigError("the session was cut off within a token: reset it, or load a saved one")
+
+
+def generate(
+    model: LanguageModel,
+    prompt_ids: Sequence[int] | Tensor,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    stop_ids: Iterable[int] | None = None,
+    state: Any = None,
+    vocab_size: int | None = None,
+) -> Iterator[int]:
+    """A stream of ids that go on with `prompt_ids`; see Sampling for the settings.
+
+    An id of `stop_ids` (none: those the model was loaded with) ends the stream and is its last one. `state`, of
+    batch size 1, goes on from an earlier text and is changed: afterwards it has read every id but the last one
+    given out. Settings are checked at once, the model runs as ids are asked for. Raises ConfigError.
+    """
+    session = Session(model, state=state, vocab_size=vocab_size)
+    session.append(prompt_ids)
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    return session.stream(max_new_tokens, sampling, default_stop_ids(model) if stop_ids is None else stop_ids)
+
+
+def generate_batch(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    stop_ids: Iterable[int] | None = None,
+    vocab_size: int | None = None,
+    chunk: int = PREFILL_CHUNK,
+) -> list[list[int]]:
+    """The ids that go on with each of the prompts, of any lengths, read and drawn together.
+
+    Row i draws as `generate` does with seed + i. A row ends with the first id of `stop_ids`, as the stream does.
+    Raises ConfigError for no prompts, an empty one, or settings out of range.
+    """
+    check_length(max_new_tokens)
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    size = model.config.vocab_size
+    rows = [checked_ids(prompt, size) for prompt in prompts]
+    if not rows or not all(rows):
+        raise ConfigError("a prompt is empty: give each at least one token, such as the tokenizer's bos_id")
+    stops = frozenset(default_stop_ids(model) if stop_ids is None else stop_ids)
+    longest = max(map(len, rows))
+    padding = [longest - len(row) for row in rows]
+    device = model.classifier_weight.device
+    state = model.new_state(len(rows), padding=torch.tensor(padding, device=device) if any(padding) else None)
+    tokens_BT = torch.tensor([[0] * pad + row for pad, row in zip(padding, rows)], device=device)
+    for piece_BT in tokens_BT.split(chunk, dim=1):
+        logits_BV = model.advance(piece_BT, state)
+    answers: list[list[int]] = [[] for _ in rows]
+    for count in range(max_new_tokens):
+        points = [uniform(seed + i, len(row) + count) if temperature else 0.0 for i, row in enumerate(rows)]
+        drawn = choose(logits_BV[:, : vocab_size or size], sampling, points)
+        for answer, token in zip(answers, drawn):
+            if not answer or answer[-1] not in stops:
+                answer.append(token)
+        if count + 1 == max_new_tokens or all(answer[-1] in stops for answer in answers):
+            break
+        # Rows that have ended go on reading what they draw; nobody looks at it.
+        logits_BV = model.advance(torch.tensor(drawn, device=device).unsqueeze(1), state)
+    return answers
+
+
+def default_stop_ids(model: LanguageModel) -> frozenset[int]:
+    """The ids that end a text, as the checkpoint names them; none for a model that was not loaded from one."""
+    return frozenset(getattr(model, "stop_ids", ()))
+
+
+def check_length(max_new_tokens: int) -> None:
+    """Raises ConfigError where the number of tokens to draw is no positive whole number."""
+    if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens is {max_new_tokens!r}: it must be a whole number of at least 1")
+
+
+def checked_ids(ids: Iterable[int] | Tensor, vocab_size: int) -> list[int]:
+    """`ids` as a list. Raises ConfigError for an id that is no whole number or not one of `vocab_size`."""
+    ids = ids.flatten().tolist() if isinstance(ids, Tensor) else list(ids)
+    for token in ids:
+        if not isinstance(token, int) or not 0 <= token < vocab_size:
+            raise ConfigError(f"the token id {token!r} is not one of the model's {vocab_size:,}: check the tokenizer")
+    return ids

@@ -1,0 +1,86 @@
+"""Reading a memory of key-value pairs by kernel smoothing: equations (4), (6) and (10)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mmcore.errors import ConfigError
+from mmcore.kernels import dispatch
+from mmcore.kernels.memory_read import blocked, cpu, reference
+
+# In order of preference. The C form holds its tiles in fp32; other dtypes go to the PyTorch blocks.
+FORMS = {"cpu": cpu.memory_read, "blocked": blocked.memory_read, "reference": reference.memory_read}
+FORMS_OTHER_DTYPES = {name: form for name, form in FORMS.items() if name != "cpu"}
+
+
+def memory_read(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    bandwidth_base: Tensor,
+    bandwidth_slope: Tensor,
+    bandwidth_exponent: Tensor,
+    *,
+    starts: Tensor | None = None,
+    window: int | None = None,
+    delay: int = 1,
+    offset: int = 0,
+    implementation: str = "auto",
+) -> Tensor:
+    """What each query finds in its memory: `sum_j softmax_j(beta q.k_j) v_j` over the pairs j it may read.
+
+    Query i of row b stands at position p = offset + i and reads the pairs lo <= j <= hi with hi = p - delay
+    (at most Tk - 1) and lo = max(starts[b, i], p - window + 1). With n = hi - lo + 1 such pairs, the bandwidth of
+    head h is `beta = bandwidth_slope[h] * n ** bandwidth_exponent[h] + bandwidth_base[h]` (equation 6). A query
+    that reads nothing (n = 0) gets zeros and sends no gradient. `window=256, delay=1` is the short-term memory of
+    equation (10), `window=None, delay=m` the long-term one.
+
+    Args:
+        queries: [B, Tq, H, D].
+        keys, values: [B, Tk, H, D], of the queries' dtype. Any strides: slices of a larger store are read in
+            place. `keys` may be the very tensor `queries`; both gradients then add up.
+        bandwidth_base, bandwidth_slope, bandwidth_exponent: [H], beta_0, beta_1 and alpha of each head.
+        starts: int32 [B, Tq], the first position that a query may read (the start of its document, or the
+            number of padding positions on its left); None means 0.
+        window: positions back that a query sees, its own included; None means all.
+        delay: how many positions the newest pair lies behind the query; 0 reads its own pair too, as attention does.
+        offset: the position of query 0; 0 in training, the pairs already stored in decoding.
+        implementation: auto, cpu (C, fp32), blocked (PyTorch, any device and dtype, no Tq x Tk matrix), or
+            reference (the definition, Tq x Tk).
+
+    Returns:
+        [B, Tq, H, D], in the queries' dtype. Scores, softmax and sums are fp32 (fp64 for fp64 tensors).
+
+    Raises:
+        ConfigError: the shapes or dtypes do not fit together, or the implementation's name is unknown.
+        HardwareError: the implementation asked for cannot run here.
+    """
+    if queries.dim() != 4 or keys.shape != values.shape or queries.shape[2:] != keys.shape[2:] or (
+        queries.shape[0] != keys.shape[0]
+    ):
+        raise ConfigError(
+            f"memory_read got queries {tuple(queries.shape)}, keys {tuple(keys.shape)} and values "
+            f"{tuple(values.shape)}: give [B, Tq, H, D] and twice [B, Tk, H, D]"
+        )
+    if not queries.dtype == keys.dtype == values.dtype:
+        raise ConfigError(
+            f"memory_read got {queries.dtype} queries, {keys.dtype} keys and {values.dtype} values: "
+            f"convert them to one dtype"
+        )
+    if delay < 0 or offset < 0 or (window is not None and window < 1):
+        raise ConfigError(
+            f"memory_read got delay {delay}, offset {offset} and window {window}: window must be at least 1, "
+            f"delay and offset at least 0"
+        )
+    if starts is not None and starts.shape != queries.shape[:2]:
+        raise ConfigError(
+            f"memory_read got starts {tuple(starts.shape)} for queries {tuple(queries.shape)}: give one start for "
+            f"each query, [B, Tq]"
+        )
+    any_dtype = implementation == "auto" and queries.dtype is not torch.float32
+    forms = FORMS_OTHER_DTYPES if any_dtype else FORMS
+    read = dispatch.choose("memory_read", forms, implementation, queries.device)
+    return read(
+        queries, keys, values, bandwidth_base, bandwidth_slope, bandwidth_exponent, starts, window, delay, offset
+    )

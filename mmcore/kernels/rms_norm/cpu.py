@@ -1,0 +1,84 @@
+"""RMSNorm in C: one pass over memory each way, in fp32."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mmcore.errors import ConfigError
+from mmcore.kernels import native
+from mmcore.kernels.layout import rows_of, threads_for
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See `mmcore.kernels.rms_norm.rms_norm`. fp16 and bf16 are converted on the way in and out.
+
+    Raises ConfigError for fp64, which this form would round.
+    """
+    if x.dtype is not torch.float32 or weight.dtype is not torch.float32:
+        return _converted(x, weight, eps)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return _RMSNorm.apply(x, weight, eps)
+    y = torch.empty(x.shape)
+    _forward(x, weight, eps, y, None)
+    return y
+
+
+def _converted(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if torch.float64 in (x.dtype, weight.dtype):
+        raise ConfigError("rms_norm computes in fp32 as 'cpu': use implementation='blocked' for fp64")
+    if x.dtype is torch.float32:
+        return rms_norm(x, weight.float(), eps)
+    # The quotient is rounded to x's dtype before it meets the weight, as the definition has it.
+    return rms_norm(x.float(), torch.ones(weight.shape), eps).to(x.dtype) * weight
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        y, rstd = torch.empty(x.shape), torch.empty(x.shape[:-1])
+        _forward(x, weight, eps, y, rstd)
+        ctx.save_for_backward(x, weight, rstd)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight, rstd = ctx.saved_tensors
+        grad_x = torch.empty(x.shape)
+        grad, grad_row = rows_of(grad)
+        x, x_row = rows_of(x)
+        weight = weight.contiguous()
+        threads, size = threads_for(x.numel()), x.shape[-1]
+        partial = torch.zeros(threads, size)
+        _library().rms_norm_backward(
+            grad.data_ptr(), x.data_ptr(), weight.data_ptr(), rstd.data_ptr(), grad_x.data_ptr(), partial.data_ptr(),
+            rstd.numel(), size, grad_row, x_row, threads,
+        )  # fmt: skip
+        return grad_x, partial.sum(0), None
+
+
+def _forward(x: Tensor, weight: Tensor, eps: float, y: Tensor, rstd: Tensor | None) -> None:
+    x, row = rows_of(x)
+    if not weight.is_contiguous():
+        weight = weight.contiguous()
+    count, size = x.numel(), x.shape[-1]
+    _library().rms_norm_forward(
+        x.data_ptr(), weight.data_ptr(), y.data_ptr(), None if rstd is None else rstd.data_ptr(),
+        count // size, size, row, eps, threads_for(count),
+    )  # fmt: skip
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    library = native.load(Path(__file__).with_name("cpu.c"))
+    address, count = ctypes.c_void_p, ctypes.c_ssize_t
+    library.rms_norm_forward.argtypes = [address] * 4 + [count] * 3 + [ctypes.c_float, ctypes.c_int]
+    library.rms_norm_backward.argtypes = [address] * 6 + [count] * 4 + [ctypes.c_int]
+    library.rms_norm_forward.restype = library.rms_norm_backward.restype = None
+    return library

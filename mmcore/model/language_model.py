@@ -1,0 +1,125 @@
+"""What both architectures share: embedding, blocks, classifier; training loss, decoding, knocked-out memories."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from mmcore.config import ModelConfig
+from mmcore.errors import ConfigError
+from mmcore.kernels.linear_cross_entropy import linear_cross_entropy
+from mmcore.model.documents import packing
+from mmcore.model.layers import Linear, RMSNorm, draw_normal, fan_in_sigma
+from mmcore.model.state import DecodingState
+
+
+class Backbone(nn.Module):
+    """The part of a language model below its classifier."""
+
+    def __init__(self, config: ModelConfig, layers: Iterable[nn.Module], kernels: str) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=torch.empty(
+            config.vocab_size, config.hidden_size))
+        self.layers = nn.ModuleList(layers)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
+
+
+class LanguageModel(nn.Module):
+    """Tokens -> logits. A block has `forward(x, packing, delay, without)`, `advance(x, states, delay, without)`,
+    `new_states(owner)`, `init_weights(name, depth, seed)` and the class attribute MEMORIES, what can be removed."""
+
+    def __init__(self, config: ModelConfig, layers: Iterable[nn.Module], kernels: str = "auto") -> None:
+        super().__init__()
+        self.config = config
+        self.kernels = kernels
+        self.model = Backbone(config, layers, kernels)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.knocked_out: frozenset[str] = frozenset()
+
+    @torch.no_grad()
+    def init_weights(self, seed: int = 0) -> None:
+        """Draw every parameter (table 6); the same seed gives the same weights in any order and on any rank."""
+        width = self.config.hidden_size
+        draw_normal("embed_tokens", self.model.embed_tokens.weight, fan_in_sigma(width), seed)
+        if not self.config.tie_word_embeddings:
+            draw_normal("lm_head", self.lm_head.weight, fan_in_sigma(width), seed)
+        for depth, layer in enumerate(self.model.layers):
+            layer.init_weights(f"layers.{depth}", depth, seed)
+        for module in self.modules():
+            if isinstance(module, RMSNorm):
+                module.weight.fill_(1)
+
+    def without(self, memories: Iterable[str]) -> LanguageModel:
+        """Make the named memories read as empty, and the others not. Raises ConfigError for one it does not have."""
+        memories = frozenset(memories)
+        known = type(self.model.layers[0]).MEMORIES
+        for name in memories - set(known):
+            raise ConfigError(f"a {self.config.model_type} has no memory {name!r} to remove: choose from {', '.join(known)}")
+        self.knocked_out = memories
+        return self
+
+    @property
+    def classifier_weight(self) -> Tensor:
+        """W_c, [V, d]."""
+        return self.lm_head.weight
+
+    def embed(self, tokens_BT: Tensor) -> Tensor:
+        """[B, T] -> [B, T, d]; on a CPU activations are at least fp32, whatever the weights are kept in."""
+        x = self.model.embed_tokens(tokens_BT)
+        return x.float() if x.is_cpu and x.dtype in (torch.bfloat16, torch.float16) else x
+
+    def hidden(self, tokens: Tensor, documents: Tensor | None = None, delay: int | None = None) -> Tensor:
+        """Activations after the last norm, [B, T, d], for tokens int64 [B, T] and document ids int [B, T].
+
+        `delay` is m of the long-term memories; None takes the configuration's, which is for inference.
+        """
+        delay = self.config.long_term_delay if delay is None else delay
+        where = packing(documents)
+        x = self.embed(tokens)
+        for layer in self.model.layers:
+            x = layer(x, where, delay, self.knocked_out)
+        return self.model.norm(x)
+
+    def forward(self, tokens: Tensor, documents: Tensor | None = None, delay: int | None = None) -> Tensor:
+        """Logits [B, T, V]."""
+        return self.lm_head(self.hidden(tokens, documents, delay))
+
+    def loss(
+        self, tokens: Tensor, labels: Tensor, documents: Tensor | None = None, delay: int | None = None,
+        reduction: str = "sum",
+    ) -> Tensor:
+        """Cross-entropy in nats of labels int64 [B, T], -100 for none, without T x V logits.
+
+        A scalar, or [B, T] with reduction="none".
+        """
+        hidden = self.hidden(tokens, documents, delay)
+        loss = linear_cross_entropy(
+            hidden.flatten(0, 1), self.classifier_weight, labels.flatten(), reduction=reduction,
+            implementation=self.kernels,
+        )
+        return loss.view(labels.shape) if reduction == "none" else loss
+
+    def new_state(self, batch_size: int = 1, padding: Tensor | None = None) -> DecodingState:
+        """An empty state for `batch_size` rows; `padding` int [B] counts the tokens that fill each row on the left."""
+        state = DecodingState(batch_size, padding)
+        for depth, layer in enumerate(self.model.layers):
+            state.memories.update({f"layers.{depth}.{name}": memory for name, memory in layer.new_states(state).items()})
+        return state
+
+    @torch.no_grad()
+    def advance(self, tokens: Tensor, state: DecodingState, last_only: bool = True) -> Tensor:
+        """Feed the next tokens int64 [B, T] of each row: logits [B, V] after the last, or [B, T, V] after each.
+
+        `state` goes on. Equal to the full forward pass over all that was fed, whatever the sizes of the pieces.
+        """
+        x = self.embed(tokens)
+        for depth, layer in enumerate(self.model.layers):
+            states = {name: state.memories[f"layers.{depth}.{name}"] for name in layer.READS}
+            x = layer.advance(x, states, self.config.long_term_delay, self.knocked_out)
+        state.length += tokens.shape[1]
+        x = self.model.norm(x[:, -1] if last_only else x)
+        return self.lm_head(x)

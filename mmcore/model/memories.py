@@ -1,0 +1,112 @@
+"""Contextual memories: gated keys (8), look-ahead values (9), adaptive bandwidth (6), retrieval (4), windows (10).
+
+Equation numbers are those of Zhang and Bottou, "Memory Mosaics at scale", arXiv 2507.03285.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mmcore.kernels.gated_scan import gated_scan
+from mmcore.kernels.look_ahead import look_ahead
+from mmcore.kernels.memory_read import memory_read
+from mmcore.model.documents import Packing
+from mmcore.model.layers import Linear, draw_normal, fan_in_sigma, named_generator
+from mmcore.model.state import MemoryState
+
+
+class ContextualMemory(nn.Module):
+    """H associative memories of head size D, each filled with (key, value) pairs of the context and read by kernel
+    regression: f(k_t) = sum_i softmax_i(beta k_t . k_i) v_i.
+
+    Which pairs a query at t reads is set by two numbers (10): `delay`, the newest pair is t - delay, and `window`,
+    the oldest is t - window + 1 (None: the first of the document).
+    """
+
+    def __init__(self, width: int, heads: int, window: int | None, kernels: str = "auto") -> None:
+        super().__init__()
+        self.heads = heads
+        self.window = window
+        self.kernels = kernels
+        self.key_proj = Linear(width, width)  # W_phi
+        self.value_proj = Linear(width, width)  # W_psi
+        self.gate_proj = Linear(width, heads)  # W_g
+        self.decay_proj = Linear(width, heads)  # W_lambda
+        self.value_mix = nn.Parameter(torch.empty(heads))  # gamma
+        self.value_log_scale = nn.Parameter(torch.empty(heads))
+        self.bandwidth_base = nn.Parameter(torch.empty(heads))
+        self.bandwidth_slope = nn.Parameter(torch.empty(heads))
+        self.bandwidth_exponent = nn.Parameter(torch.empty(heads))
+
+    def forward(self, y_BTd: Tensor, packing: Packing, delay: int) -> Tensor:
+        """What each position of whole sequences reads: [B, T, d] -> [B, T, d]."""
+        keys, _ = self.keys(y_BTd, packing.resets)
+        values = look_ahead(
+            self._heads(self.value_proj(y_BTd)), self.value_mix, self.value_scale(), implementation=self.kernels
+        )
+        read = memory_read(
+            keys, keys, values, *self.bandwidth(), starts=packing.starts, window=self.window, delay=delay,
+            implementation=self.kernels,
+        )
+        return read.flatten(2)
+
+    def advance(self, y_BTd: Tensor, state: MemoryState, delay: int) -> Tensor:
+        """The same for the next T tokens of a conversation, whose past lies in `state`: [B, T, d] -> [B, T, d].
+
+        The pair of the last token waits in the state for the token that completes it.
+        """
+        keys, state.scan = self.keys(y_BTd, state.resets(y_BTd.shape[1]), state.scan)
+        state.append(keys, self._heads(self.value_proj(y_BTd)), self._completed)
+        stored_keys, stored_values = state.pairs()
+        read = memory_read(
+            keys, stored_keys, stored_values, *self.bandwidth(), starts=state.starts(y_BTd.shape[1]),
+            window=self.window, delay=delay, offset=state.query_offset(), implementation=self.kernels,
+        )
+        return read.flatten(2)
+
+    def keys(self, y_BTd: Tensor, resets_BT: Tensor | None, scan=None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Equation (8): unit-norm keys [B, T, H, D] of the gated recurrence, and its state after the last token."""
+        return gated_scan(
+            self._heads(self.key_proj(y_BTd)), self.gate_proj(y_BTd), -self.decay_proj(y_BTd).abs(),
+            resets=resets_BT, state=scan, implementation=self.kernels,
+        )
+
+    def _completed(self, raw_BTHD: Tensor, following_BHD: Tensor) -> Tensor:
+        """Equation (9) for pairs whose next value is known."""
+        return look_ahead(
+            raw_BTHD, self.value_mix, self.value_scale(), following=following_BHD, implementation=self.kernels
+        )
+
+    def value_scale(self) -> Tensor:
+        """alpha_psi [H] = exp(min(theta, 15)). The paper prints |theta|, whose gradient at its own start, 0, is 0 in
+        PyTorch: such a parameter would never move."""
+        return _exact(self.value_log_scale).clamp(max=15).exp()
+
+    def bandwidth(self) -> tuple[Tensor, Tensor, Tensor]:
+        """beta_0, beta_1 and alpha of equation (6), beta = beta_1 n^alpha + beta_0, each [H], fp32 or better."""
+        return (
+            _exact(self.bandwidth_base).clamp(max=10).exp(),
+            _exact(self.bandwidth_slope).clamp(max=10).exp(),
+            _exact(self.bandwidth_exponent).abs().clamp(max=1),
+        )
+
+    def _heads(self, x_BTd: Tensor) -> Tensor:
+        return x_BTd.unflatten(-1, (self.heads, -1))
+
+    @torch.no_grad()
+    def init_weights(self, name: str, depth: int, seed: int) -> None:
+        """Table 6."""
+        for part in ("key_proj", "value_proj", "gate_proj", "decay_proj"):
+            weight = getattr(self, part).weight
+            draw_normal(f"{name}.{part}", weight, fan_in_sigma(weight.shape[1], depth), seed)
+        self.value_mix.uniform_(0, 1, generator=named_generator(f"{name}.value_mix", seed, self.value_mix))
+        self.value_log_scale.zero_()
+        self.bandwidth_base.fill_(1.5)
+        self.bandwidth_slope.fill_(1.5)
+        self.bandwidth_exponent.fill_(1 / 3)
+
+
+def _exact(parameter: Tensor) -> Tensor:
+    """The parameter in fp32 at least: exp in bf16 is off by a percent."""
+    return parameter.to(torch.promote_types(parameter.dtype, torch.float32))

@@ -1,0 +1,88 @@
+"""The Memory Mosaic: blocks of contextual and persistent memories (figure 2, equation 10).
+
+    x <- x + W_o [ short-term heads | long-term heads ](RMSNorm(x))
+    x <- x + W_2( SiLU(W_1 y) * W_3 y ),  y = RMSNorm(x)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mmcore.config import ModelConfig
+from mmcore.model.documents import Packing
+from mmcore.model.language_model import LanguageModel
+from mmcore.model.layers import Linear, PersistentMemory, RMSNorm, draw_normal, fan_in_sigma
+from mmcore.model.memories import ContextualMemory
+from mmcore.model.state import AttentionState, DecodingState, MemoryState
+
+
+class TwoMemoryBlock(nn.Module):
+    """A layer whose `short_term` and `long_term` heads write through one W_o, [d, 2d]: [B, T, d] -> [B, T, d].
+
+    The memories are given by the subclass, with SHORT_DELAY, the distance from a query to the newest short-term pair
+    it reads, and STATE, what they keep while decoding.
+    """
+
+    MEMORIES = ("short_term", "long_term", "persistent")
+    READS = ("short_term", "long_term")
+    SHORT_DELAY: int
+    STATE: type[AttentionState]
+
+    def __init__(self, config: ModelConfig, short_term: nn.Module, long_term: nn.Module, kernels: str = "auto") -> None:
+        super().__init__()
+        d = config.hidden_size
+        self.memory_norm = RMSNorm(d, config.rms_norm_eps, kernels)
+        self.short_term = short_term
+        self.long_term = long_term
+        self.out_proj = Linear(2 * d, d)
+        self.persistent_norm = RMSNorm(d, config.rms_norm_eps, kernels)
+        self.persistent = PersistentMemory(d, config.intermediate_size, kernels)
+
+    def forward(self, x_BTd: Tensor, packing: Packing, delay: int, without: frozenset[str] = frozenset()) -> Tensor:
+        y = self.memory_norm(x_BTd)
+        nothing = torch.zeros_like(y) if without else None
+        short = nothing if "short_term" in without else self.short_term(y, packing, self.SHORT_DELAY)
+        long = nothing if "long_term" in without else self.long_term(y, packing, delay)
+        return self._finish(x_BTd, short, long, without)
+
+    def advance(self, x_BTd: Tensor, states: dict[str, AttentionState], delay: int, without: frozenset[str]) -> Tensor:
+        y = self.memory_norm(x_BTd)
+        nothing = torch.zeros_like(y) if without else None
+        short = nothing if "short_term" in without else self.short_term.advance(y, states["short_term"], self.SHORT_DELAY)
+        long = nothing if "long_term" in without else self.long_term.advance(y, states["long_term"], delay)
+        return self._finish(x_BTd, short, long, without)
+
+    def _finish(self, x_BTd: Tensor, short_BTd: Tensor, long_BTd: Tensor, without: frozenset[str]) -> Tensor:
+        x = x_BTd + self.out_proj(torch.cat([short_BTd, long_BTd], dim=-1))
+        return x if "persistent" in without else x + self.persistent(self.persistent_norm(x))
+
+    def new_states(self, owner: DecodingState) -> dict[str, AttentionState]:
+        return {name: self.STATE(owner, getattr(self, name).window) for name in self.READS}
+
+    @torch.no_grad()
+    def init_weights(self, name: str, depth: int, seed: int) -> None:
+        """Table 6; W_o counts d, the width of one memory, and W_2 the width of what it reads, d'."""
+        self.short_term.init_weights(f"{name}.short_term", depth, seed)
+        self.long_term.init_weights(f"{name}.long_term", depth, seed)
+        d = self.out_proj.out_features
+        draw_normal(f"{name}.out_proj", self.out_proj.weight, fan_in_sigma(d, depth), seed)
+        self.persistent.init_weights(f"{name}.persistent", depth, seed)
+
+
+class MosaicBlock(TwoMemoryBlock):
+    """One layer of a Memory Mosaic (10). A short-term query at t reads the pairs t-h+1 .. t-1, a long-term one 1 .. t-m."""
+
+    SHORT_DELAY = 1
+    STATE = MemoryState
+
+    def __init__(self, config: ModelConfig, kernels: str = "auto") -> None:
+        d, H = config.hidden_size, config.num_attention_heads
+        short_term = ContextualMemory(d, H, config.short_term_window, kernels)
+        super().__init__(config, short_term, ContextualMemory(d, H, None, kernels), kernels)
+
+
+def build_mosaic(config: ModelConfig, kernels: str = "auto") -> LanguageModel:
+    """A Memory Mosaic with unset weights."""
+    layers = (MosaicBlock(config, kernels) for _ in range(config.num_hidden_layers))
+    return LanguageModel(config, layers, kernels)

@@ -1,0 +1,183 @@
+"""What a model remembers between calls when it decodes.
+
+A memory's state is the key recurrence, the newest pair still waiting for its next value, and the completed pairs:
+the last h - 1 for a short-term memory, all for a long-term one. Rows of unequal length are padded on the left;
+the padding is a document of its own that no query reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mmcore.errors import CheckpointError
+
+
+class Store:
+    """A growing row of pairs, [B, capacity, H, D] keys and values, in order of time.
+
+    With a window only the newest `window - 1` pairs are kept: they move to the front when the buffer is full, which
+    costs one copy of them in `window` tokens. Without one the buffer doubles.
+    """
+
+    def __init__(self, window: int | None) -> None:
+        self.window = window
+        self.first = 0  # time of the pair in slot 0
+        self.used = 0
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def append(self, keys_BTHD: Tensor, values_BTHD: Tensor) -> None:
+        """Add T completed pairs."""
+        count = keys_BTHD.shape[1]
+        self.reserve(count, keys_BTHD)
+        self.keys[:, self.used : self.used + count] = keys_BTHD
+        self.values[:, self.used : self.used + count] = values_BTHD
+        self.used += count
+
+    def reserve(self, count: int, like: Tensor) -> None:
+        """Make room for `count` more pairs of the shape and dtype of `like`, [B, ., H, D]."""
+        if self.keys is not None and self.used + count <= self.keys.shape[1]:
+            return
+        kept = self.used if self.window is None else min(self.used, self.window - 1)
+        B, _, H, D = like.shape
+        capacity = 0 if self.keys is None else self.keys.shape[1]
+        if self.window is None:
+            capacity = max(2 * capacity, kept + count, 512)
+        else:
+            capacity = max(kept + count, 4 * self.window)
+        old = (self.keys, self.values)
+        self.keys, self.values = (like.new_empty(B, capacity, H, D) for _ in range(2))
+        if kept:
+            for new, source in zip((self.keys, self.values), old, strict=True):
+                new[:, :kept] = source[:, self.used - kept : self.used]
+        self.first += self.used - kept
+        self.used = kept
+
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """Keys and values held, each [B, used, H, D], views."""
+        return self.keys[:, : self.used], self.values[:, : self.used]
+
+
+class AttentionState:
+    """Keys and values of one attention layer for B rows; a query also reads its own pair, so nothing waits."""
+
+    def __init__(self, owner: DecodingState, window: int | None) -> None:
+        self.owner = owner
+        self.store = Store(window)
+
+    def append(self, keys_BTHD: Tensor, values_BTHD: Tensor) -> None:
+        self.store.append(keys_BTHD, values_BTHD)
+
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        return self.store.pairs()
+
+    def query_offset(self) -> int:
+        """Slot at which the first of the newest queries stands."""
+        return self.owner.length - self.store.first
+
+    def starts(self, count: int) -> Tensor | None:
+        """int32 [B, count]: the slot of each row's first pair; None where no row is padded."""
+        if self.owner.padding is None:
+            return None
+        slots = (self.owner.padding - self.store.first).clamp(min=0).to(torch.int32)
+        return slots[:, None].expand(-1, count).contiguous()
+
+    def tensors(self) -> dict[str, Tensor]:
+        if self.store.keys is None:
+            return {}
+        keys, values = self.store.pairs()
+        return {"keys": keys, "values": values}
+
+    def load(self, tensors: dict[str, Tensor], length: int) -> None:
+        """Take over saved tensors of a state that had been fed `length` tokens."""
+        keys, values = tensors["keys"], tensors["values"]
+        self.store = Store(self.store.window)
+        self.store.first = length - keys.shape[1]
+        self.store.reserve(max(1, keys.shape[1]), keys)
+        self.store.append(keys, values)
+
+
+class MemoryState(AttentionState):
+    """State of one contextual memory of one layer for B rows."""
+
+    def __init__(self, owner: DecodingState, window: int | None) -> None:
+        super().__init__(owner, window)
+        self.scan: tuple[Tensor, Tensor] | None = None
+        self.pending_key: Tensor | None = None  # [B, 1, H, D]
+        self.pending_raw: Tensor | None = None  # [B, 1, H, D], v~ of the newest token
+
+    def append(self, keys_BTHD: Tensor, raw_BTHD: Tensor, complete: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Complete the waiting pair and all new ones but the last, which waits in its turn.
+
+        `complete(raw, following)` is equation (9) for v~ [B, N, H, D] and the v~ [B, H, D] after the last of them.
+        """
+        keys, raw = keys_BTHD, raw_BTHD
+        if self.pending_key is not None:
+            if keys_BTHD.shape[1] == 1:  # decoding: nothing to join
+                self.store.append(self.pending_key, complete(self.pending_raw, raw_BTHD[:, 0]))
+                self.pending_key, self.pending_raw = keys_BTHD, raw_BTHD
+                return
+            keys, raw = torch.cat([self.pending_key, keys], 1), torch.cat([self.pending_raw, raw], 1)
+        if keys.shape[1] > 1:
+            self.store.append(keys[:, :-1], complete(raw[:, :-1], raw[:, -1]))
+        else:
+            self.store.reserve(1, keys)
+        self.pending_key, self.pending_raw = keys[:, -1:].clone(), raw[:, -1:].clone()
+
+    def resets(self, count: int) -> Tensor | None:
+        """bool [B, count]: where the new tokens begin a row."""
+        if self.owner.padding is None:
+            return None
+        times = torch.arange(self.owner.length, self.owner.length + count, device=self.owner.padding.device)
+        return times[None, :] == self.owner.padding[:, None]
+
+    def tensors(self) -> dict[str, Tensor]:
+        if self.pending_key is None:
+            return {}
+        vector, log_scale = self.scan
+        return super().tensors() | {
+            "pending_key": self.pending_key, "pending_raw": self.pending_raw,
+            "scan_vector": vector, "scan_log_scale": log_scale,
+        }
+
+    def load(self, tensors: dict[str, Tensor], length: int) -> None:
+        super().load(tensors, length - 1)  # the newest token's pair still waits
+        self.scan = (tensors["scan_vector"].clone(), tensors["scan_log_scale"].clone())
+        self.pending_key, self.pending_raw = tensors["pending_key"].clone(), tensors["pending_raw"].clone()
+
+
+class DecodingState:
+    """Everything a model remembers of B rows. `length` counts the tokens fed, padding included."""
+
+    def __init__(self, batch_size: int, padding: Tensor | None = None) -> None:
+        self.batch_size = batch_size
+        self.length = 0
+        self.padding = padding
+        self.memories: dict[str, AttentionState] = {}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name, to be saved; `load` takes them back."""
+        found = {} if self.padding is None else {"padding": self.padding}
+        for name, memory in self.memories.items():
+            found.update({f"{name}.{key}": value for key, value in memory.tensors().items()})
+        return found | {"length": torch.tensor(self.length)}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take over a saved state. Raises CheckpointError where it is of another model."""
+        length = int(tensors["length"])
+        self.padding = tensors.get("padding")
+        for name, memory in self.memories.items():
+            parts = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+            if length and not parts:
+                raise CheckpointError(f"the saved state has no {name}: it was made by another model")
+            if parts:
+                memory.load(parts, length)
+        self.length = length
+
+    @property
+    def bytes(self) -> int:
+        """Memory that the state's tensors fill, in bytes."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())

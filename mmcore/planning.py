@@ -1,0 +1,245 @@
+"""What a recipe will cost on given machines, from formulas alone: nothing is allocated and torch is not imported.
+
+Memory assumes what the trainer does: fp32 master weights, gradients and AdamW moments, all sharded over the GPUs
+(FSDP), bf16 products on GPUs, fp32 on CPUs. Speed assumes a utilization (MFU) that is stated with its reason.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from mmcore.config import Recipe
+from mmcore.errors import ConfigError
+from mmcore.model import accounting
+
+GIB = 2**30
+
+_GPUS = {
+    # name: (dense bf16 FLOP/s, without sparsity; plain fp32 FLOP/s; usable GiB), from the makers' data sheets
+    "A100": (312e12, 19.5e12, 79.0),
+    "A100-40GB": (312e12, 19.5e12, 39.0),
+    "H100": (989e12, 67e12, 79.0),
+    "H200": (989e12, 67e12, 140.0),
+    "B200": (2250e12, 75e12, 178.0),
+    "L40S": (362e12, 91.6e12, 44.0),
+    "L4": (121e12, 30.3e12, 22.0),
+}
+
+_GPU_MFU = 0.38
+_GPU_MFU_REASON = (
+    "assumed: torchtitan publishes 33 % (eager) to 39 % (compiled) for Llama 3.1 8B in bf16 on 8 H100s"
+)
+_CPU_MFU = 0.50
+_CPU_MFU_REASON = "assumed: Hugging Face's Llama reaches 48 to 74 % of the fp32 matrix-product peak on 2 AVX2 cores"
+
+RESERVE = 0.08
+"""Share of a device's memory that the plan leaves free: the allocator's fragments, CUDA context, NCCL buffers."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """`count` equal devices."""
+
+    device: str
+    """cpu, or the GPU's name."""
+    count: int
+    peaks: dict[str, float]
+    """Dense FLOP/s of one device by precision; one that is missing is not known."""
+    memory_bytes: int
+    """Of one device."""
+    mfu: float
+    """Assumed share of the peak."""
+    mfu_reason: str
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.device == "cpu"
+
+
+def parse_machine(text: str) -> Machine:
+    """A machine from "64xH100", "H100" or "cpu". Raises ConfigError, naming the known GPUs."""
+    match = re.fullmatch(r"\s*(?:(\d+)\s*[xX*×]\s*)?([A-Za-z0-9-]+)\s*", text)
+    names = {name.lower(): name for name in _GPUS}
+    if match and match[2].lower() == "cpu" and match[1] in (None, "1"):
+        return _cpu()
+    if not match or match[2].lower() not in names or match[1] and int(match[1]) < 1:
+        raise ConfigError(f"--gpus {text}: write it as 64xH100, with one of {', '.join(_GPUS)}, or cpu")
+    name = names[match[2].lower()]
+    memory = int(_GPUS[name][2] * GIB)
+    return Machine(name, int(match[1] or 1), _gpu_peaks(name), memory, _GPU_MFU, _GPU_MFU_REASON)
+
+
+def machine_here() -> Machine:
+    """The GPUs of this machine as nvidia-smi lists them, else its CPU."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return _cpu()
+    query = [program, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
+    lines = [line.rsplit(",", 1) for line in answer.stdout.splitlines() if "," in line]
+    if answer.returncode or not lines:  # a driver without a card, or none that answers
+        return _cpu()
+    name, mib = lines[0][0].strip(), float(lines[0][1])
+    known = _table_name(name, mib)
+    return Machine(known or name, len(lines), _gpu_peaks(known), int(mib * 2**20), _GPU_MFU, _GPU_MFU_REASON)
+
+
+def _table_name(device_name: str, mib: float) -> str | None:
+    """The table's name for "NVIDIA H100 80GB HBM3" and the like."""
+    words = re.split(r"[\s-]+", device_name.upper())
+    if "A100" in words and (0 < mib < 50_000 or "40GB" in words):
+        return "A100-40GB"
+    return next((name for name in _GPUS if name in words), None)
+
+
+def _gpu_peaks(name: str | None) -> dict[str, float]:
+    return {"bf16": _GPUS[name][0], "fp32": _GPUS[name][1]} if name else {}
+
+
+def _cpu() -> Machine:
+    memory = psutil.virtual_memory().total
+    return Machine("cpu", 1, _cpu_peaks(), memory, _CPU_MFU, _CPU_MFU_REASON)
+
+
+def _cpu_peaks() -> dict[str, float]:
+    """Cores x clock x fp32 FLOPs a cycle: two fused multiply-add units of 4, 8 (AVX2) or 16 (AVX-512) lanes.
+
+    The clock is the nominal one; where cores boost, matrix products run up to 15 % above this.
+    """
+    frequency = psutil.cpu_freq()
+    cores = psutil.cpu_count(logical=False) or psutil.cpu_count()
+    if frequency is None or not cores or not (frequency.max or frequency.current):
+        return {}
+    info = Path("/proc/cpuinfo")
+    flags = info.read_text(encoding="utf-8", errors="replace") if info.exists() else ""
+    lanes = 16 if "avx512f" in flags else 8 if "avx2" in flags else 4
+    return {"fp32": cores * (frequency.max or frequency.current) * 1e6 * 2 * 2 * lanes}
+
+
+def plan(recipe: Recipe, machine: Machine) -> dict:
+    """Everything `mm pretrain --plan` says, as plain values: bytes, FLOPs, tokens, seconds.
+
+    Raises ConfigError where the batch does not divide over the devices or the recipe says no length.
+    """
+    training, model = recipe.training, recipe.model
+    rank_batch, odd = divmod(training.batch_size, machine.count)
+    if odd or not rank_batch:
+        raise ConfigError(
+            f"training.batch_size {training.batch_size} does not divide over {machine.count} devices: choose a number "
+            f"of GPUs that divides it, or another batch size"
+        )
+    micro_batch = min(training.micro_batch_size or rank_batch, rank_batch)
+    memory = memory_per_device(recipe, machine, micro_batch)
+    largest = largest_micro_batch(recipe, machine, rank_batch)
+    checkpoint = accounting.checkpoint_bytes(model)
+    kept = recipe.checkpoint.keep_last
+    return {
+        "recipe": recipe.name,
+        "model_type": model.model_type,
+        "parameters": accounting.parameters(model),
+        "flops_per_token": accounting.flops_per_token(model),
+        "read_flops_per_token": accounting.read_flops_per_token(model, training.sequence_length),
+        "training_flops_per_token": accounting.training_flops_per_token(model, training.sequence_length),
+        "machine": {
+            "device": machine.device, "count": machine.count, "memory_bytes": machine.memory_bytes,
+            "precision": _precision(recipe, machine), "peak_flops": machine.peaks.get(_precision(recipe, machine)),
+        },
+        "batch": {
+            "sequence_length": training.sequence_length, "batch_size": training.batch_size,
+            "batch_size_per_device": rank_batch, "micro_batch_size": micro_batch,
+            "accumulation_steps": -(-rank_batch // micro_batch), "tokens_per_step": training.tokens_per_step,
+            "largest_micro_batch": largest,
+        },
+        "memory_per_device": memory | {"fits": memory["total"] <= (1 - RESERVE) * machine.memory_bytes},
+        "activation_checkpointing": recipe.distributed.activation_checkpointing,
+        "checkpoint": {
+            **checkpoint, "kept": kept,
+            # While one is written, the ones it will replace are still there. keep_last 0 keeps all.
+            "disk_bytes": checkpoint["total"] * ((kept + 1) if kept else _checkpoints_written(recipe)),
+        },
+        "decoding_state": accounting.decoding_state_bytes(model),
+        "training": _duration(recipe, machine),
+    }
+
+
+def memory_per_device(recipe: Recipe, machine: Machine, micro_batch: int) -> dict[str, int]:
+    """Bytes on one device at the peak of a step, by part.
+
+    `working_copies`: bf16 weights of the products on one GPU (autocast keeps them for the backward pass); on several,
+    two gathered blocks with the fp32 gradient of one, and the gathered embedding and classifier. `loss`: a chunk of
+    logits, and the gradients of the hidden states and of the classifier, made in the forward pass.
+    """
+    model, shards = recipe.model, machine.count
+    count = accounting.parameters(model)["total"]
+    compute = 2 if _precision(recipe, machine) == "bf16" else accounting.FP32
+    tokens = micro_batch * recipe.training.sequence_length
+    parts = {
+        "weights": -(-accounting.FP32 * count // shards),
+        "gradients": -(-accounting.FP32 * count // shards),
+        "optimizer": -(-2 * accounting.FP32 * count // shards),
+        "working_copies": _working_copies(recipe, machine, compute),
+        "activations": accounting.activation_bytes(
+            model, tokens, compute, recipe.distributed.activation_checkpointing
+        ),
+        "loss": accounting.loss_bytes(model, tokens, compute, machine.is_cpu),
+    }
+    return parts | {"total": sum(parts.values())}
+
+
+def largest_micro_batch(recipe: Recipe, machine: Machine, rank_batch: int) -> int:
+    """The most sequences in one forward pass that fit, at most the rank's whole batch; 0 where not even one does."""
+    def fits(size: int) -> bool:
+        return memory_per_device(recipe, machine, size)["total"] <= (1 - RESERVE) * machine.memory_bytes
+
+    low, high = 0, rank_batch
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def _working_copies(recipe: Recipe, machine: Machine, compute: int) -> int:
+    parts = accounting.parameters(recipe.model)
+    if machine.count == 1:
+        products = parts["total"] - parts["by_part"]["embedding"]
+        return compute * products if compute != accounting.FP32 else 0
+    block = parts["blocks"] // recipe.model.num_hidden_layers
+    return (2 * compute + accounting.FP32) * block + compute * parts["embedding"]
+
+
+def _precision(recipe: Recipe, machine: Machine) -> str:
+    if recipe.training.precision == "auto":
+        return "fp32" if machine.is_cpu else "bf16"
+    return recipe.training.precision
+
+
+def _checkpoints_written(recipe: Recipe) -> int:
+    return -(-recipe.training.total_steps // recipe.checkpoint.every)
+
+
+def _duration(recipe: Recipe, machine: Machine) -> dict:
+    """Steps, tokens, speed and time of the whole run. Speed is None where the device's peak is not known."""
+    steps = recipe.training.total_steps
+    tokens = steps * recipe.training.tokens_per_step
+    flops = accounting.training_flops_per_token(recipe.model, recipe.training.sequence_length)
+    speed = seconds = None
+    peak = machine.peaks.get(_precision(recipe, machine))
+    if peak:
+        speed = machine.mfu * peak * machine.count / flops
+        seconds = tokens / speed
+    return {
+        "steps": steps,
+        "tokens": tokens,
+        "mfu": machine.mfu,
+        "mfu_reason": machine.mfu_reason,
+        "tokens_per_second": speed,
+        "seconds": seconds,
+        "days": seconds and seconds / 86_400,
+        "gpu_hours": None if machine.is_cpu or seconds is None else machine.count * seconds / 3600,
+    }

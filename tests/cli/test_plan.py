@@ -1,0 +1,107 @@
+"""`--plan`: the numbers it prints, and what it says of bad input."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mmcli.plan import show_plan
+from mmcore import planning
+from mmcore.config import load_recipe
+from mmcore.errors import ConfigError
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+
+
+def load(name, *overrides):
+    return load_recipe(RECIPES / f"{name}.yaml", overrides)
+
+
+def planned(capsys, name, gpus, *overrides):
+    show_plan(load(name, *overrides), gpus, True)
+    return json.loads(capsys.readouterr().out)
+
+
+def test_json_of_the_paper_run(capsys):
+    plan = planned(capsys, "8b", "64xH100")
+    assert round(plan["parameters"]["total"] / 1e9, 1) == 9.9
+    assert round(plan["parameters"]["without_long_term"] / 1e9, 1) == 8.3
+    assert plan["flops_per_token"] == pytest.approx(18.8e9, rel=0.01)
+    training = plan["training"]
+    assert training["steps"] == 238_419 and training["tokens"] == pytest.approx(1e12, rel=1e-5)
+    assert training["days"] * 24 * 64 == pytest.approx(training["gpu_hours"])
+    speed = training["mfu"] * 64 * 989e12 / plan["training_flops_per_token"]
+    assert training["tokens_per_second"] == pytest.approx(speed)
+    assert planned(capsys, "8b-transformer", "64xH100")["parameters"]["total"] == pytest.approx(8.8e9, rel=0.01)
+
+
+def test_memory_by_part(capsys):
+    plan = planned(capsys, "8b", "64xH100")
+    memory = plan["memory_per_device"]
+    parts = ("weights", "gradients", "optimizer", "working_copies", "activations", "loss")
+    assert memory["total"] == sum(memory[part] for part in parts)
+    assert memory["weights"] == pytest.approx(4 * plan["parameters"]["total"] / 64)
+    assert memory["optimizer"] == pytest.approx(2 * memory["weights"], rel=1e-6)
+    assert plan["checkpoint"]["total"] == 12 * plan["parameters"]["total"]
+
+
+def test_largest_micro_batch_is_the_largest(capsys):
+    recipe = load("1.5b", "distributed.activation_checkpointing=none")
+    machine = planning.parse_machine("8xA100-40GB")
+    largest = planning.largest_micro_batch(recipe, machine, 128)
+    room = (1 - planning.RESERVE) * machine.memory_bytes
+    assert 1 <= largest < 128
+    assert planning.memory_per_device(recipe, machine, largest)["total"] <= room
+    assert planning.memory_per_device(recipe, machine, largest + 1)["total"] > room
+
+
+def test_checkpointing_saves_memory():
+    machine = planning.parse_machine("64xH100")
+    kept = planning.memory_per_device(load("8b", "distributed.activation_checkpointing=none"), machine, 1)
+    again = planning.memory_per_device(load("8b"), machine, 1)
+    assert again["activations"] < kept["activations"] / 4
+
+
+def test_what_does_not_fit_is_said(capsys):
+    show_plan(load("8b"), "1xH100", False)
+    text = capsys.readouterr().out
+    assert "does not fit" in text and "more GPUs" in text
+    show_plan(load("124m", "training.micro_batch_size=256"), "1xH100", False)
+    assert "--set training.micro_batch_size=" in capsys.readouterr().out
+
+
+def test_table_shows_the_figures(capsys):
+    show_plan(load("8b"), "64xH100", False)
+    text = capsys.readouterr().out
+    for expected in ("9.93 B", "8.31 B", "18.8 GFLOP", "GPU-hours", "days", "38% MFU", "64 x H100", "It fits."):
+        assert expected in text
+    show_plan(load("8b-transformer"), "64xH100", False)
+    assert "without long-term" not in capsys.readouterr().out
+
+
+def test_this_machine(capsys):
+    """The default is what is here; on a CPU there are no GPU-hours, and the precision is fp32."""
+    plan = planned(capsys, "quickstart", None)
+    assert plan["machine"]["memory_bytes"] > 2**30
+    plan = planned(capsys, "quickstart", "cpu")
+    assert plan["machine"]["precision"] == "fp32" and plan["training"]["gpu_hours"] is None
+
+
+@pytest.mark.parametrize("gpus", ["64xH1000", "0xH100", "many", "2xcpu", "-1xH100"])
+def test_unknown_machines_are_refused(gpus):
+    with pytest.raises(ConfigError, match="write it as 64xH100, with one of A100"):
+        planning.parse_machine(gpus)
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    with pytest.raises(ConfigError, match="batch_size 1024 does not divide over 7 devices"):
+        planning.plan(load("8b"), planning.parse_machine("7xH100"))
+
+
+@pytest.mark.parametrize("name, mib, known", [
+    ("NVIDIA H100 80GB HBM3", 81559, "H100"), ("NVIDIA A100-SXM4-40GB", 40960, "A100-40GB"),
+    ("NVIDIA A100-SXM4-80GB", 81920, "A100"), ("NVIDIA L40S", 46068, "L40S"), ("Tesla T4", 15360, None),
+    ("NVIDIA B200", 183359, "B200"), ("NVIDIA L4", 23034, "L4"), ("NVIDIA H200", 143771, "H200"),
+])
+def test_names_that_drivers_give(name, mib, known):
+    assert planning._table_name(name, mib) == known

@@ -1,0 +1,98 @@
+"""The result folder: whole or absent, and readable."""
+
+import json
+import os
+
+import pytest
+from PIL import Image
+
+from mmcore.errors import ConfigError, HardwareError
+from mmcore.evaluation import report as reports
+
+
+def result(name, loss=2.0, trained=32, error=0.01, without=()):
+    bins = [
+        {"first": first, "last": last, "loss": loss / first**0.1, "standard_error": error, "count": last - first + 1}
+        for first, last in ((1, 1), (2, 4), (5, 32), (33, 256))
+    ]
+    return {
+        "checkpoint": name, "model_type": "memory_mosaics_v2", "parameters": 10, "without": list(without),
+        "trained_context": trained, "loss": loss, "standard_error": error, "perplexity": 7.389, "bits_per_byte": 1.5,
+        "tokens": 1000, "documents": 3, "bytes": 4000, "context": 32, "stride": 16,
+        "by_position": {"longest": 256, "sequences": 2, "concatenated": False, "loss": 1.5, "tokens": 256, "bins": bins},
+    }
+
+
+def report(*results, **more):
+    text = {"name": "a book", "documents": 3, "bytes": 4000}
+    return {"text": text, "results": list(results), "notes": ["nothing to add"], **more}
+
+
+def test_files(tmp_path):
+    folder = tmp_path / "out"
+    written = reports.write_results(report(result("runs/a"), compressors={"gzip -9": 2.5}), folder)
+    assert sorted(path.name for path in written) == ["by-position.png", "by-position.svg", "results.json", "results.md"]
+    assert json.loads((folder / "results.json").read_text())["results"][0]["loss"] == 2.0
+    page = (folder / "results.md").read_text()
+    assert "| a | 2.0000 ± 0.0100 | 7.39 | 1.5000 |" in page and "| gzip -9 | - | - | 2.5000 |" in page
+    assert "nothing to add" in page and "8" in page
+    with Image.open(folder / "by-position.png") as image:
+        assert image.width > 1000
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_equal_results_give_equal_files(tmp_path):
+    for name in ("one", "two"):
+        reports.write_results(report(result("runs/a")), tmp_path / name)
+    for name in ("results.json", "results.md", "by-position.png", "by-position.svg"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+
+
+def test_earlier_results_are_replaced_as_a_whole(tmp_path):
+    folder = tmp_path / "out"
+    reports.write_results(report(result("runs/a")), folder)
+    without_positions = result("runs/b")
+    without_positions["by_position"] = None
+    reports.write_results(report(without_positions), folder)
+    assert sorted(os.listdir(folder)) == ["results.json", "results.md"]
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_other_folders_are_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ConfigError, match="holds no earlier results"):
+        reports.check_folder(tmp_path)
+    assert os.listdir(tmp_path) == ["thesis.tex"]
+
+
+def test_nothing_half_written(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(reports, "plot", full)
+    with pytest.raises(HardwareError, match="No space left on device"):
+        reports.write_results(report(result("runs/a")), tmp_path / "out")
+    assert os.listdir(tmp_path) == []
+
+
+def test_several_checkpoints_side_by_side():
+    both = report(result("runs/a/final"), result("runs/b/final", 2.5, trained=64, error=None))
+    assert reports.names(both) == ["a/final", "b/final"]
+    header, rows = reports.position_rows(both)
+    assert header[2:] == ["a/final", "b/final"] and len(rows) == 4
+    assert rows[0][1] == "-" and rows[0][2] == "2.0000 ± 0.0100" and rows[0][3] == "2.5000"
+    header, rows = reports.summary_rows(both)
+    assert len(rows) == 2 and all(len(row) == len(header) for row in rows)
+
+
+def test_the_same_checkpoint_twice():
+    assert reports.names(report(result("runs/a"), result("runs/a"))) == ["a", "a"]
+
+
+def test_default_folder_is_in_the_run(tmp_path):
+    for given, parent in (("run", "run"), ("run/checkpoints/step-000010", "run"), ("exported", "exported")):
+        (tmp_path / given).mkdir(parents=True, exist_ok=True)
+        assert reports.default_folder(tmp_path / given).parent == tmp_path / parent
+    model = tmp_path / "model.bin"
+    model.touch()
+    assert reports.default_folder(model).parent == tmp_path

@@ -1,0 +1,303 @@
+"""Shapes: B batch, T time, H heads, D head size. The truth is a float64 loop over equation 8 as it is printed."""
+
+import pytest
+import torch
+
+from mmcore.errors import ConfigError
+from mmcore.kernels.gated_scan import blocked, gated_scan
+from tests.helpers.poison import poisoned_memory  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+every_form = pytest.mark.parametrize("form", ["reference", "blocked", "cpu"])
+
+
+def truth(raw, gates, decays, resets=None, kbar=None):
+    """Keys and the last kbar by the definition, in float64 and without any rescaling; differentiable."""
+    raw, gates, decays = raw.double(), gates.double(), decays.double()
+    kbar = torch.zeros_like(raw[:, 0]) if kbar is None else kbar.double()
+    keys = []
+    for t in range(raw.shape[1]):
+        before = kbar if resets is None else torch.where(resets[:, t, None, None], 0.0, kbar)
+        kbar = gates[:, t, :, None].exp() * raw[:, t] + decays[:, t, :, None].exp() * before
+        # The largest entry is divided out first: exp(500) squared is beyond float64.
+        largest = kbar.abs().amax(-1, keepdim=True)
+        rescaled = kbar / torch.where(largest == 0, 1.0, largest)
+        length = rescaled.square().sum(-1, keepdim=True)
+        keys.append(torch.where(length == 0, 0.0, rescaled / torch.where(length == 0, 1.0, length).sqrt()))
+    return torch.stack(keys, 1), kbar
+
+
+def problem(B, T, H, D, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    raw = torch.randn(B, T, H, D, generator=generator).to(dtype)
+    gates = (2 * torch.randn(B, T, H, generator=generator)).to(dtype)
+    decays = (-torch.randn(B, T, H, generator=generator).abs() * torch.rand(B, 1, H, generator=generator)).to(dtype)
+    return raw, gates, decays
+
+
+def gradients(function, raw, gates, decays, upstream):
+    leaves = [part.detach().clone().requires_grad_() for part in (raw, gates, decays)]
+    keys = function(*leaves)
+    return keys.detach(), torch.autograd.grad(keys, leaves, upstream.to(keys.dtype))
+
+
+def assert_close(got, want, tolerance=2e-5, name="keys", least=0.0):
+    """The greatest error against the greatest wanted number, or against `least` where that is more."""
+    assert got.isfinite().all(), name
+    error = (got.double() - want).abs().max().item()
+    scale = max(want.abs().max().item(), least)
+    assert error <= tolerance * scale, f"{name}: {error:.2e} beside {scale:.2e}"
+
+
+def check(form, raw, gates, decays, resets=None, tolerance=2e-5):
+    """Keys and all gradients of `form`, for random upstream gradients, against the float64 loop."""
+    upstream = torch.randn(raw.shape, generator=torch.Generator().manual_seed(9))
+    want, want_gradients = gradients(lambda *x: truth(*x, resets)[0], raw.double(), gates.double(), decays.double(), upstream)
+    got, got_gradients = gradients(
+        lambda *x: gated_scan(*x, resets=resets, implementation=form)[0], raw, gates, decays, upstream
+    )
+    assert got.dtype == raw.dtype
+    assert_close(got, want, tolerance)
+    for name, a, b in zip(("raw keys", "gates", "decays"), got_gradients, want_gradients, strict=True):
+        assert_close(a, b, 5 * tolerance, name, least=0.1)
+
+
+def cut(B, T, *lengths):
+    """Resets of documents of these lengths, shifted by one document from row to row."""
+    resets = torch.zeros(B, T, dtype=torch.bool)
+    for row in range(B):
+        start = 0
+        for n in range(T):
+            if start >= T:
+                break
+            resets[row, start] = True
+            start += lengths[(n + row) % len(lengths)]
+    return resets
+
+
+@every_form
+@pytest.mark.parametrize("T", [1, 2, 63, 64, 65, 1000])
+def test_keys_and_gradients(form, T):
+    check(form, *problem(2, T, 3, 16, seed=T))
+
+
+@every_form
+@pytest.mark.parametrize("H, D", [(1, 1), (2, 5), (4, 32), (2, 64), (1, 96), (2, 128), (65, 8), (3, 256)])
+def test_head_counts_and_sizes(form, H, D):
+    check(form, *problem(2, 40, H, D, seed=D))
+
+
+@every_form
+@pytest.mark.parametrize("lengths", [(1,), (1, 2, 1, 30), (64, 1), (33, 31), (7, 100)])
+def test_documents_do_not_mix(form, lengths):
+    resets = cut(3, 150, *lengths)
+    check(form, *problem(3, 150, 2, 32, seed=3), resets=resets)
+
+
+@every_form
+def test_a_document_has_the_bits_it_would_have_at_another_neighbour(form):
+    raw, gates, decays = problem(1, 90, 2, 16)
+    resets = cut(1, 90, 41, 49)
+    before, _ = gated_scan(raw, gates, decays, resets=resets, implementation=form)
+    raw[:, :41] *= -3
+    gates[:, :41] += 5
+    after, _ = gated_scan(raw, gates, decays, resets=resets, implementation=form)
+    assert torch.equal(before[:, 41:], after[:, 41:])
+    assert not torch.equal(before[:, :41], after[:, :41])
+
+
+@every_form
+def test_nothing_leaks_from_the_future(form):
+    raw, gates, decays = problem(2, 70, 2, 16)
+    before, _ = gated_scan(raw, gates, decays, implementation=form)
+    raw[:, 45], gates[:, 46], decays[:, 47] = 7.0, 3.0, -9.0
+    after, _ = gated_scan(raw, gates, decays, implementation=form)
+    assert torch.equal(before[:, :45], after[:, :45])
+    assert not torch.equal(before[:, 45:], after[:, 45:])
+
+
+@every_form
+def test_nonzero_starting_state(form):
+    raw, gates, decays = problem(2, 50, 3, 32)
+    vector, log_scale = torch.randn(2, 3, 32), torch.randn(2, 3)
+    upstream = torch.randn(raw.shape)
+    kbar = log_scale.double().exp()[..., None] * vector.double()
+    want, want_gradients = gradients(
+        lambda *x: truth(*x, kbar=kbar)[0], raw.double(), gates.double(), decays.double(), upstream
+    )
+    got, got_gradients = gradients(
+        lambda *x: gated_scan(*x, state=(vector, log_scale), implementation=form)[0], raw, gates, decays, upstream
+    )
+    assert_close(got, want)
+    for name, a, b in zip(("raw keys", "gates", "decays"), got_gradients, want_gradients, strict=True):
+        assert_close(a, b, 1e-4, name, least=0.1)
+
+
+@every_form
+@pytest.mark.parametrize("grad", [False, True])
+def test_returned_state_is_the_last_kbar(form, grad):
+    raw, gates, decays = problem(2, 77, 3, 16)
+    resets = cut(2, 77, 20, 30)
+    with torch.set_grad_enabled(grad):
+        _, (vector, log_scale) = gated_scan(raw.requires_grad_(grad), gates, decays, resets=resets, implementation=form)
+    assert vector.dtype == log_scale.dtype == torch.float32
+    assert not vector.requires_grad and not log_scale.requires_grad
+    _, kbar = truth(raw.detach(), gates, decays, resets)
+    assert_close(log_scale.double().exp()[..., None] * vector, kbar)
+
+
+@every_form
+@pytest.mark.parametrize("cuts", [(1, 2, 5, 64, 65), (30,), tuple(range(1, 100))])
+def test_pieces_with_carried_state_equal_the_whole(form, cuts):
+    raw, gates, decays = problem(2, 100, 2, 32)
+    resets = cut(2, 100, 35, 8)
+    whole, (_, last) = gated_scan(raw, gates, decays, resets=resets, implementation=form)
+    state, pieces = None, []
+    for a, b in zip((0, *cuts), (*cuts, 100), strict=True):
+        keys, state = gated_scan(
+            raw[:, a:b], gates[:, a:b], decays[:, a:b], resets=resets[:, a:b], state=state, implementation=form
+        )
+        pieces.append(keys)
+    torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(state[1], last, rtol=1e-5, atol=1e-5)
+
+
+@every_form
+def test_an_empty_state_is_no_state(form):
+    raw, gates, decays = problem(2, 40, 2, 16)
+    empty = torch.zeros(2, 2, 16), torch.full((2, 2), -torch.inf)
+    want, _ = gated_scan(raw, gates, decays, implementation=form)
+    got, state = gated_scan(raw, gates, decays, state=empty, implementation=form)
+    assert torch.equal(got, want)
+    assert empty[1].isneginf().all(), "the caller's state was written to"
+    nothing, (vector, log_scale) = gated_scan(raw[:, :0], gates[:, :0], decays[:, :0], state=state, implementation=form)
+    assert nothing.shape == (2, 0, 2, 16) and torch.equal(vector, state[0]) and torch.equal(log_scale, state[1])
+
+
+@every_form
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("gate", [80.0, -80.0, 500.0, -500.0])
+@pytest.mark.parametrize("decay", [0.0, -0.5, -500.0])
+def test_extreme_gates_and_decays(form, dtype, gate, decay):
+    """Steps of the extreme gate stand among ordinary ones, and all together."""
+    raw, gates, decays = problem(2, 70, 2, 16)
+    gates[:, 10:40] = gate
+    gates[:, 20] = 0.25
+    decays[:, 5:60] = decay
+    raw, gates, decays = raw.to(dtype), gates.to(dtype), decays.to(dtype)
+    eps = max(torch.finfo(dtype).eps, 4e-5)  # gates of 500 carry an error of 3e-5 in fp32
+    keys, (vector, log_scale) = gated_scan(raw, gates, decays, implementation=form)
+    want, _ = truth(raw, gates, decays)
+    assert keys.dtype == dtype and vector.isfinite().all() and log_scale.isfinite().all()
+    assert_close(keys, want, 2 * eps)
+    upstream = torch.randn(raw.shape)
+    _, got = gradients(lambda *x: gated_scan(*x, implementation=form)[0], raw, gates, decays, upstream)
+    doubles = [x.double() for x in (raw, gates, decays)]
+    # The upstream gradient as the kernel sees it, rounded to its dtype.
+    _, want = gradients(lambda *x: truth(*x)[0], *doubles, upstream.to(dtype))
+    for name, a, b in zip(("raw keys", "gates", "decays"), got, want, strict=True):
+        assert_close(a, b, 10 * eps, name, least=0.1)
+
+
+@every_form
+@pytest.mark.parametrize("gate", [600.0, -600.0, 1e4, -1e4])
+def test_gates_beyond_float64(form, gate):
+    """A constant added to all gates changes no key; exp(1e4) itself is beyond every format."""
+    raw, gates, decays = problem(1, 80, 2, 16, dtype=torch.float64)
+    gates = gates.float().mul(64).round().div(64).double()  # so that adding 1e4 in fp32 is exact
+    want, _ = truth(raw, gates, decays)
+    got, (vector, log_scale) = gated_scan(raw.float(), (gates + gate).float(), decays.float(), implementation=form)
+    assert vector.isfinite().all() and log_scale.isfinite().all()
+    assert_close(got, want, 2e-2 if abs(gate) == 1e4 else 1e-3)
+
+
+@every_form
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 2e-3), (torch.bfloat16, 1e-2), (torch.float64, 1e-12)])
+def test_dtypes(form, dtype, tolerance):
+    if form == "cpu" and dtype == torch.float64:
+        with pytest.raises(ConfigError, match="fp32"):
+            gated_scan(*problem(1, 3, 1, 4, dtype=dtype), implementation=form)
+        return
+    check(form, *problem(2, 65, 2, 16, dtype=dtype), tolerance=tolerance)
+
+
+@every_form
+def test_zero_raw_keys_give_zero_keys_and_zero_gradients(form):
+    raw, gates, decays = problem(2, 40, 2, 16)
+    raw[:, :7] = 0
+    raw[1] = 0
+    check(form, raw, gates, decays)
+    leaves = [part.requires_grad_() for part in (raw, gates, decays)]
+    keys, _ = gated_scan(*leaves, implementation=form)
+    got = torch.autograd.grad(keys, leaves, torch.randn(keys.shape))
+    assert (keys[:, :7] == 0).all() and (keys[1] == 0).all()
+    for gradient in got:
+        assert (gradient[1] == 0).all()
+
+
+@every_form
+def test_slices_of_one_projection_are_read_in_place(form):
+    B, T, H, D = 2, 45, 3, 16
+    fused = torch.randn(B, T, 2 * H * D + 2 * H)
+    raw = fused[..., : H * D].unflatten(-1, (H, D))
+    gates, decays = fused[..., -2 * H : -H], -fused[..., -H:].abs()
+    check(form, raw, gates, decays)
+    check(form, raw.transpose(0, 1), gates.transpose(0, 1), decays.transpose(0, 1))
+    check(form, raw.transpose(2, 3).contiguous().transpose(2, 3), gates, decays)
+
+
+@every_form
+def test_expanded_upstream_gradients(form):
+    raw, gates, decays = problem(2, 33, 2, 16)
+    raw.requires_grad_()
+    keys, _ = gated_scan(raw, gates, decays, implementation=form)
+    keys.sum().backward()
+    (want,) = torch.autograd.grad(
+        gated_scan(raw, gates, decays, implementation="reference")[0], raw, torch.ones(keys.shape)
+    )
+    torch.testing.assert_close(raw.grad, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["reference", "blocked"])
+def test_gradcheck(form, monkeypatch):
+    monkeypatch.setattr(blocked, "CHUNK", 4)
+    parts = [part.requires_grad_() for part in problem(2, 11, 1, 3, dtype=torch.float64)]
+    resets = cut(2, 11, 3, 6)
+    torch.autograd.gradcheck(lambda *x: gated_scan(*x, resets=resets, implementation=form)[0], parts)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_do_not_change_the_bits(threads):
+    raw, gates, decays = problem(3, 300, 5, 64)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        many, _ = gated_scan(raw, gates, decays, implementation="cpu")
+        torch.set_num_threads(3)
+        three, _ = gated_scan(raw, gates, decays, implementation="cpu")
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(many, three)
+
+
+def test_not_finite_in_one_document_stays_there():
+    raw, gates, decays = problem(1, 60, 2, 16)
+    raw[0, 10, 0, 3] = torch.nan
+    resets = cut(1, 60, 30)
+    keys, _ = gated_scan(raw, gates, decays, resets=resets, implementation="cpu")
+    assert keys[0, 10:30, 0].isnan().all(), "a NaN must be seen, not hidden"
+    assert keys[0, 30:].isfinite().all() and keys[0, :, 1].isfinite().all()
+
+
+def test_fp64_runs_by_itself_and_bad_input_is_named():
+    raw, gates, decays = problem(1, 5, 2, 4)
+    keys, (vector, _) = gated_scan(raw.double(), gates.double(), decays.double())
+    assert keys.dtype == vector.dtype == torch.float64
+    with pytest.raises(ValueError, match=r"gates \(1, 5\)"):
+        gated_scan(raw, gates[..., 0], decays)
+    with pytest.raises(ValueError, match="give bool"):
+        gated_scan(raw, gates, decays, resets=torch.zeros(1, 5))
+    with pytest.raises(ValueError, match="state"):
+        gated_scan(raw, gates, decays, state=(torch.zeros(1, 2, 3), torch.zeros(1, 2)))
+    with pytest.raises(ConfigError, match="no implementation 'fast'"):
+        gated_scan(raw, gates, decays, implementation="fast")

@@ -1,0 +1,321 @@
+"""memory_read in all its forms against a loop over the queries in float64, written from the definition."""
+
+import itertools
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from mmcore.errors import ConfigError
+from mmcore.kernels import native
+from mmcore.kernels.memory_read import memory_read
+
+needs_compiler = pytest.mark.skipif(native.why_not() is not None, reason=f"no C kernels: {native.why_not()}")
+FORMS = ["reference", "blocked", pytest.param("cpu", marks=needs_compiler)]
+NAMES = ("queries", "keys", "values", "base", "slope", "exponent")
+
+
+@pytest.fixture(autouse=True)
+def unwritten_memory_shows():
+    """torch.empty gives NaN, so that output a kernel forgets to write is seen."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def loop(queries, keys, values, base, slope, exponent, starts=None, window=None, delay=1, offset=0):
+    """The definition, one query after the other."""
+    rows = []
+    for b, i in itertools.product(range(queries.shape[0]), range(queries.shape[1])):
+        p = offset + i
+        hi = min(p - delay, keys.shape[1] - 1)
+        lo = max(int(starts[b, i]) if starts is not None else 0, p - window + 1 if window else 0)
+        n = max(0, hi - lo + 1)
+        if n == 0:
+            rows.append(torch.zeros_like(queries[b, i]))
+            continue
+        beta = slope * float(n) ** exponent + base
+        scores = beta[:, None] * torch.einsum("hd,khd->hk", queries[b, i], keys[b, lo : hi + 1])
+        rows.append(torch.einsum("hk,khd->hd", torch.softmax(scores, -1), values[b, lo : hi + 1]))
+    return torch.stack(rows).view(queries.shape) if rows else torch.zeros_like(queries)
+
+
+@dataclass
+class Case:
+    """Shapes and the place of the queries; `documents` are lengths that add up to the number of queries."""
+
+    queries: int
+    pairs: int | None = None
+    batch: int = 2
+    heads: int = 2
+    size: int = 16
+    window: int | None = None
+    delay: int = 1
+    offset: int = 0
+    documents: tuple[tuple[int, ...], ...] | None = None
+    padding: tuple[int, ...] | None = None
+
+    def place(self):
+        starts = None
+        if self.documents:
+            rows = [[sum(row[:n]) for n, length in enumerate(row) for _ in range(length)] for row in self.documents]
+            starts = torch.tensor(rows, dtype=torch.int32)
+        if self.padding:
+            starts = torch.tensor(self.padding, dtype=torch.int32)[:, None].expand(-1, self.queries).contiguous()
+        return {"starts": starts, "window": self.window, "delay": self.delay, "offset": self.offset}
+
+    def tensors(self, seed=0):
+        """Unit keys and queries, values, bandwidths, and an upstream gradient, all in float64."""
+        g = torch.Generator().manual_seed(seed)
+        pairs = self.queries if self.pairs is None else self.pairs
+
+        def normal(*shape):
+            return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+        q = torch.nn.functional.normalize(normal(self.batch, self.queries, self.heads, self.size), dim=-1)
+        k = torch.nn.functional.normalize(normal(self.batch, pairs, self.heads, self.size), dim=-1)
+        v = normal(self.batch, pairs, self.heads, self.size)
+        base, slope = (0.5 * normal(2, self.heads)).exp()
+        exponent = 0.6 * torch.rand(self.heads, generator=g, dtype=torch.float64)
+        # rounded to fp32, so that every form reads the very same numbers
+        inputs = [t.float().double() for t in (q, k, v, base, slope, exponent)]
+        return inputs, normal(*q.shape).float().double()
+
+
+CASES = {
+    "one": Case(1),
+    "attention": Case(50, delay=0),
+    "two": Case(2, delay=1),
+    "63": Case(63),
+    "64": Case(64, delay=64),
+    "65": Case(65, window=64, delay=1),
+    "300": Case(300, window=40, delay=3),
+    "300 long": Case(300, delay=64),
+    "delay beyond the end": Case(20, delay=30),
+    "delay beyond the window": Case(70, window=8, delay=8),
+    "window of one pair": Case(70, window=2, delay=1),
+    "window beyond the end": Case(65, window=256),
+    "packed": Case(130, window=32, documents=((1, 1, 63, 64, 1), (130,))),
+    "packed long": Case(130, delay=5, documents=((1, 4, 5, 6, 114), (7, 1, 122))),
+    "packed 300": Case(300, window=256, documents=((255, 1, 44), (10, 290))),
+    "single tokens": Case(9, documents=((1,) * 9, (8, 1))),
+    "chunk": Case(33, 100, offset=67, window=50, delay=1),
+    "chunk long": Case(65, 365, offset=300, delay=64),
+    "chunk before its pairs": Case(40, 50, offset=10, delay=4),
+    "fewer pairs": Case(50, 20, delay=1),
+    "no pairs": Case(5, 0),
+    "no queries": Case(0, 5),
+    "padded on the left": Case(70, window=30, padding=(0, 41)),
+    "padded chunk": Case(20, 90, offset=70, padding=(75, 90)),
+    "head of 64": Case(100, size=64, heads=3, window=31),
+    "head of 32": Case(90, size=32, delay=7),
+    "head of 128": Case(70, size=128, heads=1),
+    "head of 256": Case(66, size=256, heads=1, batch=1, window=50),
+    "head of 40": Case(65, size=40, delay=2),
+    "head of 5": Case(65, size=5, window=9),
+    "decode one": Case(1, 200, offset=200, size=64, heads=4),
+    "decode window": Case(1, 200, offset=200, window=65, size=64, heads=4, batch=3),
+    "decode empty": Case(1, 10, offset=3, delay=4),
+    "decode several": Case(5, 130, offset=128, delay=3, size=32),
+    "decode padded": Case(2, 150, offset=149, delay=1, padding=(0, 149), size=24),
+    "decode 8": Case(8, 120, offset=113, window=64, size=20, batch=1),
+}
+
+
+def run(case, form, dtype, same=False):
+    inputs, upstream = case.tensors()
+    leaves = [t.to(dtype if n < 3 or dtype == torch.float64 else torch.float32) for n, t in enumerate(inputs)]
+    leaves = [t.requires_grad_() for t in leaves]
+    if same:
+        leaves[1] = leaves[0]
+    out = memory_read(*leaves, **case.place(), implementation=form)
+    out.backward(upstream.to(dtype))
+    return out.detach(), [t.grad if t.grad is not None else torch.zeros_like(t) for t in leaves]
+
+
+def truth(case, same=False):
+    inputs, upstream = case.tensors()
+    leaves = [t.requires_grad_() for t in inputs]
+    if same:
+        leaves[1] = leaves[0]
+    out = loop(*leaves, **case.place())
+    if out.requires_grad:
+        out.backward(upstream)
+    return out.detach(), [t.grad if t.grad is not None else torch.zeros_like(t) for t in leaves]
+
+
+def assert_close(case, form, dtype, tolerance, same=False):
+    out, grads = run(case, form, dtype, same)
+    true_out, true_grads = truth(case, same)
+    assert out.dtype == dtype and out.shape == true_out.shape
+    torch.testing.assert_close(out.double(), true_out, rtol=tolerance, atol=tolerance)
+    for name, grad, true in zip(NAMES, grads, true_grads):
+        # relative to the largest entry: a gradient is a sum whose terms cancel
+        scale = max(1.0, true.abs().max().item()) if true.numel() else 1.0
+        scale *= 30 if name in NAMES[3:] else 1  # one number from thousands of terms of both signs
+        torch.testing.assert_close(
+            grad.double() / scale, true / scale, rtol=tolerance, atol=tolerance, msg=lambda m: f"gradient of {name}: {m}"
+        )
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize("form", FORMS)
+def test_output_and_all_gradients(case, form):
+    assert_close(case, form, torch.float32, 1e-5)
+
+
+@pytest.mark.parametrize("case", [CASES["packed"], CASES["chunk"], CASES["padded chunk"]], ids=["packed", "chunk", "padded"])
+@pytest.mark.parametrize("form", ["reference", "blocked", "auto"])
+def test_float64(case, form):
+    assert_close(case, form, torch.float64, 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", ["reference", "blocked", "auto"])
+def test_half_precision(dtype, form):
+    """Inputs and output are rounded to 8 (or 11) bits; scores and sums are not."""
+    case = CASES["packed"]
+    out, _ = run(case, form, dtype)
+    inputs, _ = case.tensors()
+    rounded = [t.to(dtype).double() for t in inputs[:3]] + inputs[3:]
+    step = torch.finfo(dtype).eps
+    torch.testing.assert_close(out.double(), loop(*rounded, **case.place()), rtol=step, atol=step)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["packed", "300 long", "300", "head of 64", "head of 5"])
+def test_queries_that_are_the_keys_get_both_gradients(form, name):
+    assert_close(CASES[name], form, torch.float32, 1e-5, same=True)
+
+
+@needs_compiler
+@pytest.mark.parametrize("name, threads, same", [("packed", 5, True), ("65", 2, False), ("decode window", 5, False)])
+def test_threads_change_nothing(name, threads, same):
+    """With more threads than heads the queries of a head are shared out; each run gives the same bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert_close(CASES[name], "cpu", torch.float32, 1e-5, same)
+        once, again = (run(CASES[name], "cpu", torch.float32, same) for _ in range(2))
+    finally:
+        torch.set_num_threads(before)
+    for a, b in zip([once[0], *once[1]], [again[0], *again[1]]):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("queries", [1, 40])
+def test_an_empty_memory_gives_exact_zeros(form, queries):
+    case = Case(queries, 40, delay=3, documents=((queries,), (1,) * queries))
+    out, grads = run(case, form, torch.float32)
+    assert out[1].abs().max() == 0 and out[0, :3].abs().max() == 0
+    assert grads[0][1].abs().max() == 0 and grads[1][1].abs().max() == 0 and grads[2][1].abs().max() == 0
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("queries", [1, 90])
+def test_large_bandwidths_stay_finite(form, queries):
+    """theta is clipped at 10: beta_0 = beta_1 = exp(10), alpha = 1. The sharpest read is the nearest pair's value."""
+    case = Case(queries, 100, offset=100 - queries, size=32)
+    inputs, upstream = case.tensors()
+    inputs = [t.float() for t in inputs]
+    for t, value in zip(inputs[3:], (22026.0, 22026.0, 1.0)):
+        t.fill_(value)
+    leaves = [t.requires_grad_() for t in inputs]
+    out = memory_read(*leaves, **case.place(), implementation=form)
+    out.backward(upstream.float())
+    assert out.isfinite().all() and all(t.grad.isfinite().all() for t in leaves)
+    q, k, v = (t.detach() for t in leaves[:3])
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k)
+    future = torch.arange(100)[None] > torch.arange(100 - queries, 100)[:, None] - 1
+    nearest = scores.masked_fill(future, -9.0).argmax(-1)
+    expected = torch.gather(v.transpose(1, 2), 2, nearest[..., None].expand(-1, -1, -1, 32)).transpose(1, 2)
+    read_any = ~future.all(-1)
+    torch.testing.assert_close(out.detach()[:, read_any], expected[:, read_any], rtol=1e-4, atol=1e-4)
+
+
+@needs_compiler
+@pytest.mark.parametrize("queries", [2, 70])
+def test_pairs_that_no_query_reads_are_never_touched(queries):
+    """NaN and inf before the window and after the delay change no bit of the output or of any gradient."""
+    case = Case(queries, 100, offset=100 - queries, window=20, delay=2)
+    inputs, upstream = case.tensors()
+    results = []
+    for low, high in ((None, None), (float("nan"), float("inf"))):
+        leaves = [t.float() for t in inputs]
+        for t in leaves[1:3] if low else ():
+            t[:, : 100 - queries - 19] = low
+            t[:, 98:] = high
+        leaves = [t.requires_grad_() for t in leaves]
+        out = memory_read(*leaves, **case.place(), implementation="cpu")
+        out.backward(upstream.float())
+        results.append([out.detach(), *(t.grad for t in leaves)])
+    for clean, spoiled in zip(*results):
+        torch.testing.assert_close(clean, spoiled, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("queries", [3, 70])
+def test_a_nan_is_not_hidden(form, queries):
+    case = Case(queries, 80, offset=80 - queries, size=24)
+    inputs, _ = case.tensors()
+    for spoil in range(3):
+        leaves = [t.float() for t in inputs]
+        leaves[spoil][0, 0, 0, 0] = float("nan")
+        out = memory_read(*leaves, **case.place(), implementation=form)
+        assert out[0, 1 if spoil else 0, 0].isnan().any()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("queries", [1, 4, 50])
+@pytest.mark.parametrize("layout", ["time first", "heads first"])
+def test_slices_of_a_store_are_read_in_place(form, queries, layout):
+    """What the decoder passes: the first n rows of a larger buffer, in either layout."""
+    case = Case(queries, 77, offset=77 - queries + 1, heads=3, batch=2, size=32)
+    inputs, _ = case.tensors()
+    q, k, v, *bandwidths = [t.float() for t in inputs]
+
+    def stored(t):
+        if layout == "time first":
+            store = torch.full((2, 128, 3, 32), float("nan"))
+            store[:, :77] = t
+            return store[:, :77]
+        store = torch.full((2, 3, 128, 32), float("nan"))
+        store[:, :, :77] = t.transpose(1, 2)
+        return store[:, :, :77].transpose(1, 2)
+
+    expected = loop(*inputs, **case.place())
+    with torch.no_grad():
+        out = memory_read(q, stored(k), stored(v), *bandwidths, **case.place(), implementation=form)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_chunks_equal_the_whole(form):
+    """Reading in chunks with an offset, or one by one, gives what one call over the whole text gives."""
+    case = Case(90, window=33, delay=2, size=32)
+    inputs, _ = case.tensors()
+    q, k, v, *bandwidths = [t.float() for t in inputs]
+    whole = memory_read(q, k, v, *bandwidths, window=33, delay=2, implementation=form)
+    for cuts in ([0, 1, 8, 50, 90], list(range(91))):
+        parts = [
+            memory_read(q[:, a:b], k[:, :b], v[:, :b], *bandwidths, window=33, delay=2, offset=a, implementation=form)
+            for a, b in zip(cuts, cuts[1:])
+        ]
+        torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=2e-6, atol=2e-6)
+
+
+def test_wrong_arguments_are_named():
+    q = torch.zeros(2, 4, 2, 8)
+    one = torch.ones(2)
+    with pytest.raises(ConfigError, match=r"keys \(2, 4, 2, 9\).*give \[B, Tq, H, D\]"):
+        memory_read(q, torch.zeros(2, 4, 2, 9), torch.zeros(2, 4, 2, 9), one, one, one)
+    with pytest.raises(ConfigError, match="float16 keys.*one dtype"):
+        memory_read(q, q.half(), q, one, one, one)
+    with pytest.raises(ConfigError, match="delay -1.*at least 0"):
+        memory_read(q, q, q, one, one, one, delay=-1)
+    with pytest.raises(ConfigError, match="one start for each query"):
+        memory_read(q, q, q, one, one, one, starts=torch.zeros(2, 3, dtype=torch.int32))
+    with pytest.raises(ConfigError, match="no implementation 'fast'"):
+        memory_read(q, q, q, one, one, one, implementation="fast")

@@ -1,0 +1,117 @@
+"""The cost formulas against the paper's figures, against loops, against the built models and torch's FLOP counter."""
+
+import itertools
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmcore.config import ARCHITECTURES, ModelConfig
+from mmcore.model import accounting, build_model
+
+LARGE = dict(
+    vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32, num_attention_heads=32
+)
+SMALL = dict(
+    vocab_size=128_256, hidden_size=2048, intermediate_size=6144, num_hidden_layers=24, num_attention_heads=16
+)
+TINY = dict(
+    vocab_size=97, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
+    short_term_window=9, long_term_delay=5, long_term_delay_range=(5, 8),
+)
+
+
+def tiny_variants():
+    for model_type, tied in itertools.product(ARCHITECTURES, (False, True)):
+        yield ModelConfig(model_type=model_type, tie_word_embeddings=tied, **TINY)
+    yield ModelConfig(model_type="llama", num_key_value_heads=2, head_dim=8, **TINY)
+
+
+def test_paper_sizes():
+    large, small = ModelConfig(**LARGE), ModelConfig(**SMALL)
+    assert round(accounting.parameters(large)["total"] / 1e9, 1) == 9.9
+    assert round(accounting.parameters(large)["without_long_term"] / 1e9, 1) == 8.3
+    assert round(accounting.parameters(ModelConfig(model_type="llama", **LARGE))["total"] / 1e9, 1) == 8.8
+    assert round(accounting.parameters(small)["total"] / 1e9, 1) == 2.0
+    assert round(accounting.parameters(small)["blocks"] / 1e9, 1) == 1.5
+
+
+def test_paper_flops():
+    """The paper prints 18.9, 15.6 and 16.7 B a token."""
+    large = ModelConfig(**LARGE)
+    assert accounting.flops_per_token(large) == pytest.approx(18.9e9, rel=0.01)
+    assert accounting.flops_per_token(large, without=("long_term",)) == pytest.approx(15.6e9, rel=0.01)
+    assert accounting.flops_per_token(ModelConfig(model_type="llama", **LARGE)) == pytest.approx(16.7e9, rel=0.01)
+
+
+@pytest.mark.parametrize("config", tiny_variants(), ids=str)
+def test_parameters_equal_the_built_model(config):
+    with torch.device("meta"):
+        model = build_model(config)
+    counted = accounting.parameters(config)
+    assert counted["total"] == sum(p.numel() for p in model.parameters())
+    assert counted["blocks"] == sum(p.numel() for p in model.model.layers.parameters())
+    assert counted["total"] == sum(counted["by_part"].values())
+    assert counted["total"] == counted["embedding"] + counted["blocks"] + counted["final_norm"]
+    gone = sum(p.numel() for name, p in model.named_parameters() if ".long_term." in name)
+    if config.model_type != "llama":
+        gone += sum(layer.out_proj.weight.numel() // 2 for layer in model.model.layers)
+    assert counted["without_long_term"] == counted["total"] - gone
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("scale", [LARGE, SMALL], ids=["8b", "1.5b"])
+def test_parameters_equal_the_built_model_at_paper_size(model_type, scale):
+    config = ModelConfig(model_type=model_type, **scale)
+    with torch.device("meta"):
+        model = build_model(config)
+    assert accounting.parameters(config)["total"] == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("config", tiny_variants(), ids=str)
+def test_forward_flops_equal_torchs_counter(config):
+    """The reference implementation multiplies whole T x T matrices, which is the formula's dense form."""
+    batch, length = 2, 21
+    model = build_model(config, kernels="reference")
+    model.init_weights(seed=0)
+    tokens = torch.randint(config.vocab_size, (batch, length))
+    with FlopCounterMode(display=False) as counter:
+        model(tokens)
+    formula = accounting.flops_per_token(config) + accounting.read_flops_per_token(config, length, dense=True)
+    assert counter.get_total_flops() == batch * length * formula
+
+
+@pytest.mark.parametrize("model_type", ["memory_mosaics_v2", "llama"])
+def test_training_flops_are_three_times_forward(model_type):
+    """Backward takes two products for each of the forward's, but for the embedding's look-up, which takes none."""
+    config = ModelConfig(model_type=model_type, **TINY)
+    model = build_model(config, kernels="reference")
+    model.init_weights(seed=0)
+    tokens = torch.randint(config.vocab_size, (2, 21))
+    with FlopCounterMode(display=False) as counter:
+        model(tokens).sum().backward()
+    forward = accounting.flops_per_token(config) + accounting.read_flops_per_token(config, 21, dense=True)
+    assert counter.get_total_flops() == pytest.approx(3 * 2 * 21 * forward, rel=1e-6)
+
+
+@pytest.mark.parametrize("context", [1, 2, 5, 8, 9, 10, 40])
+@pytest.mark.parametrize("config", [ModelConfig(model_type=kind, **TINY) for kind in ARCHITECTURES], ids=ARCHITECTURES)
+def test_pairs_equal_a_count(config, context):
+    """Pairs counted one by one from the definitions of the windows, t from 1."""
+    h, counted = config.short_term_window, {}
+    times = range(1, context + 1)
+    if config.model_type == "llama":
+        counted["attention"] = sum(len([i for i in times if i <= t]) for t in times)
+    else:
+        newest = 0 if config.model_type == "long_short_transformer" else 1
+        counted["short_term"] = sum(len([i for i in times if t - h + 1 <= i <= t - newest]) for t in times)
+        counted["long_term"] = sum(len([i for i in times if i <= t - m]) for t in times for m in (5, 6, 7, 8)) / 4
+    found = accounting.pairs_per_query(config, context)
+    assert found == pytest.approx({name: value / context for name, value in counted.items()})
+
+
+def test_training_flops_use_the_mean_of_the_drawn_delays():
+    config = ModelConfig(**TINY)
+    drawn = [accounting.read_flops_per_token(config, 40, delay=m) for m in (5, 6, 7, 8)]
+    expected = 3 * (accounting.flops_per_token(config) + sum(drawn) / 4)
+    assert accounting.training_flops_per_token(config, 40) == pytest.approx(expected)

@@ -1,0 +1,96 @@
+"""Decoding from a state equals the full forward pass, token for token."""
+
+import pytest
+import torch
+
+from tests.helpers.models import random_tokens, tiny
+
+TYPES = ["memory_mosaics_v2", "llama", "long_short_transformer"]
+
+
+def feed(model, state, tokens, sizes):
+    """Logits [B, T, V] after every token, fed in pieces of the given sizes."""
+    pieces = tokens.split(sizes, dim=1)
+    return torch.cat([model.advance(piece, state, last_only=False) for piece in pieces], dim=1)
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize("sizes", [
+    [1] * 60, [60], [7] * 8 + [4], [1, 59], [59, 1], [13, 1, 1, 20, 1, 24], [2] * 30,
+], ids=lambda sizes: "-".join(map(str, sizes[:4])))
+def test_pieces_of_any_size_equal_the_whole(model_type, sizes):
+    """60 tokens go past the short window h = 9 and the delay m = 5 several times over."""
+    model = tiny(model_type)
+    tokens = random_tokens(3, 60)
+    with torch.no_grad():
+        whole = model(tokens)
+    state = model.new_state(3)
+    assert torch.allclose(feed(model, state, tokens, sizes), whole, atol=3e-5)
+    assert state.length == 60
+
+
+def test_a_long_run_in_float64_is_exact():
+    model = tiny(kernels="reference").double()
+    tokens = random_tokens(1, 150)
+    with torch.no_grad():
+        whole = model(tokens)
+    assert torch.allclose(feed(model, model.new_state(1), tokens, [40] + [1] * 110), whole, atol=1e-11)
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_rows_of_unequal_length_equal_each_row_alone(model_type):
+    model = tiny(model_type)
+    lengths = [31, 1, 12, 24]
+    rows = [random_tokens(1, n + 15, seed=n) for n in lengths]
+    longest = max(lengths)
+    padding = torch.tensor([longest - n for n in lengths])
+    batch = torch.zeros(4, longest + 15, dtype=torch.int64)
+    for b, row in enumerate(rows):
+        batch[b, padding[b] :] = row[0]
+    state = model.new_state(4, padding=padding)
+    got = feed(model, state, batch, [10, longest - 10] + [1] * 15)
+    with torch.no_grad():
+        for b, row in enumerate(rows):
+            assert torch.allclose(got[b, padding[b] :], model(row)[0], atol=3e-5), f"row {b}"
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize("cut", [1, 2, 5, 9, 10, 33])
+def test_a_saved_state_goes_on_as_the_unbroken_one(model_type, cut):
+    model = tiny(model_type)
+    tokens = random_tokens(2, 50)
+    unbroken = model.new_state(2)
+    feed(model, unbroken, tokens[:, :cut], [cut])
+    saved = {name: tensor.clone() for name, tensor in unbroken.tensors().items()}
+    restored = model.new_state(2)
+    restored.load(saved)
+    rest = tokens[:, cut:]
+    sizes = [3] + [1] * (rest.shape[1] - 3)
+    assert torch.equal(feed(model, unbroken, rest, sizes), feed(model, restored, rest, sizes))
+
+
+def test_the_short_term_state_stays_small_and_the_long_term_grows():
+    model = tiny()
+    state = model.new_state(1)
+    sizes = []
+    for _ in range(20):
+        model.advance(random_tokens(1, 50), state)
+        sizes.append({name: memory.store.used for name, memory in state.memories.items()})
+    assert all(sizes[-1][name] < 120 for name in sizes[-1] if "short" in name)
+    assert all(sizes[-1][name] == 999 for name in sizes[-1] if "long" in name)
+
+
+def test_last_only_is_the_last_of_all():
+    model = tiny()
+    tokens = random_tokens(2, 17)
+    assert torch.allclose(
+        model.advance(tokens, model.new_state(2)), model.advance(tokens, model.new_state(2), last_only=False)[:, -1],
+        atol=1e-5)
+
+
+@pytest.mark.parametrize("memory", ["short_term", "long_term"])
+def test_decoding_without_a_memory_equals_the_pass_without_it(memory):
+    model = tiny().without((memory,))
+    tokens = random_tokens(1, 40)
+    with torch.no_grad():
+        assert torch.allclose(feed(model, model.new_state(1), tokens, [11] + [1] * 29), model(tokens), atol=3e-5)
