@@ -93,6 +93,7 @@ class LiveView(PlainView):
         super().__init__(title, go_on)
         self._console = console
         self._live = None
+        self._quiet = _NoControlEcho()
         self._stage = "starting"
         self._since = time.monotonic()
         self._step: events.StepDone | None = None
@@ -117,6 +118,7 @@ class LiveView(PlainView):
                 self._stage = f"{event.signal_name}: finishing this step and saving (Ctrl-C again quits at once)"
             case events.Quitting():
                 self._console.show_cursor(True)
+                self._quiet.leave()
             case events.Ended():
                 self.close()
                 super().__call__(event)
@@ -149,6 +151,7 @@ class LiveView(PlainView):
         if self._live is not None:
             self._live.stop()
             self._live = None
+            self._quiet.leave()
 
     def _open(self) -> None:
         if self._live is None:
@@ -156,6 +159,7 @@ class LiveView(PlainView):
 
             # transient: the last panel would repeat what the closing lines say
             self._live = Live(self, console=self._console, refresh_per_second=4, transient=True)
+            self._quiet.enter()
             self._live.start()
 
     def __rich__(self) -> RenderableType:
@@ -220,6 +224,29 @@ class LiveView(PlainView):
         return Text(line, style="cyan", no_wrap=True)
 
 
+class _NoControlEcho:
+    """Keeps the terminal from echoing "^C": two characters behind the panel's corner would push it down a line."""
+
+    def __init__(self) -> None:
+        self._before: list | None = None
+
+    def enter(self) -> None:
+        if sys.stdin is not None and sys.stdin.isatty():
+            import termios
+
+            self._before = termios.tcgetattr(sys.stdin)
+            changed = termios.tcgetattr(sys.stdin)
+            changed[3] &= ~termios.ECHOCTL
+            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, changed)
+
+    def leave(self) -> None:
+        if self._before is not None:
+            import termios
+
+            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self._before)
+            self._before = None
+
+
 def _cell(name: str, value: str) -> RenderableType:
     from rich.text import Text
 
@@ -260,16 +287,14 @@ def validation_line(event: events.Validated) -> str:
 
 def started_line(event: events.Started) -> str:
     """What is about to be trained, where, for how long."""
-    words = [
-        f"{count(event.parameters)} parameters on {event.device} in {event.precision}",
-        f"{event.total_steps:,} steps of {count(event.tokens_per_step)} tokens",
-    ]
+    words = [f"{count(event.parameters)} parameters on {event.device} in {event.precision}"]
+    length = f"{event.total_steps:,} steps of {count(event.tokens_per_step)} tokens"
     if event.training_tokens:
         epochs = event.total_steps * event.tokens_per_step / event.training_tokens
-        words.append(f"{epochs:.2g} times through {count(event.training_tokens)} tokens of text")
-    words.append(f"run folder {event.run_folder}")
+        length += f" ({epochs:.2g} x the {count(event.training_tokens)} tokens of text)"
+    words += [length, f"in {event.run_folder}"]
     if event.resumed_from is not None:
-        words.append(f"going on from step {event.step:,}")
+        words.append(f"from step {event.step:,} on")
     return ", ".join(words)
 
 

@@ -39,9 +39,11 @@ class Smoothed:
 
 
 def as_line(event: StepDone | Validated) -> dict:
-    """The event as one flat JSON object: `kind` first, then the event's fields."""
+    """The event as one flat JSON object: `kind` first, then the event's fields; a number that is not finite, which
+    JSON cannot hold, is null."""
     kind = "step" if isinstance(event, StepDone) else "validation"
-    return {"kind": kind, **dataclasses.asdict(event)}
+    fields = dataclasses.asdict(event).items()
+    return {"kind": kind} | {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields}
 
 
 def wanted(event: Event, log_every: int) -> bool:

@@ -1,0 +1,96 @@
+"""Smoothing, metrics.jsonl, TensorBoard, and what is dropped on resume."""
+
+import json
+import math
+
+import pytest
+
+from mmcore.training.events import Saving, StepDone, Validated
+from mmcore.training.metrics import JsonLines, Smoothed, TensorBoard, keep_lines_until
+
+
+def step(number, total=10, loss=2.0, **values):
+    fields = {
+        "smoothed_loss": loss, "learning_rate": 1e-3, "gradient_norm": 0.5, "long_term_delay": 70, "trained_tokens": 9,
+        "tokens": 10 * number, "tokens_per_second": 100.0, "mfu": 0.4, "memory_bytes": 1, "elapsed_seconds": 1.0,
+        "seconds_left": 2.0,
+    }  # fmt: skip
+    return StepDone(number, total, loss, **(fields | values))
+
+
+def test_smoothing_is_unbiased_from_the_first_value():
+    smoothed = Smoothed(0.9)
+    assert math.isnan(smoothed.value)
+    assert smoothed.update(5.0) == pytest.approx(5.0)
+    values = [5.0, 3.0, 4.0, 1.0]
+    for value in values[1:]:
+        smoothed.update(value)
+    weights = [0.9**3, 0.9**2, 0.9, 1.0]
+    assert smoothed.value == pytest.approx(sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights))
+
+
+def test_smoothing_goes_on_to_the_last_bit_through_json():
+    one, two = Smoothed(), Smoothed()
+    for value in (1.1, 2.7, 3.14):
+        one.update(value)
+    two.load(json.loads(json.dumps(one.state())))
+    assert one.update(0.1) == two.update(0.1)
+
+
+def test_lines_are_json_with_kind_and_fields(tmp_path):
+    write = JsonLines(tmp_path / "metrics.jsonl", log_every=1)
+    write(step(1))
+    write(Validated(1, 1.5, None, 100, 0.1))
+    write(Saving(1))
+    write.close()
+    first, second = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert (first["kind"], first["step"], first["loss"], first["long_term_delay"]) == ("step", 1, 2.0, 70)
+    assert second == {
+        "kind": "validation", "step": 1, "loss": 1.5, "bits_per_byte": None, "tokens": 100, "seconds": 0.1
+    }  # fmt: skip
+
+
+def test_log_every_keeps_the_last_step_and_all_validations(tmp_path):
+    write = JsonLines(tmp_path / "metrics.jsonl", log_every=4)
+    for number in range(1, 11):
+        write(step(number))
+    write(Validated(7, 1.5, 0.5, 100, 0.1))
+    write.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [4, 8, 10, 7]
+
+
+def test_numbers_that_are_not_finite_stay_json(tmp_path):
+    write = JsonLines(tmp_path / "metrics.jsonl", log_every=1)
+    write(Validated(1, math.nan, math.inf, 100, 0.1))
+    write.close()
+    line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert line["loss"] is None and line["bits_per_byte"] is None
+
+
+def test_lines_after_the_resumed_step_and_a_torn_one_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    kept = "".join(json.dumps({"kind": "step", "step": n}) + "\n" for n in (1, 2, 3))
+    path.write_text(kept + json.dumps({"kind": "step", "step": 4}) + "\n" + '{"kind": "step", "st')
+    assert keep_lines_until(path, 3) == 2
+    assert path.read_text() == kept
+    assert keep_lines_until(path, 3) == 0
+    assert keep_lines_until(tmp_path / "missing.jsonl", 3) == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_tensorboard_reads_back_what_was_written_and_hides_the_broken_end(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    first = TensorBoard(tmp_path, 1, 0)
+    for number in (1, 2, 3, 4):
+        first(step(number, loss=float(number)))
+    first.close()
+    second = TensorBoard(tmp_path, 1, 2)
+    second(step(3, loss=30.0))
+    second(Validated(3, 1.5, None, 100, 0.1))
+    second.close()
+    read = accumulator.EventAccumulator(str(tmp_path))
+    read.Reload()
+    assert [(e.step, e.value) for e in read.Scalars("step/loss")] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+    assert [(e.step, e.value) for e in read.Scalars("validation/loss")] == [(3, 1.5)]
+    assert "validation/bits_per_byte" not in read.Tags()["scalars"]
