@@ -9,11 +9,12 @@ void mm_thin_linear(const float *x, int64_t rows, int64_t in, int64_t count, con
     int64_t total = 0;
     for (int64_t m = 0; m < count; total += outs[m], m++)
         list[m] = (struct product){weights[m], outs[m], y + rows * total};
+    int64_t worthwhile = total * in * (bf16 ? 2 : 4) / LEAST_BYTES + 1;
+    if (threads > worthwhile) threads = (int)worthwhile;
     if (bf16) {
         even_then_odd(x, scratch, rows, in);
         x = scratch;
     }
-    if (total * in * (bf16 ? 2 : 4) <= SLICE) threads = 1;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     multiply(list, count, x, rows, in, bf16);
 }
