@@ -18,7 +18,8 @@ ALLOWED = {
     "distributed": {"errors", "config", "kernels", "model"},
     "data": {"errors", "config"},
     "checkpoint": {"errors", "config", "kernels", "model", "distributed", "data"},
-    "training": {"errors", "config", "kernels", "model", "distributed", "checkpoint", "data"},
+    "planning": {"errors", "config", "model"},
+    "training": {"errors", "config", "kernels", "model", "distributed", "checkpoint", "data", "planning"},
     "generation": {"errors", "config", "kernels", "model", "checkpoint", "data"},
     "evaluation": {"errors", "config", "kernels", "model", "checkpoint", "data", "generation"},
 }

@@ -145,13 +145,13 @@ def load_state(path: str | Path, *, verify: bool = False) -> TrainingState:
     folder = Path(path)
     if not os.path.lexists(folder / manifest.NAME):
         raise CheckpointError(f"{folder} is no training checkpoint (it has no {manifest.NAME}): give a step of a run")
-    manifest.check(folder, hashes=verify)
+    records = manifest.check(folder, hashes=verify)
     checkpoint = open_folder(folder, verify=False)
     state = untrusted.read_json(folder / STATE)
     step = state.get("step")
     if type(step) is not int or step < 0:
         raise CheckpointError(f"{folder / STATE} says no step: go back to an earlier checkpoint")
-    files = tensorfile.find_tensors(folder, "optimizer")
+    files = tensorfile.find_tensors(folder, "optimizer", records)
     shapes = {name: spec.shape for name, spec in files.specs.items()}
     _check_optimizer(checkpoint.config, shapes, f"{folder}: the optimizer", files.problems)
     return TrainingState(

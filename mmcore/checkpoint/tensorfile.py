@@ -8,8 +8,9 @@ all offsets follow from names, shapes and dtypes, so a shard needs the memory of
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -81,7 +82,7 @@ def is_finite(tensor: Tensor) -> bool:
     if tensor.numel() == 0 or not tensor.dtype.is_floating_point:
         return True
     low, high = torch.aminmax(tensor.detach())
-    return bool(torch.isfinite(low) and torch.isfinite(high))
+    return math.isfinite(low) and math.isfinite(high)
 
 
 # -- reading ---------------------------------------------------------------------------------------------------
@@ -148,16 +149,18 @@ class TensorFiles:
     problems: list[str]
 
 
-def find_tensors(folder: Path, stem: str) -> TensorFiles:
+def find_tensors(folder: Path, stem: str, listed: Container[str] | None = None) -> TensorFiles:
     """Read the headers of `<stem>.safetensors`, or of the shards that `<stem>.safetensors.index.json` names.
 
-    Raises CheckpointError where a file is missing or damaged, or the index names anything but plain files of
-    the folder. Contradictions between index and shards are returned as problems, so that all can be reported.
+    listed: the only files that count, where a manifest says which. Raises CheckpointError where a file is missing
+    or damaged, or the index names anything but plain files of the folder. Contradictions between index and shards
+    are returned as problems, so that all can be reported.
     """
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
-    if os.path.lexists(single) and os.path.lexists(index):
+    there = [path for path in (single, index) if os.path.lexists(path) and (listed is None or path.name in listed)]
+    if len(there) == 2:
         raise CheckpointError(f"{folder} has both {single.name} and {index.name}: remove the one that is stale")
-    if not os.path.lexists(index):
+    if index not in there:
         specs = read_header(single)
         return TensorFiles(specs, dict.fromkeys(specs, single), [])
     weight_map = untrusted.read_json(index).get("weight_map")

@@ -159,7 +159,7 @@ def obtain_tokenizer(config: TokenizerConfig, data: DataConfig, vocab_size: int)
     folder = cache.parent / "tokenizers" / key if not data.cache else cache / "tokenizers" / key
     if (folder / "tokenizer.model").is_file() and (folder / "tokenizer_config.json").is_file():
         return load_tokenizer(folder)
-    tokenizer = train_sentencepiece(_training_texts(sources, config, data), size, threads=os.cpu_count() or 1)
+    tokenizer = train_sentencepiece(_training_texts(sources, config, data), size)
     tokenizer.chat_template = CHAT_TEMPLATE
     for name, content in tokenizer.files().items():
         write_atomically(folder / name, content)

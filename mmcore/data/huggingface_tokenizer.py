@@ -15,7 +15,7 @@ from typing import Any
 
 import tokenizers
 
-from mmcore.data.tokenizer import BEGIN_NAMES, CHAT_TOKENS, END_NAMES, Tokenizer
+from mmcore.data.tokenizer import BEGIN_NAMES, CHAT_TOKENS, END_NAMES
 from mmcore.errors import DataError
 
 _CONTROL_NAME = re.compile(r"<\|[^|]*\|>")
@@ -57,7 +57,7 @@ class HuggingFaceModel:
             row = self._tokenizer.token_to_id(name)
             if row is not None:
                 self.controls.setdefault(name, row)
-        self._kind = _decoder_kind(json.loads(content), origin)
+        self._kind = _decoder_kind(self._tokenizer.decoder, origin)
         self.leading_space = self._kind != "bytes" and self._puts_space_first()
 
     def _puts_space_first(self) -> bool:
@@ -88,13 +88,13 @@ class HuggingFaceModel:
             table[i] = b""
         return table
 
-    def companion_files(self, tokenizer: Tokenizer) -> dict[str, bytes]:
+    def companion_files(self) -> dict[str, bytes]:
         return {}
 
 
-def _decoder_kind(values: dict[str, Any], origin: str) -> str:
+def _decoder_kind(step: Any, origin: str) -> str:
     """"bytes" for GPT-2's byte letters, "pieces" for sentencepiece-like pieces. Raises DataError for others."""
-    decoder = values.get("decoder") or {}
+    decoder = json.loads(step.__getstate__()) if step is not None else {}
     steps = [step.get("type") for step in decoder.get("decoders", [decoder])]
     if "ByteLevel" in steps:
         return "bytes"

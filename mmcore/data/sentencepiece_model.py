@@ -16,12 +16,14 @@ from pathlib import Path
 import sentencepiece
 
 from mmcore.data.tokenizer import CHAT_TOKENS, Tokenizer
+from mmcore.data.tokenizer_export import bpe_json, is_plain_bpe
 from mmcore.errors import DataError
 
 SPACE = "\u2581"  # sentencepiece writes a space as this character, so the character itself needs care
 _CONTROL_NAME = re.compile(r"<\|[^|]*\|>")
 _LINE_GROUP = 1000  # characters; merging a whole book in one heap is 2.5 times slower than line by line
 _LONGEST_SENTENCE = 4096  # characters
+_THREADS = 4  # fixed: the trainer writes the number into the model, and so into its fingerprint
 
 
 class SentencePieceModel:
@@ -31,7 +33,10 @@ class SentencePieceModel:
 
     def __init__(self, content: bytes, origin: str = "the tokenizer"):
         try:
+            if not content:
+                raise RuntimeError("an empty file")
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
+            first = self._processor.encode("a", out_type=str)
         except RuntimeError:
             raise DataError(
                 f"{origin} is none that can be read: give a sentencepiece model, a Hugging Face tokenizer.json, a "
@@ -46,10 +51,10 @@ class SentencePieceModel:
             if processor.is_control(i) or _CONTROL_NAME.fullmatch(piece)
         }
         self._bytes = {int(piece[3:5], 16): i for i, piece in enumerate(self.pieces) if processor.is_byte(i)}
-        first = processor.encode("a", out_type=str)
         self.leading_space = bool(first) and first[0].startswith(SPACE)
-        # Where no piece holds a line break, merging never crosses one, and lines can be encoded one by one.
-        self._by_lines = not self.leading_space and not any("\n" in piece for piece in self.pieces)
+        # Where no piece holds a line break, merging never crosses one, and lines can be encoded one by one. The
+        # leading space of a later line then stays a piece by itself, which encode drops again.
+        self._by_lines = not any("\n" in piece for piece in self.pieces) and SPACE in self.pieces
 
     def encode(self, text: str) -> list[int]:
         if SPACE in text and not self.leading_space and len(self._bytes) == 256:
@@ -65,7 +70,8 @@ class SentencePieceModel:
             return self._processor.encode(text)
         ids = []
         for group in _line_groups(text):
-            ids += self._processor.encode(group)
+            drop = 1 if ids and self.leading_space else 0
+            ids += self._processor.encode(group)[drop:]
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -85,21 +91,32 @@ class SentencePieceModel:
                 table.append(piece.replace(SPACE, " ").encode())
         return table
 
-    def companion_files(self, tokenizer: Tokenizer) -> dict[str, bytes]:
-        return {}
+    def companion_files(self) -> dict[str, bytes]:
+        """tokenizer.json, where it can say the same: for BPE with bytes for unknown characters."""
+        if len(self._bytes) < 256 or not is_plain_bpe(self.file_bytes):
+            return {}
+        processor = self._processor
+        ordinary = [
+            i for i in range(self.size)
+            if not (processor.is_control(i) or processor.is_unknown(i) or processor.is_byte(i) or processor.is_unused(i))
+        ]
+        scores = [processor.get_score(i) for i in range(self.size)]
+        content = bpe_json(self.pieces, scores, ordinary, self.controls, processor.unk_id(), self.leading_space)
+        return {"tokenizer.json": content}
 
 
 def _line_groups(text: str) -> Iterator[str]:
-    """`text` in pieces of about _LINE_GROUP characters that end after a line break."""
+    """`text` in pieces of about _LINE_GROUP characters, all but the first of which begin with a line break."""
     start = 0
     while start < len(text):
-        end = text.find("\n", start + _LINE_GROUP) + 1 or len(text)
+        end = text.find("\n", start + _LINE_GROUP)
+        end = end if end >= 0 else len(text)
         yield text[start:end]
         start = end
 
 
-def train_sentencepiece(texts: Iterable[str], vocab_size: int, folder: str | Path | None = None, seed: int = 0,
-                        threads: int = 2) -> Tokenizer:
+def train_sentencepiece(texts: Iterable[str], vocab_size: int, folder: str | Path | None = None,
+                        seed: int = 0) -> Tokenizer:
     """Train a byte-fallback BPE vocabulary of exactly `vocab_size` pieces on `texts`; save it in `folder`, if given.
 
     Ids 0, 1, 2 are <unk>, <|begin_of_text|>, <|end_of_text|>; the chat tokens follow, then 256 bytes. The result
@@ -113,7 +130,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, folder: str | Pat
             sentence_iterator=_sentences(texts), model_writer=output, model_type="bpe", vocab_size=vocab_size,
             normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
             byte_fallback=True, split_digits=True, allow_whitespace_only_pieces=True, character_coverage=0.9999,
-            max_sentence_length=8 * _LONGEST_SENTENCE, num_threads=threads, minloglevel=2,
+            max_sentence_length=8 * _LONGEST_SENTENCE, num_threads=_THREADS, minloglevel=2,
             unk_id=0, bos_id=1, eos_id=2, pad_id=-1, bos_piece="<|begin_of_text|>", eos_piece="<|end_of_text|>",
             control_symbols=list(CHAT_TOKENS),
         )

@@ -82,15 +82,17 @@ class Stream:
         return self._maps[key]
 
     def document_lengths(self) -> np.ndarray:
-        """int64 [documents]: tokens of each chosen document in stream order. Only where runs end with documents."""
-        lengths = []
+        """int64 [n]: tokens of each document, or part of one that a run cuts off, in stream order; they sum to
+        `tokens`."""
+        lengths = [np.zeros(0, np.int64)]
         for run in self.runs:
             table = np.asarray(self.shards.documents(self.shards.shards[run.shard])["tokens"]).astype(np.int64)
             ends = np.cumsum(table)
-            first = int(np.searchsorted(ends, run.start, side="right"))
-            last = int(np.searchsorted(ends, run.start + run.length, side="left"))
-            lengths.append(table[first:last + 1])
-        return np.concatenate(lengths) if lengths else np.zeros(0, np.int64)
+            stop = run.start + run.length
+            first, last = np.searchsorted(ends, run.start, side="right"), np.searchsorted(ends, stop, side="left")
+            chosen = slice(int(first), int(last) + 1)
+            lengths.append(np.minimum(ends[chosen], stop) - np.maximum(ends[chosen] - table[chosen], run.start))
+        return np.concatenate(lengths)
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ class TokenModel(Protocol):
     def token_bytes(self) -> list[bytes]:
         """The UTF-8 bytes of each id; control tokens stand for b""."""
 
-    def companion_files(self, tokenizer: Tokenizer) -> dict[str, bytes]:
+    def companion_files(self) -> dict[str, bytes]:
         """Further files that other programs need to read the same tokenizer."""
 
 
@@ -179,7 +179,7 @@ class Tokenizer:
             "clean_up_tokenization_spaces": False,
         }
         config = {key: value for key, value in config.items() if value is not None}
-        files = {self.model.file_name: self.model.file_bytes, **self.model.companion_files(self)}
+        files = {self.model.file_name: self.model.file_bytes, **self.model.companion_files()}
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
             files[TEMPLATE_FILE] = self.chat_template.encode()

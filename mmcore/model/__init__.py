@@ -1,11 +1,16 @@
-"""The models: one device, no torch.distributed; code that reads like the paper."""
+"""The models: one device, no torch.distributed; code that reads like the paper.
+
+Nothing here imports torch before a model is built: `mm pretrain --plan` only counts (accounting.py).
+"""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from mmcore.config import ModelConfig
-from mmcore.model.language_model import LanguageModel
-from mmcore.model.mosaic import build_mosaic
-from mmcore.model.transformer import build_transformer
+
+if TYPE_CHECKING:
+    from mmcore.model.language_model import LanguageModel
 
 
 def build_model(config: ModelConfig, kernels: str = "auto") -> LanguageModel:
@@ -13,5 +18,16 @@ def build_model(config: ModelConfig, kernels: str = "auto") -> LanguageModel:
 
     `kernels` is the implementation given to every kernel: auto, or one by name.
     """
+    from mmcore.model.mosaic import build_mosaic
+    from mmcore.model.transformer import build_transformer
+
     build = build_mosaic if config.model_type == "memory_mosaics_v2" else build_transformer
     return build(config, kernels)
+
+
+def __getattr__(name: str) -> Any:
+    if name != "LanguageModel":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from mmcore.model.language_model import LanguageModel
+
+    return LanguageModel

@@ -1,7 +1,8 @@
 """Run as a program: save a step and be killed at the n-th change of the disk, for every n.
 
 One process loads torch and forks a child for each n; the child counts calls of os.* and kills itself with SIGKILL
-before the n-th, or for a write in the middle of it. After each death the folder is examined.
+before the n-th, or for a write in the middle of it. After each death the folder is examined. Syncs, closes and
+opens for reading are not counted: a kill before or after them leaves the same disk.
 Arguments: folder, scenario (new, again, purge). Prints the number of deaths.
 """
 
@@ -16,9 +17,9 @@ from pathlib import Path
 import torch
 
 from mmcore.checkpoint.store import load_state, whole_checkpoints
-from tests.checkpoint.small import MOSAIC, moments, same, save, weights
+from tests.checkpoint.small import TIED, moments, same, save, weights
 
-OPERATIONS = ("open", "write", "fsync", "rename", "mkdir", "rmdir", "unlink", "close")
+OPERATIONS = ("open", "write", "rename", "mkdir", "rmdir", "unlink")
 
 
 def die_at(count: int) -> None:
@@ -30,7 +31,7 @@ def die_at(count: int) -> None:
 
         def wrapper(*arguments, **options):
             nonlocal left
-            left -= 1
+            left -= name != "open" or bool(arguments[1] & os.O_CREAT)
             if left == 0:
                 if name == "write":
                     original(arguments[0], arguments[1][: len(arguments[1]) // 2])
@@ -45,7 +46,7 @@ def die_at(count: int) -> None:
 
 def attempt(run: Path, scenario: str) -> None:
     step, options = {"new": (30, {}), "again": (20, {"seed": 99}), "purge": (30, {"keep_last": 1})}[scenario]
-    save(run, step, **options)
+    save(run, step, config=TIED, **options)
 
 
 def examine(run: Path, scenario: str) -> None:
@@ -59,11 +60,11 @@ def examine(run: Path, scenario: str) -> None:
     assert newest >= 20
     seeds = {20: (20, 99) if scenario == "again" else (20,), 10: (10,), 30: (30,)}
     for step, path in steps.items():
-        assert any(same(weights(MOSAIC, seed), load_state(path).model) for seed in seeds[step])
-        assert same(moments(weights(MOSAIC), step), load_state(path).optimizer)
+        assert any(same(weights(TIED, seed), load_state(path).model) for seed in seeds[step])
+        assert same(moments(weights(TIED), step), load_state(path).optimizer)
     if newest == 20:
         assert 10 in steps, "nothing may be purged before the new one is there"
-    final = save(run, 40, keep_last=2)
+    final = save(run, 40, config=TIED, keep_last=2)
     assert whole_checkpoints(run)[0] == final
     assert sorted(os.listdir(run / "checkpoints")) == [steps_name(newest), "step-000040"]
 
@@ -75,8 +76,8 @@ def steps_name(step: int) -> str:
 def main(folder: Path, scenario: str) -> None:
     torch.set_num_threads(1)
     template = folder / "template"
-    save(template, 10)
-    save(template, 20)
+    save(template, 10, config=TIED)
+    save(template, 20, config=TIED)
     for count in range(1, 10_000):
         run = folder / "run"
         shutil.rmtree(run, ignore_errors=True)

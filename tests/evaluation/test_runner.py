@@ -153,8 +153,8 @@ def test_a_single_long_document_is_cut():
 
 
 @pytest.mark.parametrize("settings, message", [
-    (dict(context=0), "--context is 0"), (dict(max_tokens=1), "--max-tokens is 1"), (dict(longest=-1), "--longest is -1"),
-    (dict(batch_size=0), "--batch-size is 0"), (dict(device="tpu"), "choose auto, cpu or cuda"),
+    ({"context": 0}, "--context is 0"), ({"max_tokens": 1}, "--max-tokens is 1"), ({"longest": -1}, "--longest is -1"),
+    ({"batch_size": 0}, "--batch-size is 0"), ({"device": "tpu"}, "choose auto, cpu or cuda"),
 ])
 def test_bad_settings(settings, message):
     with pytest.raises(ConfigError, match=message):

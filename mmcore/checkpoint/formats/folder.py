@@ -29,15 +29,14 @@ _EXPORT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def open_folder(folder: Path, *, verify: bool = True, allow_nonfinite: bool = False) -> Checkpoint:
     """A checkpoint from a folder with config.json and safetensors, its names and shapes checked.
 
-    A training checkpoint's files are first compared with its manifest (verify=False where that was just done).
+    A training checkpoint's files are first compared with its manifest, byte for byte unless verify is False.
     Raises CheckpointError.
     """
     training = os.path.lexists(folder / manifest.NAME)
-    if training and verify:
-        manifest.check(folder)
+    records = manifest.check(folder, hashes=verify) if training else None
     config, values = read_config(folder)
     _refuse_pickle(folder)
-    files = tensorfile.find_tensors(folder, "model")
+    files = tensorfile.find_tensors(folder, "model", records)
     problems = files.problems + [
         f"{shown(name)} is {tensorfile.dtype_name(spec.dtype)}, which is no dtype for weights"
         for name, spec in files.specs.items()

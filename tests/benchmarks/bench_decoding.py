@@ -1,0 +1,191 @@
+"""Reading a prompt and decoding after it: this project beside Hugging Face's LlamaForCausalLM of the same shape.
+
+Every side is a process of its own; in each round each side reads the prompt (prefill tokens/s) and then decodes
+greedily (tokens/s from the median time of a step, over all rows of the batch). Hugging Face's model is called as
+directly as it can be, without generate(): eager with a growing cache, and compiled with a static cache. A step must
+read every weight but the embedding once: bytes over the bandwidth of a plain sum in the same run give the floor, and
+tokens/s at batch 1 over the floor's the share that is reached.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.benchmarks import common
+
+SIDES = ("hf", "hf static compiled", "hf bf16", "mm", "mm bf16", "mm generate", "mm llama")
+# Half-precision matrix products are up to 130 times slower than fp32 on a CPU without instructions for them: the
+# prompt would take minutes to read.
+LONGEST_BF16_PROMPT = 256
+
+
+class HuggingFace:
+    """LlamaForCausalLM, stepped by hand."""
+
+    def __init__(self, side: str, shape: common.Shape, length: int) -> None:
+        self.model = common.build_llama(shape, length, torch.bfloat16 if side == "hf bf16" else torch.float32).eval()
+        self.static = side == "hf static compiled"
+        self.length = length
+        self.step_model = torch.compile(self.model, dynamic=False) if self.static else self.model
+        self.caches: dict[int, Any] = {}
+
+    def read(self, prompt: Tensor) -> Tensor:
+        self.cache = self._cache(len(prompt))
+        return self._words(self.model, prompt)
+
+    def step(self, words: Tensor) -> Tensor:
+        return self._words(self.step_model, words)
+
+    def _words(self, model: Callable, words: Tensor) -> Tensor:
+        output = model(input_ids=words, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        return output.logits[:, -1].argmax(-1, keepdim=True)
+
+    def _cache(self, rows: int) -> Any:
+        from transformers import DynamicCache, StaticCache
+
+        if not self.static:
+            return DynamicCache(config=self.model.config)
+        if rows not in self.caches:  # the compiled step is tied to the buffers of its cache
+            self.caches[rows] = StaticCache(config=self.model.config, max_cache_len=self.length)
+        self.caches[rows].reset()
+        return self.caches[rows]
+
+
+class Ours:
+    """A model of this project, stepped by hand."""
+
+    def __init__(self, side: str, shape: common.Shape, length: int) -> None:
+        dtype = torch.bfloat16 if side == "mm bf16" else torch.float32
+        kind = "llama" if side == "mm llama" else "memory_mosaics_v2"
+        self.model = common.build_ours(shape, length, dtype, kind).eval()
+
+    def read(self, prompt: Tensor) -> Tensor:
+        self.state = self.model.new_state(len(prompt))
+        return self.step(prompt)
+
+    def step(self, words: Tensor) -> Tensor:
+        return self.model.advance(words, self.state).argmax(-1, keepdim=True)
+
+
+class OursStreaming(Ours):
+    """The same through mmcore.generate, as a user of the library streams it. One row."""
+
+    def read(self, prompt: Tensor) -> Tensor:
+        import mmcore
+
+        self.stream = iter(mmcore.generate(self.model, prompt[0].tolist(), max_new_tokens=10**6, temperature=0.0))
+        return torch.tensor([[next(self.stream)]])
+
+    def step(self, words: Tensor) -> Tensor:
+        return torch.tensor([[next(self.stream)]])
+
+
+class Decoder:
+    """What a side's process serves."""
+
+    def __init__(self, side: str, shape: common.Shape, length: int, threads: int) -> None:
+        torch.set_num_threads(threads)
+        ours = side.startswith("mm")
+        imported = common.load_library(ours)
+        kind = HuggingFace if not ours else OursStreaming if side == "mm generate" else Ours
+        self.runner = kind(side, shape, length)
+        model = self.runner.model
+        embedding = model.model.embed_tokens.weight
+        read = sum(p.numel() * p.element_size() for p in model.parameters() if p is not embedding)
+        self.facts = {"parameters": common.parameters(model), "bytes_per_step": read,
+                      "megabytes_before_the_model": imported}
+        self.vocab_size = shape.vocab_size
+
+    @torch.inference_mode()
+    def turn(self, rows: int, prompt: int, new: int) -> tuple[float, float]:
+        """(tokens/s of reading the prompt, tokens/s of decoding after it), both over all rows."""
+        words = torch.randint(0, self.vocab_size, (rows, prompt), generator=torch.Generator().manual_seed(common.SEED))
+        start = time.perf_counter()
+        word = self.runner.read(words)
+        reading = time.perf_counter() - start
+        times = []
+        for _ in range(new):
+            start = time.perf_counter()
+            word = self.runner.step(word)
+            times.append(time.perf_counter() - start)
+        return rows * prompt / reading, rows / statistics.median(times)
+
+    def memory(self) -> float:
+        return common.memory("VmHWM")
+
+
+def compare(sides: dict[str, common.Side], rows: int, prompt: int, arguments: Any) -> dict[str, Any]:
+    """Every side that can, at one batch size and prompt length."""
+    chosen = [
+        name for name in sides
+        if not (name == "hf bf16" and prompt > LONGEST_BF16_PROMPT) and not (name == "mm generate" and rows > 1)
+    ]
+    calls = {name: lambda side=sides[name]: side.call("turn", rows, prompt, arguments.new) for name in chosen}
+    turns = common.take_turns(calls | {"sum": lambda: common.read_bandwidth(repeats=1)}, arguments.rounds)
+    bandwidth = common.figure(turns.pop("sum"))
+    report: dict[str, Any] = {"read_bandwidth": bandwidth, "sides": {}, "ratios": {}}
+    for name, pairs in turns.items():
+        reading, decoding = ([pair[part] for pair in pairs] for part in (0, 1))
+        floor = bandwidth.median / sides[name].facts["bytes_per_step"]
+        report["sides"][name] = {
+            "prefill": common.figure(reading), "decoding": common.figure(decoding),
+            "share_of_floor": common.figure(decoding).median / rows / floor, "rounds": pairs,
+        }
+    theirs = [name for name in chosen if not name.startswith("mm")]
+    if theirs:
+        for part, what in enumerate(("prefill", "decoding")):
+            best = max(theirs, key=lambda name, part=part: statistics.median(pair[part] for pair in turns[name]))
+            for name in chosen:
+                if name.startswith("mm"):
+                    series = ([pair[part] for pair in turns[side]] for side in (name, best))
+                    report["ratios"][f"{name} / {best}, {what}"] = common.ratio(*series)
+    return report
+
+
+def show(rows: int, prompt: int, report: dict[str, Any]) -> None:
+    print(f"\nbatch {rows}, prompt {prompt}: tokens/s; a sum reads {report['read_bandwidth'].median / 1e9:.1f} GB/s")
+    for name, side in report["sides"].items():
+        print(f"  {name:<20} prefill {side['prefill']:7.0f}   decoding {side['decoding']:6.1f}   "
+              f"share of the floor {side['share_of_floor']:.2f}")
+    for name, value in report["ratios"].items():
+        print(f"  {name:<44} {value:5.2f}", flush=True)
+
+
+def main() -> None:
+    parser = common.parser(__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=common.SHAPES, default="S2")
+    parser.add_argument("--prompts", type=int, nargs="+", default=[64, 2048])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--new", type=int, default=32, help="tokens decoded in a turn")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES[:6]))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    shape = common.SHAPES[arguments.shape]
+    report = {"environment": common.environment(), "shape": shape, "cases": {}, "peak_megabytes": {}}
+    for prompt in arguments.prompts:
+        # New processes for each length: a static cache has one, and peak memory belongs to it.
+        sides = {
+            name: common.Side(Decoder, name, shape, prompt + arguments.new + 1, arguments.threads)
+            for name in arguments.sides
+        }
+        report["models"] = {name: side.facts for name, side in sides.items()}
+        for rows in arguments.batch:
+            case = compare(sides, rows, prompt, arguments)
+            report["cases"][f"batch {rows}, prompt {prompt}"] = case
+            show(rows, prompt, case)
+        report["peak_megabytes"][prompt] = {name: side.call("memory") for name, side in sides.items()}
+        for side in sides.values():
+            side.close()
+    print("\npeak memory, MB:", {prompt: {name: round(value) for name, value in peaks.items()}
+                                 for prompt, peaks in report["peak_megabytes"].items()})
+    common.write(arguments.json, report)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Conversations as tokens: format, mask, template, and what is refused."""
+
+import json
+
+import pytest
+
+from mmcore.config import DataConfig, SourceConfig
+from mmcore.data import CHAT_TEMPLATE, ChatFormat, Loader, Samples, load_tokenizer, prepare
+from mmcore.data.conversations import check_messages
+from mmcore.errors import DataError
+from tests.helpers.real_data import DATA, needs_data
+
+MESSAGES = [
+    {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who are you?"},
+    {"role": "assistant", "content": "A mosaic.\n\nOf memories."}, {"role": "user", "content": "Bye <|eot_id|>"},
+    {"role": "assistant", "content": "Bye!"},
+]
+
+
+def test_mask_is_the_assistants_words_and_their_end(small_tokenizer):
+    ids, trained = ChatFormat(small_tokenizer).conversation(MESSAGES)
+    assert len(ids) == len(trained)
+    assert (ids[0], ids[-1]) == (small_tokenizer.bos_id, small_tokenizer.eos_id)
+    words = [i for i, counted in zip(ids, trained, strict=True) if counted]
+    eot = small_tokenizer.special("<|eot_id|>")
+    expected = [*small_tokenizer.encode("A mosaic.\n\nOf memories."), eot, *small_tokenizer.encode("Bye!"), eot]
+    assert words == expected
+    assert ids.count(eot) == len(MESSAGES)  # the one that the user spelled is text
+    text = small_tokenizer.decode(ids, special=True)
+    assert text.startswith("<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>")
+    assert text.endswith("<|start_header_id|>assistant<|end_header_id|>\n\nBye!<|eot_id|><|end_of_text|>")
+
+
+def test_prompt_is_the_beginning_of_the_conversation(small_tokenizer):
+    chat = ChatFormat(small_tokenizer)
+    whole, trained = chat.conversation(MESSAGES)
+    prompt = chat.prompt(MESSAGES[:2])
+    assert whole[:len(prompt)] == prompt
+    assert trained.index(True) == len(prompt)
+
+
+def test_template_writes_the_same_text(small_tokenizer):
+    jinja2 = pytest.importorskip("jinja2.sandbox")
+    template = jinja2.ImmutableSandboxedEnvironment().from_string(CHAT_TEMPLATE)
+    plain = [m for m in MESSAGES if "<|" not in m["content"]]
+    chat = ChatFormat(small_tokenizer)
+    ids, _ = chat.conversation(plain)
+    text = template.render(messages=plain, bos_token="<|begin_of_text|>", add_generation_prompt=False)
+    assert small_tokenizer.decode(ids[:-1], special=True) == text
+    asked = template.render(messages=plain[:2], bos_token="<|begin_of_text|>", add_generation_prompt=True)
+    assert small_tokenizer.decode(chat.prompt(plain[:2]), special=True) == asked
+
+
+@pytest.mark.slow
+@needs_data("tokenizers/llama3/tokenizer.json")
+def test_transformers_applies_the_template_to_the_same_ids(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = load_tokenizer(DATA / "tokenizers/llama3/tokenizer.json")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    plain = [m for m in MESSAGES if "<|" not in m["content"]]
+    ids, _ = ChatFormat(tokenizer).conversation(plain)
+    assert theirs.apply_chat_template(plain, return_dict=False) == ids[:-1]
+
+
+@needs_data("tokenizers/llama2")
+def test_tokenizer_without_chat_tokens_is_refused():
+    with pytest.raises(DataError, match=r"has no token <\|start_header_id\|>, which conversations need: use a tokenizer"):
+        ChatFormat(load_tokenizer(DATA / "tokenizers/llama2"))
+
+
+@pytest.mark.parametrize(("messages", "message"), [
+    (None, "messages must be a list"), ([], "at least one message"), (["hi"], "message 1 is no object"),
+    ([{"role": "bot", "content": "x"}], "message 1 has the role 'bot': use one of system, user, assistant"),
+    ([{"role": "user", "content": 3}], "the content of message 1 must be text"),
+    ([{"role": "user", "content": "x"}, {"role": "system", "content": "y"}], "message 2 is a system message"),
+    ([{"role": "user", "content": "x"}], "no assistant message, so there is nothing to learn"),
+])
+def test_faulty_rows_are_named(messages, message):
+    with pytest.raises(DataError, match=f"f.jsonl, line 7.*{message}"):
+        check_messages(messages, "f.jsonl, line 7")
+
+
+def test_conversations_from_file_to_batch(small_tokenizer, tmp_path):
+    rows = [
+        {"id": n, "messages": [{"role": "user", "content": f"Say {n}"}, {"role": "assistant", "content": "word " * (n % 9)}]}
+        for n in range(40)
+    ]
+    rows.append({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "long " * 300}]})
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = DataConfig(sources=(SourceConfig(str(tmp_path / "chat.jsonl")),), kind="conversations",
+                      cache=str(tmp_path / "cache"), validation_fraction=0.1)
+    corpus = prepare(data, small_tokenizer)
+    assert corpus.train.documents + corpus.validation.documents == 41
+    samples = Samples(corpus.train, 128)
+    assert samples.cut == 1
+    found = []
+    with Loader(samples, 1, stop=len(samples)) as loader:
+        for (batch,) in loader:
+            kept = batch.labels[0] != -100
+            assert kept.any()
+            found += batch.labels[0][kept].tolist()
+    eot = small_tokenizer.special("<|eot_id|>")
+    assert found.count(eot) == corpus.train.documents - samples.cut
+    assert small_tokenizer.bos_id not in found and small_tokenizer.eos_id not in found
+    said = small_tokenizer.decode(found, special=True).replace("<|eot_id|>", " ").split()
+    assert set(said) <= {"word", "long", "lonword", "loword", "lword", "longword", "l", "lo", "lon"}  # the long one is cut
