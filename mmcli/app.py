@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from mmcore import __version__
 from mmcore.errors import MMError
 
 COMMANDS = {
@@ -65,13 +66,7 @@ app = typer.Typer(cls=_Commands, rich_markup_mode=None, no_args_is_help=True, ad
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        from importlib import metadata
-
-        try:
-            version = metadata.version("mm")
-        except metadata.PackageNotFoundError:
-            version = "(not installed: running from its source folder)"
-        print(f"mm {version}")
+        print(f"mm {__version__}")
         raise typer.Exit()
 
 

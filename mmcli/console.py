@@ -174,32 +174,39 @@ class LiveView(PlainView):
             waited = seconds(time.monotonic() - self._since)
             return Panel(Text(f"{self._stage} ...  {waited}"), title=self.title, title_align="left", box=box.ROUNDED)
         step = self._step
-        table = Table.grid(padding=(0, 2), expand=True)
-        for _ in range(3):
-            table.add_column(ratio=1)
-        for row in self._cells(step):
-            table.add_row(*(_cell(name, value) for name, value in row))
         width = max(10, self._console.width - 6)
+        cells = self._cells(step)
+        columns = max(1, min(3, width // 28))
+        rows = -(-len(cells) // columns)
+        table = Table.grid(padding=(0, 2), expand=True)
+        for _ in range(columns):
+            table.add_column(ratio=1)
+        for row in range(rows):
+            table.add_row(*(_cell(name, value) for name, value in cells[row::rows]))
         body = Group(self._progress(step, width), Text(), table, Text(), self._curve(width))
         name = f"{self.title} {self._run_folder or ''}".strip()
         return Panel(
             body, title=name, title_align="left", subtitle=self._stage, subtitle_align="right", box=box.ROUNDED
         )
 
-    def _cells(self, step: events.StepDone) -> list[list[tuple[str, str]]]:
-        validation = "-"
-        if self._validation is not None:
-            validation = f"{self._validation.loss:.4f}"
-        bits = self._validation and self._validation.bits_per_byte
-        since = time.monotonic() - self._step_at
-        left = max(0.0, step.seconds_left - since)
+    def _cells(self, step: events.StepDone) -> list[tuple[str, str]]:
+        """What the panel shows, column after column."""
+        validation = self._validation
+        bits = validation.bits_per_byte if validation is not None else None
+        left = max(0.0, step.seconds_left - (time.monotonic() - self._step_at))
         return [
-            [("loss", f"{step.loss:.4f}"), ("tokens/s", f"{step.tokens_per_second:,.0f}"),
-             ("elapsed", seconds(step.elapsed_seconds))],
-            [("smoothed", f"{step.smoothed_loss:.4f}"), ("MFU", f"{step.mfu:.1%}"), ("time left", seconds(left))],
-            [("validation", validation), ("memory", size(step.memory_bytes)), ("learning rate", f"{step.learning_rate:.2e}")],
-            [("bits/byte", f"{bits:.4f}" if bits else "-"), ("tokens", count(step.tokens)),
-             ("gradient", f"{step.gradient_norm:.3f}")],
+            ("loss", f"{step.loss:.4f}"),
+            ("smoothed", f"{step.smoothed_loss:.4f}"),
+            ("validation", f"{validation.loss:.4f}" if validation is not None else "-"),
+            ("bits/byte", f"{bits:.4f}" if bits is not None else "-"),
+            ("tokens/s", f"{step.tokens_per_second:,.0f}"),
+            ("MFU", f"{step.mfu:.1%}"),
+            ("memory", size(step.memory_bytes)),
+            ("tokens", count(step.tokens)),
+            ("elapsed", seconds(step.elapsed_seconds)),
+            ("time left", seconds(left)),
+            ("learning rate", f"{step.learning_rate:.2e}"),
+            ("gradient", f"{step.gradient_norm:.3f}"),
         ]
 
     def _progress(self, step: events.StepDone, width: int) -> RenderableType:

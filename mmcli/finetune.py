@@ -25,6 +25,6 @@ def finetune(
     def read():
         from mmcore.training.finetune import load_finetune_recipe
 
-        return load_finetune_recipe(recipe, changes or [])
+        return load_finetune_recipe(recipe, changes or [], resume)
 
     train("finetune", recipe, read, changes or [], resume, overwrite)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmcore.checkpoint.formats import open_checkpoint
-from mmcore.checkpoint.resolve import resolve_checkpoint
+from mmcore.checkpoint.resolve import iterate_whole
 from mmcore.config import ModelConfig, Recipe, build_recipe, read_recipe
 from mmcore.errors import ConfigError
 
@@ -22,25 +22,27 @@ CONTEXT_KEYS = (
 """What a fine-tuning recipe may change of its checkpoint's model: how far it reads, not what its weights are."""
 
 
-def load_finetune_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_finetune_recipe(path: str | Path, overrides: Sequence[str] = (), resume: bool = False) -> Recipe:
     """Read a recipe with `training.init_from`; its model section is laid over the checkpoint's configuration.
 
-    Raises ConfigError where there is no init_from, or where the section changes anything but the context
+    resume: take the configuration from the run's own newest checkpoint where it has one, since the first may be gone
+    by then. Raises ConfigError where there is no init_from, or where the section changes anything but the context
     (CONTEXT_KEYS), naming every such key; CheckpointError where the checkpoint cannot be read.
     """
     values = read_recipe(path, tuple(overrides))
-    training = values.get("training")
-    source = training.get("init_from") if isinstance(training, dict) else None
-    if not source:
+    given = values.pop("model", None) or {}
+    alone = build_recipe(values, origin=str(path))  # mistakes elsewhere are found before a checkpoint is opened
+    if alone.training.init_from is None:
         raise ConfigError(f"{path} has no training.init_from: name the checkpoint to go on from")
-    build_recipe(values, origin=str(path))  # every misspelt key and wrong type, before the checkpoint is opened
-    given = values.get("model") or {}
-    base = open_checkpoint(resolve_checkpoint(Path(str(source)))).config
-    values["model"] = _overlay(base, given, source)
+    own = next(iterate_whole(alone.run_folder, lambda _: None, verify=False), None) if resume else None
+    source = open_checkpoint(own or alone.training.init_from, verify=False)
+    values["model"] = _overlay(source.config, given, source.path)
     return build_recipe(values, origin=str(path))
 
 
-def _overlay(base: ModelConfig, given: dict[str, Any], source: str) -> dict[str, Any]:
+def _overlay(base: ModelConfig, given: dict[str, Any], source: Path) -> dict[str, Any]:
+    if not isinstance(given, dict):
+        raise ConfigError(f"the recipe's model is {given!r}: it must be a section with keys")
     kept = {key: _plain(value) for key, value in dataclasses.asdict(base).items()}
     barred = [
         key for key, value in given.items() if key not in CONTEXT_KEYS and key in kept and _plain(value) != kept[key]

@@ -29,6 +29,7 @@ from typing import Any
 
 import yaml
 
+from mmcore import __version__
 from mmcore.checkpoint.resolve import steps_in
 from mmcore.config import Recipe
 from mmcore.errors import CheckpointError, ConfigError, HardwareError
@@ -184,13 +185,14 @@ def environment() -> dict[str, Any]:
     import torch
 
     versions = {}
-    for package in ("mm", "torch", "numpy", "safetensors", "sentencepiece", "tokenizers", "typer", "rich", "pyyaml"):
+    for package in ("torch", "numpy", "safetensors", "sentencepiece", "tokenizers", "typer", "rich", "pyyaml"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
+        "mm": __version__,
         "git": _git_commit(),
         "python": platform.python_version(),
         "packages": versions,

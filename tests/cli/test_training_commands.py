@@ -1,0 +1,64 @@
+"""`mm pretrain` and `mm finetune` from the outside: output, exit status, messages."""
+
+import json
+
+import pytest
+
+from mmcli import app
+from mmcli.pretrain import command_to_go_on
+from tests.helpers.tiny_run import tiny_values, write_recipe
+
+
+@pytest.fixture
+def path(tmp_path):
+    return write_recipe(tmp_path, tiny_values(tmp_path, steps=2))
+
+
+def test_pretrain_then_finetune(path, tmp_path, capsys):
+    assert app.run(["pretrain", str(path)]) == 0
+    shown = capsys.readouterr().out
+    for part in ("loading torch", "making a tokenizer", "parameters on cpu in fp32", "step 2/2", "validation loss", "saved"):
+        assert part in shown
+    assert f"next: mm eval {tmp_path / 'run'} --data FILE, or mm chat {tmp_path / 'run'}" in shown
+    tune = ["finetune", str(path), "--set", f"training.init_from={tmp_path / 'run'}", "--set", f"checkpoint.folder={tmp_path / 't'}"]
+    assert app.run(tune) == 0
+    trainer = json.loads((tmp_path / "t/checkpoints/step-000002/trainer.json").read_text())
+    assert (trainer["stage"], trainer["step"]) == ("finetune", 2)
+
+
+def complaint(capsys, *words):
+    assert app.run([str(word) for word in words]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and captured.err.startswith("mm: ")
+    return captured.err
+
+
+def test_mistakes_of_the_command_line(path, capsys):
+    assert "--gpus goes with --plan" in complaint(capsys, "pretrain", path, "--gpus", "8xH100")
+    assert "--json goes with --plan" in complaint(capsys, "pretrain", path, "--json")
+    assert "keep one" in complaint(capsys, "pretrain", path, "--resume", "--overwrite")
+    assert "unknown key training.stepz: did you mean steps?" in complaint(capsys, "pretrain", path, "--set", "training.stepz=3")
+    assert "mm finetune" in complaint(capsys, "pretrain", path, "--set", "training.init_from=x")
+    assert "no training.init_from" in complaint(capsys, "finetune", path)
+
+
+def test_a_used_folder(path, capsys):
+    assert app.run(["pretrain", str(path)]) == 0
+    capsys.readouterr()
+    assert "go on with --resume, start over with --overwrite" in complaint(capsys, "pretrain", path)
+    assert "learning_rate was 0.003 and is now 0.5" in complaint(
+        capsys, "pretrain", path, "--resume", "--set", "training.learning_rate=0.5"
+    )
+    assert app.run(["pretrain", str(path), "--resume", "--set", "training.steps=3"]) == 0
+    assert "from step 2 on" in capsys.readouterr().out
+
+
+def test_a_plan_needs_no_data(path, tmp_path, capsys):
+    (tmp_path / "text.txt").unlink()
+    assert app.run(["pretrain", str(path), "--plan", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["parameters"]["total"] > 0
+
+
+def test_the_command_to_go_on_keeps_the_overrides():
+    words = command_to_go_on("pretrain", "my recipe.yaml", ["training.steps=5", "name=a b"])
+    assert words == "mm pretrain 'my recipe.yaml' --set training.steps=5 --set 'name=a b' --resume"

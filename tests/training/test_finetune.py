@@ -1,0 +1,122 @@
+"""Fine-tuning: the checkpoint's weights and tokenizer, a longer context, conversations."""
+
+import json
+
+import pytest
+import torch
+import yaml
+
+from mmcore.errors import CheckpointError, ConfigError
+from mmcore.training.finetune import load_finetune_recipe
+from mmcore.training.setup import Start, prepare_trainer
+from tests.helpers.tiny_run import tiny_recipe, tiny_values
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    prepare_trainer(tiny_recipe(folder)).fit()
+    return folder
+
+
+def write(base, folder, model=None, **training):
+    """A fine-tuning recipe with its own run folder; `model` is its model section, None for none."""
+    values = tiny_values(base, init_from=str(base / "run"), **({"steps": 2, "warmup_steps": 0} | training))
+    values["checkpoint"]["folder"] = str(folder / "run")
+    values.pop("model")
+    if model is not None:
+        values["model"] = model
+    path = folder / "tune.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def test_without_a_model_section_the_model_is_the_checkpoints(base, tmp_path):
+    recipe = load_finetune_recipe(write(base, tmp_path))
+    assert recipe.model == tiny_recipe(base).model
+
+
+def test_the_context_may_change_and_the_weights_come_along(base, tmp_path):
+    longer = {"max_position_embeddings": 256, "long_term_delay_range": [4, 32], "hidden_size": 32}
+    recipe = load_finetune_recipe(write(base, tmp_path, longer, sequence_length=256, batch_size=2, micro_batch_size=1))
+    assert (recipe.model.max_position_embeddings, recipe.model.long_term_delay_range) == (256, (4, 32))
+    trainer = prepare_trainer(recipe, stage="finetune")
+    from mmcore.checkpoint.load import load_model
+
+    before = dict(load_model(base / "run").named_parameters())
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+    assert trainer.step == 0 and not trainer.optimizer.state
+    outcome = trainer.fit()
+    config = json.loads((outcome.checkpoint / "config.json").read_text())
+    assert (config["max_position_embeddings"], config["long_term_delay_range"]) == (256, [4, 32])
+    assert (outcome.checkpoint / "tokenizer.model").read_bytes() == (base / "run/tokenizer/tokenizer.model").read_bytes()
+
+
+def test_every_other_key_is_named(base, tmp_path):
+    path = write(base, tmp_path, {"hidden_size": 64, "num_hidden_layers": 3, "vocab_size": 384, "long_term_delay": 8})
+    with pytest.raises(ConfigError) as caught:
+        load_finetune_recipe(path)
+    text = str(caught.value)
+    assert "model.hidden_size is 64 here and 32 there" in text and "model.num_hidden_layers is 3" in text
+    assert "vocab_size" not in text and "long_term_delay is" not in text
+
+
+def test_misspelt_keys(base, tmp_path):
+    with pytest.raises(ConfigError, match="hiden_size: did you mean hidden_size"):
+        load_finetune_recipe(write(base, tmp_path, {"hiden_size": 64}))
+    with pytest.raises(ConfigError, match="unknown key training.step: did you mean steps"):
+        load_finetune_recipe(write(base, tmp_path, step=3), ["training.init_from=nowhere"])
+    with pytest.raises(ConfigError, match="model is 3: it must be a section"):
+        load_finetune_recipe(write(base, tmp_path, 3))
+
+
+def test_a_missing_source(base, tmp_path):
+    with pytest.raises(CheckpointError, match="no checkpoint at nowhere"):
+        load_finetune_recipe(write(base, tmp_path), ["training.init_from=nowhere"])
+    with pytest.raises(ConfigError, match="has no training.init_from"):
+        load_finetune_recipe(write(base, tmp_path), ["training.init_from=null"])
+
+
+def test_a_context_longer_than_the_checkpoints_must_be_said(base, tmp_path):
+    recipe = load_finetune_recipe(write(base, tmp_path, sequence_length=128))
+    with pytest.raises(ConfigError, match="longer than model.max_position_embeddings 64"):
+        prepare_trainer(recipe, stage="finetune")
+
+
+def test_another_tokenizer_is_refused(base, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    prepare_trainer(tiny_recipe(other))  # its made-up words are the same: a smaller vocabulary makes it another
+    values = tiny_values(other)
+    values["tokenizer"] = {"train_vocab_size": 370}
+    values["checkpoint"]["folder"] = str(other / "second")
+    from mmcore.config import build_recipe
+
+    prepare_trainer(build_recipe(values))
+    recipe = load_finetune_recipe(write(base, tmp_path), [f"tokenizer.path={other / 'second'}"])
+    with pytest.raises(ConfigError, match="is not the tokenizer of .*: take tokenizer.path out"):
+        prepare_trainer(recipe, stage="finetune")
+    same = load_finetune_recipe(write(base, tmp_path), [f"tokenizer.path={base / 'run'}"])
+    assert prepare_trainer(same, stage="finetune").step == 0
+
+
+def test_resume_is_exact_here_too(base, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for folder in (whole, parts):
+        folder.mkdir()
+    one = prepare_trainer(load_finetune_recipe(write(base, whole, steps=4)), stage="finetune")
+    one.fit()
+    short = load_finetune_recipe(write(base, parts, steps=2, schedule="constant"))
+    prepare_trainer(short, stage="finetune").fit()
+
+    longer = load_finetune_recipe(write(base, parts, steps=4, schedule="constant"), resume=True)
+    two = prepare_trainer(longer, stage="finetune", start=Start(resume=True))
+    assert two.step == 2
+    two.fit()
+    three = tmp_path / "three"
+    three.mkdir()
+    unbroken = prepare_trainer(load_finetune_recipe(write(base, three, steps=4, schedule="constant")), stage="finetune")
+    unbroken.fit()
+    for (name, p), (_, q) in zip(two.model.named_parameters(), unbroken.model.named_parameters(), strict=True):
+        assert torch.equal(p, q), name

@@ -1,0 +1,162 @@
+"""Every mistake that can be known before the first step: one sentence, and nothing written."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmcore.config import build_recipe
+from mmcore.errors import CheckpointError, ConfigError, DataError, HardwareError, MMError
+from mmcore.training import checks
+from mmcore.training.setup import Start, prepare_trainer
+from mmcore.training.step import IGNORED
+from tests.helpers.tiny_run import tiny_values
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def changed(folder, **keys):
+    """The tiny recipe with `section__key=value` set."""
+    values = tiny_values(folder)
+    for name, value in keys.items():
+        section, _, key = name.partition("__")
+        values.setdefault(section, {})[key] = value
+    return build_recipe(values)
+
+
+def refusal(folder, kind, **keys):
+    recipe = changed(folder, **keys)
+    with pytest.raises(kind) as caught:
+        prepare_trainer(recipe)
+    assert not recipe.run_folder.exists(), "a refused run must leave nothing"
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_recipe_without_length_or_data(tmp_path):
+    assert "neither training.steps nor training.tokens" in refusal(tmp_path, ConfigError, training__steps=None)
+    assert "data.sources is empty" in refusal(tmp_path, ConfigError, data__sources=[])
+
+
+def test_a_context_longer_than_the_model_is_made_for(tmp_path):
+    text = refusal(tmp_path, ConfigError, training__sequence_length=128)
+    assert "training.sequence_length 128 is longer than model.max_position_embeddings 64" in text
+
+
+def test_a_micro_batch_larger_than_the_batch(tmp_path):
+    assert "micro_batch_size 9 is larger" in refusal(tmp_path, ConfigError, training__micro_batch_size=9)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_asked_for_where_there_is_none(tmp_path):
+    text = refusal(tmp_path, HardwareError, training__device="cuda")
+    assert text.startswith("training.device is cuda, but") and "training.device=cpu" in text
+
+
+def test_an_unknown_device(tmp_path):
+    assert "choose auto, cpu or cuda" in refusal(tmp_path, ConfigError, training__device="tpu")
+
+
+def test_several_processes(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert "WORLD_SIZE is 4" in refusal(tmp_path, HardwareError)
+
+
+def test_missing_data(tmp_path):
+    assert "nowhere.txt" in refusal(tmp_path, DataError, data__sources=[{"path": str(tmp_path / "nowhere.txt")}])
+
+
+def test_text_that_is_not_utf8(tmp_path):
+    bad = tmp_path / "bad.txt"
+    bad.write_bytes("naïve ".encode("latin-1") * 1000)
+    assert "bad.txt" in refusal(tmp_path, DataError, data__sources=[{"path": str(bad)}])
+
+
+def test_a_tokenizer_that_knows_more_than_the_model(tmp_path):
+    text = refusal(tmp_path, ConfigError, tokenizer__train_vocab_size=400)
+    assert "the tokenizer knows 400 tokens and model.vocab_size is 384: set model.vocab_size to 400 or more" in text
+
+
+def test_a_vocabulary_larger_than_the_tokenizers_is_padding(tmp_path):
+    trainer = prepare_trainer(changed(tmp_path, tokenizer__train_vocab_size=380, training__steps=1))
+    assert trainer.fit().status == "done"
+
+
+def test_too_little_memory(tmp_path, monkeypatch):
+    class Little:
+        available, total = 2**20, 2**20
+
+    monkeypatch.setattr(checks.psutil, "virtual_memory", lambda: Little)
+    text = refusal(tmp_path, HardwareError)
+    assert "0.0 GiB are free on cpu" in text and "micro_batch_size (now 2)" in text and "--plan" in text
+
+
+def test_too_little_disk(tmp_path, monkeypatch):
+    class Little:
+        free = 1000
+
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: Little)
+    assert "keep_last (now 2)" in refusal(tmp_path, HardwareError)
+
+
+def test_pretraining_leaves_the_chat_template_out_and_conversations_bring_it(tmp_path):
+    trainer = prepare_trainer(changed(tmp_path))
+    assert "chat_template.jinja" not in trainer.job.files
+    rows = [
+        {"messages": [{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": f"{n} it is"}]}
+        for n in range(400)
+    ]
+    talk = tmp_path / "talk.jsonl"
+    talk.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = changed(
+        tmp_path, data__kind="conversations", data__sources=[{"path": str(talk)}], checkpoint__folder=str(tmp_path / "talk"),
+        tokenizer__path=str(tmp_path / "run"),
+    )  # fmt: skip
+    trainer = prepare_trainer(recipe)
+    assert "<|eot_id|>" in trainer.job.files["chat_template.jinja"].decode()
+    assert len(trainer.job.config_json["eos_token_id"]) == 2
+    labels = torch.cat([batch.labels.flatten() for batch in trainer.job.validation])
+    kept = float((labels != IGNORED).float().mean())
+    assert 0.05 < kept < 0.6, "the loss is on the assistant's words alone"
+
+
+def test_bits_per_byte_count_the_bytes_behind_the_labels(tmp_path):
+    trainer = prepare_trainer(changed(tmp_path))
+    from mmcore.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(tmp_path / "run" / "tokenizer")
+    labels = [label for batch in trainer.job.validation for label in batch.labels[batch.labels != IGNORED].tolist()]
+    text = sum(len(piece) for piece in (tokenizer.token_bytes()[label] for label in labels))
+    assert trainer.job.bytes_per_token == pytest.approx(text / len(labels))
+
+
+def test_no_validation_where_nothing_is_held_out(tmp_path):
+    heard = []
+    trainer = prepare_trainer(changed(tmp_path, data__validation_fraction=0, training__steps=1), listeners=[heard.append])
+    outcome = trainer.fit()
+    assert outcome.status == "done"
+    assert any("no validation loss" in getattr(event, "text", "") for event in heard)
+
+
+def test_every_recipe_of_the_project_passes_the_checks_of_its_own_values():
+    from mmcore.config import load_recipe
+
+    paths = sorted((ROOT / "recipes").glob("*.yaml"))
+    assert paths
+    for path in paths:
+        checks.check_recipe(load_recipe(path))
+
+
+def test_fine_tuning_needs_a_source_that_is_not_its_own_folder(tmp_path):
+    prepare_trainer(changed(tmp_path, training__steps=1)).fit()
+    with pytest.raises(ConfigError, match="no training.init_from"):
+        prepare_trainer(changed(tmp_path), stage="finetune", start=Start(overwrite=True))
+    own = changed(tmp_path, training__init_from=str(tmp_path / "run"))
+    with pytest.raises(ConfigError, match="lies in the run's own folder"):
+        prepare_trainer(own, stage="finetune", start=Start(overwrite=True))
+    assert (tmp_path / "run" / "checkpoints" / "step-000001").exists()
+    gone = changed(tmp_path, training__init_from=str(tmp_path / "gone"), checkpoint__folder=str(tmp_path / "two"))
+    with pytest.raises(CheckpointError, match="no checkpoint at .*gone"):
+        prepare_trainer(gone, stage="finetune")
+    assert issubclass(CheckpointError, MMError)
