@@ -56,6 +56,12 @@ static const float *ordered(const float *x, float *sorted, int64_t width, int bf
     return sorted;
 }
 
+/* Not inlined: five copies took 10 s to compile. */
+static __attribute__((noinline)) void multiply_one(const struct product *list, int64_t count, const float *x, int64_t in,
+                                                   int bf16) {
+    multiply(list, count, x, 1, in, bf16);
+}
+
 /* y = scale x / ||x||, zero for zero. */
 static void to_length(float *y, const float *x, float scale, int64_t size) {
     float squares = 0;
@@ -176,7 +182,7 @@ static void one_layer(struct layer *l, const struct shape *s, struct shared *w, 
         memories[k * 4 + 3] = (struct product){m->decay, H, w->projected[k][3]};
     }
     norm(a, x, l->memory_norm, d, s->eps);
-    multiply(memories, 8, ordered(a, b, d, s->bf16), 1, d, s->bf16);
+    multiply_one(memories, 8, ordered(a, b, d, s->bf16), d, s->bf16);
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < 2 * H; i++) remember(&l->memories[i / H], w->projected[i / H], i % H, d, size);
     for (int k = 0; k < 2; k++) {
@@ -189,17 +195,17 @@ static void one_layer(struct layer *l, const struct shape *s, struct shared *w, 
         int64_t place = (int64_t)k * threads;
         join(a + k * d, w->most + place * H, w->total + place * H, w->sums + place * d, threads, H, size);
     }
-    multiply(&out, 1, ordered(a, b, 2 * d, s->bf16), 1, 2 * d, s->bf16);
+    multiply_one(&out, 1, ordered(a, b, 2 * d, s->bf16), 2 * d, s->bf16);
     for (int64_t i = 0; i < d; i++) x[i] += w->delta[i];
 
     struct product inner[2] = {{l->gate, s->inner, w->gate}, {l->up, s->inner, w->up}};
     norm(a, x, l->persistent_norm, d, s->eps);
-    multiply(inner, 2, ordered(a, b, d, s->bf16), 1, d, s->bf16);
+    multiply_one(inner, 2, ordered(a, b, d, s->bf16), d, s->bf16);
     for (int64_t i = 0; i < s->inner; i++) {
         float z = w->gate[i], e = exp_negative(z < 0 ? z : -z); /* both sides of the sigmoid without overflow */
         a[i] = z * (z < 0 ? e : 1) / (1 + e) * w->up[i];
     }
-    multiply(&down, 1, ordered(a, b, s->inner, s->bf16), 1, s->inner, s->bf16);
+    multiply_one(&down, 1, ordered(a, b, s->inner, s->bf16), s->inner, s->bf16);
     for (int64_t i = 0; i < d; i++) x[i] += w->delta[d + i];
 }
 
@@ -234,6 +240,6 @@ void mm_mosaic_step(const struct shape *s, struct layer *layers, const float *fi
         memcpy(own, x, d * sizeof *x);
         for (int64_t l = 0; l < s->layers; l++) one_layer(&layers[l], s, &w, position, team, own, a, b);
         norm(a, own, final_norm, d, s->eps);
-        multiply(&last, 1, ordered(a, b, d, s->bf16), 1, d, s->bf16);
+        multiply_one(&last, 1, ordered(a, b, d, s->bf16), d, s->bf16);
     }
 }
