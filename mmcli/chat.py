@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 def chat(
     checkpoint: Annotated[str, typer.Argument(
-        metavar="CKPT", help="A run folder (its newest whole checkpoint), a training checkpoint, or an exported folder.",
+        metavar="CKPT",
+        help="A run folder (its newest whole checkpoint), a training checkpoint, or an exported folder.",
     )],
     prompt: Annotated[str | None, typer.Option(help="Answer this and end.")] = None,
     system: Annotated[str | None, typer.Option(help="A system message, for models trained on conversations.")] = None,
@@ -70,7 +71,9 @@ def _given_text(prompt: str | None) -> str:
         try:
             prompt = data.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise DataError(f"standard input is not UTF-8 (byte {error.start:,}): convert it first, as with iconv") from None
+            raise DataError(
+                f"standard input is not UTF-8 (byte {error.start:,}): convert it first, as with iconv"
+            ) from None
         prompt = prompt.removesuffix("\n").removesuffix("\r")  # as $(...) does; it would end a text to continue
     if not prompt:
         raise ConfigError("the prompt is empty: give text with --prompt, or on standard input")
@@ -85,6 +88,7 @@ def _open(
     import mmcore
     from mmcore.errors import ConfigError
     from mmcore.generation.conversation import Conversation
+    from mmcore.generation.engine import generate
 
     formats = {"float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
                "float16": torch.float16, "fp16": torch.float16}
@@ -94,7 +98,11 @@ def _open(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     memories = tuple(name.strip() for name in without.split(",")) if without else ()
     model = mmcore.load_model(checkpoint, dtype=formats.get(dtype), device=device, without=memories)
-    return Conversation(model, mmcore.load_tokenizer(checkpoint), system)
+    conversation = Conversation(model, mmcore.load_tokenizer(checkpoint), system)
+    # Kernels are built at their first use, 1 to 20 s on a new machine, which would count as reading speed.
+    for _ in generate(model, [0, 0], max_new_tokens=2, stop_ids=()):
+        pass
+    return conversation
 
 
 def _answer_once(conversation: Conversation, text: str, settings: Settings, as_json: bool) -> None:

@@ -82,7 +82,8 @@ class Screen:
 
             def progress(done: int, total: int) -> None:
                 if total >= _PROGRESS_FROM and sys.stdout.isatty():
-                    print(f"\r\x1b[Kreading {done:,} of {total:,} tokens", end="\r\x1b[K" if done == total else "", flush=True)
+                    line = "" if done == total else f"reading {done:,} of {total:,} tokens"
+                    print(f"\r\x1b[K{line}", end="", flush=True)
                 if interrupts.asked and done < total:
                     raise _Stopped
 

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 Message = dict[str, str]
 """{"role": "system" | "user" | "assistant", "content": text}."""
 
+_TEMPLATE_FAULTS = (
+    TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError
+)
+"""What a template can raise while it runs in the sandbox."""
 _MARK = re.compile("\ue000([0-9]+)\ue001")
 
 
@@ -48,7 +52,7 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(source)
         except TemplateError as error:
-            raise ConfigError(f"the checkpoint's chat template is no jinja template ({error}): export it again") from None
+            raise ConfigError(f"the checkpoint's chat template is no jinja text ({error}): export it again") from None
         example = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         _, closing = self._halves(example, 1, ask=False)
         first = self._encode_template(closing)[:1]
@@ -69,7 +73,7 @@ class ChatTemplate:
         names = {"bos_token": self.tokenizer.bos_token or "", "eos_token": self.tokenizer.eos_token or ""}
         try:
             text = self._template.render(messages=marked, add_generation_prompt=ask, **names)
-        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError) as error:
+        except _TEMPLATE_FAULTS as error:
             roles = ", ".join(message["role"] for message in messages)
             raise ConfigError(f"the checkpoint's chat template fails on the turns {roles} ({error})") from None
         found = [int(mark) for mark in _MARK.findall(text)]
@@ -153,7 +157,8 @@ class Conversation:
         messages: list[Message] = []
 
         def check(extra: dict[str, Any]) -> None:
-            if extra.get("tokenizer") != self.tokenizer.fingerprint or extra.get("chat") is not (self.template is not None):
+            mine = (self.tokenizer.fingerprint, self.template is not None)
+            if (extra.get("tokenizer"), extra.get("chat")) != mine:
                 raise CheckpointError(f"{path} was saved with another tokenizer or chat template: load that checkpoint")
             messages.extend(_checked_messages(extra.get("messages"), path))
 

@@ -100,8 +100,9 @@ def require_same_model(path: str | Path, saved: dict[str, Any], mine: dict[str, 
     if saved == mine:
         return
     theirs = saved.get("settings")
+    theirs = theirs if isinstance(theirs, dict) else {}
     if theirs != mine["settings"]:
-        differ = [key for key, value in mine["settings"].items() if not isinstance(theirs, dict) or theirs.get(key) != value]
+        differ = [key for key, value in mine["settings"].items() if theirs.get(key) != value]
         what = f"another model ({', '.join(differ) or 'more settings'} differ)"
     elif saved.get("without") != mine["without"]:
         what = "other memories knocked out (--without)"

@@ -207,9 +207,12 @@ class TestOneShot:
 
     def test_options_reach_the_loader(self, loaded, monkeypatch):
         seen = {}
-        monkeypatch.setattr(mmcore, "load_model", lambda path, **values: seen.update(values, path=path) or FakeModel(300))
-        run(["chat", "runs/x", "--prompt", "hi", "--dtype", "bf16", "--device", "cpu", "--without", "long_term, short_term"])
-        assert seen == {"path": "runs/x", "dtype": torch.bfloat16, "device": "cpu", "without": ("long_term", "short_term")}
+        load = lambda path, **values: seen.update(values, path=path) or FakeModel(300)  # noqa: E731
+        monkeypatch.setattr(mmcore, "load_model", load)
+        options = ["--dtype", "bf16", "--device", "cpu", "--without", "long_term, short_term"]
+        run(["chat", "runs/x", "--prompt", "hi", *options])
+        without = ("long_term", "short_term")
+        assert seen == {"path": "runs/x", "dtype": torch.bfloat16, "device": "cpu", "without": without}
 
 
 class Parrot(FakeModel):
@@ -218,13 +221,12 @@ class Parrot(FakeModel):
     def __init__(self, vocab_size, ids):
         super().__init__(vocab_size)
         self.ids = ids
-        self.at = -1
 
     def advance(self, tokens, state, last_only=True):
         super().advance(tokens, state)
-        self.at += 1
+        state.said = getattr(state, "said", -1) + 1
         logits = torch.zeros(1, self.config.vocab_size)
-        logits[0, self.ids[self.at % len(self.ids)]] = 1.0
+        logits[0, self.ids[state.said % len(self.ids)]] = 1.0
         return logits
 
 
@@ -319,8 +321,8 @@ class TestScreen:
             "/reset", "/stats", f"/load {path}", "/sav", "/save", "/load nothing.mm", "/set seed",
         )
         out = capsys.readouterr().out
-        for text in (*COMMANDS, "[temperature=0.0 top_k=none", "answering", "\nmemory     0 tokens remembered in", "everything said",
-                     "saved; `/load", "nothing was read again", "did you mean /save?",
+        for text in (*COMMANDS, "[temperature=0.0 top_k=none", "answering", "\nmemory     0 tokens remembered in",
+                     "everything said", "saved; `/load", "nothing was read again", "did you mean /save?",
                      "/save needs a file: write /save talk.mm", "there is no saved session nothing.mm",
                      "seed sets nothing: write seed=0"):
             assert text in out, text
@@ -417,8 +419,8 @@ class TestLineEditor:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory, base_tokenizer):
     """A real, untrained mosaic on disk."""
-    config = ModelConfig(vocab_size=304, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-                         short_term_window=16, long_term_delay=4, long_term_delay_range=(4, 16),
+    config = ModelConfig(vocab_size=304, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                         num_attention_heads=2, short_term_window=16, long_term_delay=4, long_term_delay_range=(4, 16),
                          max_position_embeddings=128)
     model = build_model(config)
     model.init_weights(0)
@@ -463,7 +465,7 @@ class TestTheProgram:
             screen.wait(READY)
             screen.type("Once upon\\\ra time\r")
             screen.wait(READY)
-            screen.type("/set max_new_tokens=100000\r")
+            screen.type("/set temperature=0 max_new_tokens=100000\r")  # greedy: never the end by chance
             screen.wait("[temperature")
             screen.type("\r")
             time.sleep(1.0)

@@ -16,7 +16,8 @@ from tests.generation.fakes import FakeModel
 
 TEXTS = ["Once upon a time there was a cat. She said: hello world!\n\n"] * 40
 LLAMA3 = """{% set loop_messages = messages %}{% for message in loop_messages %}
-{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}
+{% set header = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' %}
+{% set content = header + message['content'] | trim + '<|eot_id|>' %}
 {% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}
 {% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"""
 HOT = Sampling(1.5, seed=3)
@@ -47,7 +48,10 @@ def turns(*texts, system=None):
 class TestTemplate:
     @pytest.mark.parametrize("source", [CHAT_TEMPLATE, LLAMA3], ids=["ours", "llama3"])
     @pytest.mark.parametrize("messages", [
-        turns("hello"), turns("hello", "world", "a cat?"), turns(" Hi\n\n there ", system="Be brief."), turns("日本 🐈‍⬛"),
+        turns("hello"),
+        turns("hello", "world", "a cat?"),
+        turns(" Hi\n\n there ", system="Be brief."),
+        turns("日本 🐈‍⬛"),
     ], ids=range(4))
     def test_ids_are_those_of_training(self, chat_tokenizer, source, messages):
         expected = ChatFormat(chat_tokenizer).prompt(messages)
@@ -71,7 +75,7 @@ class TestTemplate:
         assert chat_tokenizer.decode(ids).count("\ue0000\ue001 {{ messages }}") == 2
 
     @pytest.mark.parametrize("source, message", [
-        ("{% for m in messages %}", "is no jinja template"),
+        ("{% for m in messages %}", "is no jinja text"),
         ("{{ messages[0].content }}", "drops or repeats messages"),
         ("{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}", "drops or repeats messages"),
         ("{{ raise_exception('roles must alternate') }}", "fails on the turns user, assistant .roles must alternate"),
