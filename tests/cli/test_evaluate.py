@@ -167,3 +167,18 @@ def test_help_is_light():
     code = "import sys; from mmcli.app import run; run(['eval', '--help']); assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "--without" in done.stdout and "Example" in done.stdout
+
+
+def test_progress_in_a_log_is_a_line_now_and_then():
+    from mmcli.evaluate import _plain_progress
+
+    lines = []
+
+    class Log:
+        def print(self, line):
+            lines.append(line)
+
+    progress = _plain_progress(Log(), every=0.0)
+    progress("every token", 10, 100)  # the first call only starts the clock
+    progress("every token", 50, 100)
+    assert len(lines) == 1 and lines[0].startswith("every token: 50 of 100 tokens, ") and lines[0].endswith(" s left")
