@@ -109,7 +109,8 @@ INLINE void backward_group(Sequence grad_keys, const float *keys, const float *k
 {
     float d_next[GROUP], grad_next[GROUP];
     float *du = scratch + (b * s.H + first) * D;
-    vector += (b * s.H + first) * D;
+    /* Without a state d_0 is 0 and it does not matter what stands in for the vector. */
+    vector = vector ? vector + (b * s.H + first) * D : du;
     for (ptrdiff_t h = 0; h < count; h++)
         d_next[h] = grad_next[h] = 0.0f;
     for (ptrdiff_t t = s.T - 1; t >= 0; t--) {
@@ -154,15 +155,21 @@ static ptrdiff_t group_size(Shape s, int threads)
     default: group(__VA_ARGS__, D); \
     }
 
-/* vector [B, H, D] and log_scale [B, H] hold the state, in and out; kept [B, T, 3, H] or NULL; resets [B, T] or NULL */
+/* old_vector [B, H, D] and old_log_scale [B, H], or both NULL: the state to start from; vector and log_scale: the last
+   one, filled here. kept [B, T, 3, H] or NULL; resets [B, T] or NULL. */
 void gated_scan_forward(const float *raw, const float *gates, const float *decays, const unsigned char *resets,
-                        float *keys, float *kept, float *vector, float *log_scale, ptrdiff_t B, ptrdiff_t T,
-                        ptrdiff_t H, ptrdiff_t D, ptrdiff_t raw_row, ptrdiff_t raw_step, ptrdiff_t gate_row,
-                        ptrdiff_t gate_step, ptrdiff_t decay_row, ptrdiff_t decay_step, int threads)
+                        const float *old_vector, const float *old_log_scale, float *keys, float *kept, float *vector,
+                        float *log_scale, ptrdiff_t B, ptrdiff_t T, ptrdiff_t H, ptrdiff_t D, ptrdiff_t raw_row,
+                        ptrdiff_t raw_step, ptrdiff_t gate_row, ptrdiff_t gate_step, ptrdiff_t decay_row,
+                        ptrdiff_t decay_step, int threads)
 {
     Shape s = {B, T, H, D};
     Sequence r = {raw, raw_row, raw_step}, g = {gates, gate_row, gate_step}, a = {decays, decay_row, decay_step};
     ptrdiff_t size = group_size(s, threads), groups = (H + size - 1) / size;
+    for (ptrdiff_t i = 0; i < B * H * D; i++)
+        vector[i] = old_vector ? old_vector[i] : 0.0f;
+    for (ptrdiff_t i = 0; i < B * H; i++)
+        log_scale[i] = old_log_scale ? old_log_scale[i] : -INFINITY;
     #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (ptrdiff_t task = 0; task < B * groups; task++) {
         ptrdiff_t b = task / groups, first = task % groups * size, count = H - first < size ? H - first : size;
@@ -170,7 +177,7 @@ void gated_scan_forward(const float *raw, const float *gates, const float *decay
     }
 }
 
-/* vector [B, H, D] = u before the first step; scratch [B, H, D] */
+/* vector [B, H, D]: u before the first step, or NULL; scratch [B, H, D] */
 void gated_scan_backward(const float *grad_keys, const float *keys, const float *kept, const float *vector,
                          float *grad_raw, float *grad_gates, float *grad_decays, float *scratch, ptrdiff_t B,
                          ptrdiff_t T, ptrdiff_t H, ptrdiff_t D, ptrdiff_t grad_row, ptrdiff_t grad_step, int threads)

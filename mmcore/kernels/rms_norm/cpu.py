@@ -24,9 +24,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return _converted(x, weight, eps)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _RMSNorm.apply(x, weight, eps)
-    y = torch.empty(x.shape)
-    _forward(x, weight, eps, y, None)
-    return y
+    return _forward(x, weight, eps, None)
 
 
 def _converted(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -41,8 +39,8 @@ def _converted(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps):
-        y, rstd = torch.empty(x.shape), torch.empty(x.shape[:-1])
-        _forward(x, weight, eps, y, rstd)
+        rstd = torch.empty(x.shape[:-1])
+        y = _forward(x, weight, eps, rstd)
         ctx.save_for_backward(x, weight, rstd)
         return y
 
@@ -63,7 +61,9 @@ class _RMSNorm(torch.autograd.Function):
         return grad_x, partial.sum(0), None
 
 
-def _forward(x: Tensor, weight: Tensor, eps: float, y: Tensor, rstd: Tensor | None) -> None:
+def _forward(x: Tensor, weight: Tensor, eps: float, rstd: Tensor | None) -> Tensor:
+    """y; fills `rstd` if there is one."""
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)  # 1.5 us; torch.empty(shape) takes 3
     x, row = rows_of(x)
     if not weight.is_contiguous():
         weight = weight.contiguous()
@@ -72,6 +72,7 @@ def _forward(x: Tensor, weight: Tensor, eps: float, y: Tensor, rstd: Tensor | No
         x.data_ptr(), weight.data_ptr(), y.data_ptr(), None if rstd is None else rstd.data_ptr(),
         count // size, size, row, eps, threads_for(count),
     )  # fmt: skip
+    return y
 
 
 @functools.cache

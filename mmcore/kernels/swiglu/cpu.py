@@ -52,7 +52,7 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def _forward(gate: Tensor, up: Tensor) -> Tensor:
-    out = torch.empty(gate.shape)
+    out = torch.empty_like(gate, memory_format=torch.contiguous_format)  # 1.5 us; torch.empty(shape) takes 3
     gate, gate_row = rows_of(gate)
     up, up_row = rows_of(up)
     count, size = gate.numel(), gate.shape[-1]
