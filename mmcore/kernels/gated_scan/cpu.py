@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import struct
 from pathlib import Path
 
 import torch
@@ -13,6 +14,8 @@ from torch.autograd.function import once_differentiable
 from mmcore.errors import ConfigError
 from mmcore.kernels import native
 from mmcore.kernels.layout import threads_for, with_heads_together
+
+_FORWARD = struct.Struct("10P11n")  # `Forward` in cpu.c
 
 
 def gated_scan(
@@ -61,7 +64,7 @@ class _Scan(torch.autograd.Function):
         grad_raw, scratch = torch.empty(keys.shape), torch.empty(batch, heads, size)
         grad_gates, grad_decays = torch.empty(batch, time, heads), torch.empty(batch, time, heads)
         _library().gated_scan_backward(
-            grad_keys.data_ptr(), keys.data_ptr(), kept.data_ptr(), _address(vector), grad_raw.data_ptr(),
+            grad_keys.data_ptr(), keys.data_ptr(), kept.data_ptr(), _or_null(vector), grad_raw.data_ptr(),
             grad_gates.data_ptr(), grad_decays.data_ptr(), scratch.data_ptr(),
             batch, time, heads, size, *grad_keys.stride()[:2], threads_for(keys.numel()),
         )  # fmt: skip
@@ -82,11 +85,12 @@ def _forward(raw, gates, decays, resets, vector, log_scale, kept) -> tuple[Tenso
     raw_row, raw_step, _, _ = raw.stride()
     gate_row, gate_step, _ = gates.stride()
     decay_row, decay_step, _ = decays.stride()
-    _library().gated_scan_forward(
-        raw.data_ptr(), gates.data_ptr(), decays.data_ptr(), _address(resets), _address(vector), _address(log_scale),
-        keys.data_ptr(), _address(kept), new_vector.data_ptr(), new_log_scale.data_ptr(), batch, time, heads, size,
+    arguments = _FORWARD.pack(
+        raw.data_ptr(), gates.data_ptr(), decays.data_ptr(), _or_null(resets), _or_null(vector), _or_null(log_scale),
+        keys.data_ptr(), _or_null(kept), new_vector.data_ptr(), new_log_scale.data_ptr(), batch, time, heads, size,
         raw_row, raw_step, gate_row, gate_step, decay_row, decay_step, threads_for(batch * time * heads * size),
     )  # fmt: skip
+    _library().gated_scan_forward(arguments)
     return keys, (new_vector, new_log_scale)
 
 
@@ -94,7 +98,7 @@ def _forward(raw, gates, decays, resets, vector, log_scale, kept) -> tuple[Tenso
 def _library() -> ctypes.CDLL:
     library = native.load(Path(__file__).with_name("cpu.c"))
     address, count = ctypes.c_void_p, ctypes.c_ssize_t
-    library.gated_scan_forward.argtypes = [address] * 10 + [count] * 10 + [ctypes.c_int]
+    library.gated_scan_forward.argtypes = [ctypes.c_char_p]
     library.gated_scan_backward.argtypes = [address] * 8 + [count] * 6 + [ctypes.c_int]
     library.gated_scan_forward.restype = library.gated_scan_backward.restype = None
     return library
@@ -107,5 +111,5 @@ def _plain(part: Tensor) -> Tensor:
     return part.detach().to(torch.float32).contiguous()
 
 
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+def _or_null(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

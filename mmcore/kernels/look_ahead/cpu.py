@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import struct
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from mmcore.kernels.layout import threads_for, with_heads_together
 
 
 _FP32 = {torch.float32}
+_FORWARD = struct.Struct("5P7n")  # `Forward` in cpu.c
 
 
 def look_ahead(raw_values: Tensor, mix: Tensor, scale: Tensor, following: Tensor | None = None) -> Tensor:
@@ -73,10 +75,13 @@ def _forward(raw: Tensor, mix: Tensor, scale: Tensor, following: Tensor) -> Tens
     if not (following.is_contiguous() and mix.is_contiguous() and scale.is_contiguous()):
         following, mix, scale = following.contiguous(), mix.contiguous(), scale.contiguous()
     values = torch.empty_like(raw, memory_format=torch.contiguous_format)  # 1.5 us; torch.empty(shape) takes 3
-    _library().look_ahead_forward(
+    batch, time, heads, size = raw.shape
+    row, step, _, _ = raw.stride()
+    arguments = _FORWARD.pack(
         raw.data_ptr(), following.data_ptr(), mix.data_ptr(), scale.data_ptr(), values.data_ptr(),
-        *raw.shape, *raw.stride()[:2], threads_for(raw.numel()),
+        batch, time, heads, size, row, step, threads_for(batch * time * heads * size),
     )  # fmt: skip
+    _library().look_ahead_forward(arguments)
     return values
 
 
@@ -84,7 +89,7 @@ def _forward(raw: Tensor, mix: Tensor, scale: Tensor, following: Tensor) -> Tens
 def _library() -> ctypes.CDLL:
     library = native.load(Path(__file__).with_name("cpu.c"))
     address, count = ctypes.c_void_p, ctypes.c_ssize_t
-    library.look_ahead_forward.argtypes = [address] * 5 + [count] * 6 + [ctypes.c_int]
+    library.look_ahead_forward.argtypes = [ctypes.c_char_p]
     library.look_ahead_backward.argtypes = [address] * 9 + [count] * 8 + [ctypes.c_int]
     library.look_ahead_forward.restype = library.look_ahead_backward.restype = None
     return library

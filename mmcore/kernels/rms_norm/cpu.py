@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import struct
 from pathlib import Path
 
 import torch
@@ -13,6 +14,8 @@ from torch.autograd.function import once_differentiable
 from mmcore.errors import ConfigError
 from mmcore.kernels import native
 from mmcore.kernels.layout import rows_of, threads_for
+
+_FORWARD = struct.Struct("4P4nd")  # `Forward` in cpu.c
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -68,10 +71,11 @@ def _forward(x: Tensor, weight: Tensor, eps: float, rstd: Tensor | None) -> Tens
     if not weight.is_contiguous():
         weight = weight.contiguous()
     count, size = x.numel(), x.shape[-1]
-    _library().rms_norm_forward(
-        x.data_ptr(), weight.data_ptr(), y.data_ptr(), None if rstd is None else rstd.data_ptr(),
-        count // size, size, row, eps, threads_for(count),
+    arguments = _FORWARD.pack(
+        x.data_ptr(), weight.data_ptr(), y.data_ptr(), 0 if rstd is None else rstd.data_ptr(),
+        count // size, size, row, threads_for(count), eps,
     )  # fmt: skip
+    _library().rms_norm_forward(arguments)
     return y
 
 
@@ -79,7 +83,7 @@ def _forward(x: Tensor, weight: Tensor, eps: float, rstd: Tensor | None) -> Tens
 def _library() -> ctypes.CDLL:
     library = native.load(Path(__file__).with_name("cpu.c"))
     address, count = ctypes.c_void_p, ctypes.c_ssize_t
-    library.rms_norm_forward.argtypes = [address] * 4 + [count] * 3 + [ctypes.c_float, ctypes.c_int]
+    library.rms_norm_forward.argtypes = [ctypes.c_char_p]
     library.rms_norm_backward.argtypes = [address] * 6 + [count] * 4 + [ctypes.c_int]
     library.rms_norm_forward.restype = library.rms_norm_backward.restype = None
     return library
