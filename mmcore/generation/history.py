@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import uuid
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mmcore.checkpoint import disk
 from mmcore.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -43,16 +43,17 @@ def write_session(path: str | Path, tensors: dict[str, Tensor], facts: dict[str,
     text = json.dumps(facts, sort_keys=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = {"format": FORMAT, "facts": text, "sha256": _digest(text, tensors)}
-    temporary = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex}")
+    temporary = disk.temporary_name(path)
     try:
-        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-        save_file(tensors, temporary, metadata=header)
-        with open(temporary, "rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise CheckpointError(f"cannot save the session to {path} ({reason}): choose another place") from None
+        with disk.writing(path, "the conversation goes on unsaved"):
+            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+            save_file(tensors, temporary, metadata=header)
+            with open(temporary, "rb") as handle:
+                os.fsync(handle.fileno())
+            os.replace(temporary, path)
+            disk.sync_folder(path.parent)
+    except SafetensorError as error:  # what its writer makes of a full disk
+        raise CheckpointError(f"cannot write {path} ({error}): free some space, or choose another place") from None
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from mmcore.errors import ConfigError, NonFiniteError
 
 _MASK = (1 << 64) - 1
-_FIRST_LOOK = 1024
-"""Tokens sorted at first under top_p alone. Sorting all of Llama 3's 128,256 logits takes 8 ms on one core, the
-best 1,024 take 0.7 ms, and nearly always hold the mass that is asked for; where they do not, all are sorted."""
+_FIRST_LOOKS = (64, 1024)
+"""Tokens sorted at first under top_p alone. Sorting all of Llama 3's 128,256 logits takes 11 ms on one core, the
+best 1,024 take 0.8 ms, and these few nearly always hold the mass that is asked for."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | No
     _require_finite(best)
 
     def weigh(values: Tensor) -> Tensor:
-        return ((values - best) / sampling.temperature).exp()
+        return (values - best).div_(sampling.temperature).exp_()
 
     keep = size if sampling.top_k is None else min(sampling.top_k, size)
     if sampling.top_p is None or sampling.top_p == 1:
@@ -110,11 +110,12 @@ def _candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | No
         weights = weigh(values)
         return _nucleus(weights, sampling.top_p * weights.sum(-1, keepdim=True, dtype=torch.float64)), ids
     mass = sampling.top_p * weigh(logits).sum(-1, keepdim=True, dtype=torch.float64)
-    if size > 2 * _FIRST_LOOK:
-        values, ids = logits.topk(_FIRST_LOOK)
-        weights = weigh(values)
-        if bool((weights.sum(-1, keepdim=True, dtype=torch.float64) >= mass).all()):
-            return _nucleus(weights, mass), ids
+    for look in _FIRST_LOOKS:
+        if 2 * look < size:
+            values, ids = logits.topk(look)
+            weights = weigh(values)
+            if bool((weights.sum(-1, keepdim=True, dtype=torch.float64) >= mass).all()):
+                return _nucleus(weights, mass), ids
     values, ids = logits.sort(descending=True, stable=True)
     return _nucleus(weigh(values), mass), ids
 

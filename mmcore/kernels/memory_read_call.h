@@ -15,8 +15,9 @@ struct call {
     const int *starts;                    /* [B, Tq], or NULL */
     float *out;                           /* [B, Tq, H, D] */
     float *largest, *total; /* [B, H, Tq]: the largest score, in units of ln 2, and the sum of 2^(score - largest) */
-    float *scratch;
+    float *scratch; /* threads * memory_read_scratch floats */
     long threads;
+    long shares; /* parts into which the queries of each head are cut */
 };
 
 /* Query i of row b reads the pairs lo .. hi; returns how many they are. */

@@ -31,6 +31,7 @@ the library's fp32 GEMM reached 80-88. */
 
 #define PANEL (3 * LANES)
 #define INLINE static inline __attribute__((always_inline))
+#define NOINLINE __attribute__((noinline)) /* inside a larger function the compiler spills the accumulators */
 
 typedef float vec __attribute__((vector_size(LANES * 4)));
 typedef int ivec __attribute__((vector_size(LANES * 4)));
@@ -117,7 +118,8 @@ INLINE void multiply(vec *acc, const int rows, const int columns, long depth, co
 }
 
 /* out[j][PANEL] = rows j of a times the panel b [depth][PANEL], for j in [from, to) in steps of 4 (from % 4 == 0). */
-static void rows_times_panel(float *out, const float *a, long a_row, const float *b, long depth, long from, long to) {
+NOINLINE static void rows_times_panel(float *out, const float *a, long a_row, const float *b, long depth, long from,
+                                      long to) {
     for (long j = from; j < to; j += 4) {
         vec acc[12] = {};
         multiply(acc, 4, 3, depth, a + j * a_row, a_row, 1, b, PANEL);
@@ -128,7 +130,7 @@ static void rows_times_panel(float *out, const float *a, long a_row, const float
 
 /* out[d][PANEL] = out * scale (a vector for each column; NULL is 1) + sum over rows j in [from, to) of
 a[j][d] * b[j][PANEL], for d < size, a multiple of 4. */
-static void add_columns_times_panel(float *out, const float *scale, const float *a, long a_row, const float *b,
+NOINLINE static void add_columns_times_panel(float *out, const float *scale, const float *a, long a_row, const float *b,
                                     long size, long from, long to) {
     for (long d = 0; d < size; d += 4) {
         vec acc[12];
@@ -190,10 +192,12 @@ static void unpack_panel(float *rows, long row, const float *panel, const float 
 }
 
 /* out[j][0 .. width) = row j of a strided matrix, times scale[j] unless scale is NULL; zeros from `size` columns up to
-width, a multiple of LANES, and in the rows from `count` up to `total`. */
+width, a multiple of LANES, and in the rows from `count` up to `total`. A head's rows lie heads * size floats apart, where the hardware does not see them
+coming: they are called for 8 rows ahead. */
 static void pack_rows(float *out, long out_row, long width, const float *rows, long row, const float *scale, long count,
                       long total, long size) {
     for (long j = 0; j < total; j++) {
+        for (long d = 0; d < size && j + 8 < count; d += 16) __builtin_prefetch(rows + (j + 8) * row + d);
         for (long d = 0; d < width; d += LANES) {
             vec x = j < count ? load_part(rows + j * row + d, size - d) : (vec){};
             store(out + j * out_row + d, scale ? x * scale[j] : x);

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -110,12 +110,24 @@ class LanguageModel(nn.Module):
             state.memories.update({f"layers.{depth}.{name}": memory for name, memory in layer.new_states(state).items()})
         return state
 
+    def _whole_step(self, state: DecodingState) -> Callable | bool:
+        """A compiled form of one row's step, where the architecture has one and it can run here, else False."""
+        block = type(self.model.layers[0])
+        fits = state.batch_size == 1 and state.padding is None and self.kernels in ("auto", "cpu")
+        return block.whole_step(self) if fits and hasattr(block, "whole_step") else False
+
     @torch.no_grad()
     def advance(self, tokens: Tensor, state: DecodingState, last_only: bool = True) -> Tensor:
         """Feed the next tokens int64 [B, T] of each row: logits [B, V] after the last, or [B, T, V] after each.
 
         `state` goes on. Equal to the full forward pass over all that was fed, whatever the sizes of the pieces.
         """
+        if state.whole_step is None:
+            state.whole_step = self._whole_step(state)
+        if state.whole_step and tokens.shape == (1, 1) and state.length and not self.knocked_out:
+            logits = state.whole_step(self.embed(tokens), tuple(state.memories.values()), state.length)[None]
+            state.length += 1
+            return logits if last_only else logits[None]
         x = self.embed(tokens)
         for depth, layer in enumerate(self.model.layers):
             states = {name: state.memories[f"layers.{depth}.{name}"] for name in layer.READS}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mmcore.kernels.gated_scan import gated_scan
 from mmcore.kernels.look_ahead import look_ahead
 from mmcore.kernels.memory_read import memory_read
+from mmcore.kernels.mosaic_step import MemoryWeights
 from mmcore.model.documents import Packing
 from mmcore.model.layers import Linear, draw_normal, fan_in_sigma, named_generator
 from mmcore.model.state import MemoryState
@@ -90,6 +91,11 @@ class ContextualMemory(nn.Module):
             _exact(self.bandwidth_slope).clamp(max=10).exp(),
             _exact(self.bandwidth_exponent).abs().clamp(max=1),
         )
+
+    def step_weights(self, delay: int) -> MemoryWeights:
+        """This memory's weights as the compiled step takes them."""
+        matrices = (proj.weight for proj in (self.key_proj, self.value_proj, self.gate_proj, self.decay_proj))
+        return MemoryWeights(*matrices, self.value_mix, self.value_scale(), *self.bandwidth(), self.window, delay)
 
     def _heads(self, x_BTd: Tensor) -> Tensor:
         return x_BTd.unflatten(-1, (self.heads, -1))

@@ -6,10 +6,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from mmcore.config import ModelConfig
+from mmcore.kernels import mosaic_step
+from mmcore.kernels.mosaic_step import LayerWeights
 from mmcore.model.documents import Packing
 from mmcore.model.language_model import LanguageModel
 from mmcore.model.layers import Linear, PersistentMemory, RMSNorm, draw_normal, fan_in_sigma
@@ -80,6 +84,27 @@ class MosaicBlock(TwoMemoryBlock):
         d, H = config.hidden_size, config.num_attention_heads
         short_term = ContextualMemory(d, H, config.short_term_window, kernels)
         super().__init__(config, short_term, ContextualMemory(d, H, None, kernels), kernels)
+
+    def step_weights(self, delay: int) -> LayerWeights:
+        """This layer's weights as the compiled step takes them."""
+        persistent = self.persistent
+        return LayerWeights(
+            self.memory_norm.weight, self.short_term.step_weights(self.SHORT_DELAY), self.long_term.step_weights(delay),
+            self.out_proj.weight, self.persistent_norm.weight, persistent.gate_proj.weight, persistent.up_proj.weight,
+            persistent.down_proj.weight,
+        )
+
+    @staticmethod
+    def whole_step(model: LanguageModel) -> Callable | bool:
+        """The compiled step of a whole mosaic at batch 1, or False where it cannot run."""
+        matrices = [weight for weight in model.parameters() if weight.ndim == 2]
+        if mosaic_step.why_not(matrices):
+            return False
+        config = model.config
+        layers = [layer.step_weights(config.long_term_delay) for layer in model.model.layers]
+        return mosaic_step.mosaic_step(
+            layers, model.model.norm.weight, model.classifier_weight, config.num_attention_heads, config.rms_norm_eps
+        )
 
 
 def build_mosaic(config: ModelConfig, kernels: str = "auto") -> LanguageModel:

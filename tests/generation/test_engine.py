@@ -1,4 +1,4 @@
-"""The stream of ids: chunks, turns, batches, stops, save and load; on a small stand-in model and on the real ones."""
+"""The stream of ids: chunks, turns, batches, stops, save and load."""
 
 import json
 import os
@@ -137,7 +137,7 @@ def test_rows_without_a_token_are_never_drawn():
     (lambda m: generate(m, [1, 64], max_new_tokens=3), "token id 64 is not one of the model's 64"),
     (lambda m: generate(m, [-1], max_new_tokens=3), "token id -1 is not one"),
     (lambda m: generate(m, [1.5], max_new_tokens=3), "token id 1.5 is not one"),
-    (lambda m: generate(m, [1], max_new_tokens=0), "max_new_tokens is 0: it must be at least 1"),
+    (lambda m: generate(m, [1], max_new_tokens=0), "max_new_tokens is 0: it must be a whole number"),
     (lambda m: generate(m, [1], max_new_tokens=3, top_p=3), "top_p is 3"),
     (lambda m: generate_batch(m, [], max_new_tokens=3), "a prompt is empty"),
     (lambda m: generate_batch(m, [[1], []], max_new_tokens=3), "a prompt is empty"),
@@ -243,7 +243,7 @@ class TestSavedSessions:
                 session.save(path.parent / name)
         with pytest.raises(CheckpointError, match="is a folder"):
             session.save(path.parent)
-        with pytest.raises(CheckpointError, match="cannot save the session to .*No such file"):
+        with pytest.raises(CheckpointError, match="cannot write .*No such file"):
             session.save(path.parent / "nowhere" / "talk")
         assert (path.parent / "thesis.tex").read_text() == "years of work"
 

@@ -80,7 +80,7 @@ def test_draws_have_the_exact_frequencies(sampling):
 
 @pytest.mark.parametrize("top_p", [1e-9, 0.3, 0.9, 0.9999, 1.0])
 def test_top_p_of_a_large_vocabulary_equals_its_definition(top_p):
-    """Beyond 2,048 tokens only the best are sorted where they hold enough; flat logits need all of them."""
+    """Of many tokens only the best are sorted where they hold enough; flat logits need all of them."""
     for spread in (0.01, 3.0):
         logits = torch.randn(1, 5000, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * spread
         sampling = Sampling(1.0, top_p=top_p)

@@ -94,3 +94,42 @@ def test_decoding_without_a_memory_equals_the_pass_without_it(memory):
     tokens = random_tokens(1, 40)
     with torch.no_grad():
         assert torch.allclose(feed(model, model.new_state(1), tokens, [11] + [1] * 29), model(tokens), atol=3e-5)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [{}, {"hidden_size": 40, "num_attention_heads": 4, "intermediate_size": 50},
+                                   {"hidden_size": 256, "num_attention_heads": 2, "intermediate_size": 300}])
+def test_the_compiled_step_equals_the_equations(threads, dtype, sizes):
+    """One row, one token at a time, past the window and the delay, against the float64 reference over the whole."""
+    from mmcore.kernels import native
+    if native.why_not():
+        pytest.skip(native.why_not())
+    model = tiny(**sizes).to(dtype)
+    exact = tiny(kernels="reference", **sizes).to(dtype).double()
+    tokens = random_tokens(1, 90)
+    with torch.no_grad():
+        whole = exact(tokens)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        state = model.new_state(1)
+        got = feed(model, state, tokens, [4] + [1] * 86)
+        assert state.whole_step, "the compiled step was not taken"
+    finally:
+        torch.set_num_threads(before)
+    assert (got.double() - whole).abs().max() < 2e-4 * whole.abs().max()
+
+
+def test_the_compiled_step_and_the_layers_one_by_one_share_a_state():
+    model = tiny()
+    tokens = random_tokens(1, 60)
+    with torch.no_grad():
+        whole = model(tokens)
+    state = model.new_state(1)
+    first = feed(model, state, tokens[:, :30], [10] + [1] * 20)
+    state.whole_step = False
+    middle = feed(model, state, tokens[:, 30:45], [1] * 15)
+    state.whole_step = None
+    last = feed(model, state, tokens[:, 45:], [3] + [1] * 12)
+    assert torch.allclose(torch.cat([first, middle, last], 1), whole, atol=3e-5)

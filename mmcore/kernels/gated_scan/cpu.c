@@ -8,8 +8,9 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include "exponential.h"
+#include "lanes.h"
 
-#define INLINE static inline __attribute__((always_inline))
+#define INLINE LANES_INLINE
 #define GROUP 64 /* most heads in one group: the size of the small buffers on the stack */
 
 typedef struct {
@@ -22,26 +23,19 @@ typedef struct {
 } Shape;
 
 /* u <- w x + d u, key <- u / ||u||; returns ||u||. d = 0 starts anew, whatever u held (a NaN of another document). */
-INLINE float advance(float *restrict u, float *restrict key, const float *restrict x, float w, float d, ptrdiff_t D)
+INLINE float advance(float *u, float *key, const float *x, float w, float d, ptrdiff_t D)
 {
-    float sum = 0.0f;
-    if (d == 0.0f) {
-        #pragma omp simd reduction(+ : sum)
-        for (ptrdiff_t i = 0; i < D; i++) {
-            u[i] = w * x[i];
-            sum += u[i] * u[i];
-        }
-    } else {
-        #pragma omp simd reduction(+ : sum)
-        for (ptrdiff_t i = 0; i < D; i++) {
-            u[i] = w * x[i] + d * u[i];
-            sum += u[i] * u[i];
-        }
+    Lanes sums = {0};
+    for (ptrdiff_t i = 0; i < D; i += LANES) {
+        Lanes v = w * take(x + i, D - i);
+        if (d != 0.0f)
+            v += d * take(u + i, D - i);
+        put(u + i, D - i, v);
+        sums += v * v;
     }
-    float norm = sqrtf(sum), inverse = norm == 0.0f ? 0.0f : 1.0f / norm;
-    #pragma omp simd
-    for (ptrdiff_t i = 0; i < D; i++)
-        key[i] = u[i] * inverse;
+    float norm = sqrtf(sum_of(sums)), inverse = norm == 0.0f ? 0.0f : 1.0f / norm;
+    for (ptrdiff_t i = 0; i < D; i += LANES)
+        put(key + i, D - i, take(u + i, D - i) * inverse);
     return norm;
 }
 
@@ -90,30 +84,23 @@ INLINE void forward_group(Sequence raw, Sequence gates, Sequence decays, const u
 }
 
 /* One step back: du <- (g - k <k, g>) / ||u|| + d_{t+1} du, grad_raw <- w du; returns <du, before>. */
-INLINE float retreat(float *restrict du, float *restrict grad_raw, const float *restrict grad_key,
-                     const float *restrict key, const float *restrict before, float w, float d_next, float norm,
-                     ptrdiff_t D)
+INLINE float retreat(float *du, float *grad_raw, const float *grad_key, const float *key, const float *before, float w,
+                     float d_next, float norm, ptrdiff_t D)
 {
-    float along = 0.0f, onward = 0.0f, inverse = norm == 0.0f ? 0.0f : 1.0f / norm;
-    #pragma omp simd reduction(+ : along)
-    for (ptrdiff_t i = 0; i < D; i++)
-        along += key[i] * grad_key[i];
-    along *= inverse;
-    if (d_next == 0.0f) {
-        #pragma omp simd
-        for (ptrdiff_t i = 0; i < D; i++)
-            du[i] = grad_key[i] * inverse - key[i] * along;
-    } else {
-        #pragma omp simd
-        for (ptrdiff_t i = 0; i < D; i++)
-            du[i] = d_next * du[i] + (grad_key[i] * inverse - key[i] * along);
+    float inverse = norm == 0.0f ? 0.0f : 1.0f / norm;
+    Lanes alongs = {0}, onwards = {0};
+    for (ptrdiff_t i = 0; i < D; i += LANES)
+        alongs += take(key + i, D - i) * take(grad_key + i, D - i);
+    float along = sum_of(alongs) * inverse;
+    for (ptrdiff_t i = 0; i < D; i += LANES) {
+        Lanes v = take(grad_key + i, D - i) * inverse - take(key + i, D - i) * along;
+        if (d_next != 0.0f)
+            v += d_next * take(du + i, D - i);
+        put(du + i, D - i, v);
+        put(grad_raw + i, D - i, w * v);
+        onwards += v * take(before + i, D - i);
     }
-    #pragma omp simd reduction(+ : onward)
-    for (ptrdiff_t i = 0; i < D; i++) {
-        grad_raw[i] = w * du[i];
-        onward += du[i] * before[i];
-    }
-    return onward;
+    return sum_of(onwards);
 }
 
 INLINE void backward_group(Sequence grad_keys, const float *keys, const float *kept, const float *vector,

@@ -4,8 +4,9 @@
    raw values anyway, for the gradient of mix. */
 #include <math.h>
 #include <stddef.h>
+#include "lanes.h"
 
-#define INLINE static inline __attribute__((always_inline))
+#define INLINE LANES_INLINE
 
 typedef struct {
     const float *data;
@@ -16,43 +17,63 @@ typedef struct {
     ptrdiff_t B, T, H, D;
 } Shape;
 
-INLINE void forward_head(float *restrict out, const float *restrict now, const float *restrict next, float mix,
-                         float scale, ptrdiff_t D)
+/* Heads whose sums are taken before any of them is used: a sum, its root and its quotient take some 80 cycles, in
+   which the sums of the other heads get done. */
+#define TOGETHER 8
+
+/* values <- scale vbar / ||vbar|| for `count` neighbouring heads, at most TOGETHER */
+INLINE void forward_heads(float *values, const float *now, const float *next, const float *mix, const float *scale,
+                          ptrdiff_t count, ptrdiff_t D)
 {
-    float sum = 0.0f, rest = 1.0f - mix;
-    #pragma omp simd reduction(+ : sum)
-    for (ptrdiff_t i = 0; i < D; i++) {
-        float mixed = mix * now[i] + rest * next[i];
-        sum += mixed * mixed;
+    float factor[TOGETHER];
+    for (ptrdiff_t h = 0; h < count; h++) {
+        float rest = 1.0f - mix[h];
+        Lanes sums = {0};
+        for (ptrdiff_t i = 0, k = h * D; i < D; i += LANES) {
+            Lanes mixed = mix[h] * take(now + k + i, D - i) + rest * take(next + k + i, D - i);
+            put(values + k + i, D - i, mixed);
+            sums += mixed * mixed;
+        }
+        float sum = sum_of(sums);
+        factor[h] = sum == 0.0f ? 0.0f : scale[h] / sqrtf(sum);
     }
-    float factor = sum == 0.0f ? 0.0f : scale / sqrtf(sum);
-    #pragma omp simd
-    for (ptrdiff_t i = 0; i < D; i++)
-        out[i] = (mix * now[i] + rest * next[i]) * factor;
+    for (ptrdiff_t h = 0; h < count; h++)
+        for (ptrdiff_t i = 0, k = h * D; i < D; i += LANES)
+            put(values + k + i, D - i, factor[h] * take(values + k + i, D - i));
 }
 
-/* The gradient of vbar in `mixed` and those of mix and scale, added up. */
-INLINE void backward_head(float *restrict mixed, const float *restrict grad, const float *restrict now,
-                          const float *restrict next, float mix, float scale, double *grad_mix, double *grad_scale,
-                          ptrdiff_t D)
+/* out <- mix g_t + (1 - mix) g_{t-1} with g the gradient of vbar; `earlier` holds g_{t-1} and then g_t. The shares of
+   mix and scale in the gradient come back in to_mix and to_scale. */
+INLINE void backward_heads(float *out, float *earlier, const float *grad, const float *now, const float *next,
+                           const float *mix, const float *scale, float *to_mix, float *to_scale, ptrdiff_t count,
+                           ptrdiff_t D)
 {
-    float sum = 0.0f, along = 0.0f, rest = 1.0f - mix, to_mix = 0.0f;
-    #pragma omp simd reduction(+ : sum, along)
-    for (ptrdiff_t i = 0; i < D; i++) {
-        mixed[i] = mix * now[i] + rest * next[i];
-        sum += mixed[i] * mixed[i];
-        along += mixed[i] * grad[i];
+    float factor[TOGETHER], back[TOGETHER];
+    for (ptrdiff_t h = 0; h < count; h++) {
+        float rest = 1.0f - mix[h];
+        Lanes sums = {0}, alongs = {0};
+        for (ptrdiff_t i = 0, k = h * D; i < D; i += LANES) {
+            Lanes mixed = mix[h] * take(now + k + i, D - i) + rest * take(next + k + i, D - i);
+            sums += mixed * mixed;
+            alongs += mixed * take(grad + k + i, D - i);
+        }
+        float sum = sum_of(sums), inverse = sum == 0.0f ? 0.0f : 1.0f / sqrtf(sum);
+        to_scale[h] = sum_of(alongs) * inverse;
+        factor[h] = scale[h] * inverse;
+        back[h] = factor[h] * to_scale[h] * inverse;
     }
-    float inverse = sum == 0.0f ? 0.0f : 1.0f / sqrtf(sum);
-    along *= inverse;
-    float factor = scale * inverse, back = factor * along * inverse;
-    #pragma omp simd reduction(+ : to_mix)
-    for (ptrdiff_t i = 0; i < D; i++) {
-        mixed[i] = factor * grad[i] - back * mixed[i];
-        to_mix += mixed[i] * (now[i] - next[i]);
+    for (ptrdiff_t h = 0; h < count; h++) {
+        float rest = 1.0f - mix[h];
+        Lanes shares = {0};
+        for (ptrdiff_t i = 0, k = h * D; i < D; i += LANES) {
+            Lanes here = take(now + k + i, D - i), after = take(next + k + i, D - i);
+            Lanes g = factor[h] * take(grad + k + i, D - i) - back[h] * (mix[h] * here + rest * after);
+            shares += g * (here - after);
+            put(out + k + i, D - i, mix[h] * g + rest * take(earlier + k + i, D - i));
+            put(earlier + k + i, D - i, g);
+        }
+        to_mix[h] = sum_of(shares);
     }
-    *grad_mix += to_mix;
-    *grad_scale += along;
 }
 
 typedef struct {
@@ -75,48 +96,44 @@ INLINE void forward_rows(const Problem *p, float *values, ptrdiff_t first, ptrdi
     for (ptrdiff_t row = first; row < last; row++) {
         ptrdiff_t b = row / T, t = row % T;
         const float *now = p->raw.data + b * p->raw.row + t * p->raw.step, *next = next_row(p, b, t);
-        for (ptrdiff_t h = 0; h < H; h++)
-            forward_head(values + (row * H + h) * D, now + h * D, next + h * D, p->mix[h], p->scale[h], D);
+        for (ptrdiff_t h = 0; h < H; h += TOGETHER)
+            forward_heads(values + (row * H + h) * D, now + h * D, next + h * D, p->mix + h, p->scale + h,
+                          H - h < TOGETHER ? H - h : TOGETHER, D);
     }
 }
 
-/* scratch: two rows, the gradients of vbar at t and at t - 1; sums: grad_mix [H], grad_scale [H] of this run */
+/* scratch: a row for the gradients of vbar, and one to throw away; sums: grad_mix [H], grad_scale [H] of this run */
 INLINE void backward_rows(const Problem *p, float *grad_raw, float *grad_following, float *scratch, double *sums,
                           ptrdiff_t first, ptrdiff_t last, ptrdiff_t D)
 {
     ptrdiff_t T = p->s.T, H = p->s.H;
-    float *here = scratch, *before = scratch + H * D;
-    /* A run that starts inside a batch row needs the gradient of the vbar before it; that one's sums are not ours. */
-    for (ptrdiff_t row = first < last && first % T ? first - 1 : first; row < last; row++) {
+    float *earlier = scratch, *unwanted = scratch + H * D;
+    /* A run that starts inside a batch row begins one row early, for the gradient of that vbar alone. */
+    ptrdiff_t start = first < last && first % T ? first - 1 : first;
+    for (ptrdiff_t i = 0; i < H * D; i++)
+        earlier[i] = 0.0f;
+    for (ptrdiff_t row = start; row < last; row++) {
         ptrdiff_t b = row / T, t = row % T;
         const float *now = p->raw.data + b * p->raw.row + t * p->raw.step, *next = next_row(p, b, t);
         const float *grad = p->grad.data + b * p->grad.row + t * p->grad.step;
-        for (ptrdiff_t h = 0; h < H; h++) {
-            double unused[2] = {0.0, 0.0};
-            float *mine = here + h * D, *earlier = before + h * D, mix = p->mix[h], rest = 1.0f - mix;
-            backward_head(mine, grad + h * D, now + h * D, next + h * D, mix, p->scale[h],
-                          row < first ? unused : sums + h, row < first ? unused + 1 : sums + H + h, D);
-            if (row < first)
-                continue;
-            float *out = grad_raw + (row * H + h) * D;
-            if (t) {
-                #pragma omp simd
-                for (ptrdiff_t i = 0; i < D; i++)
-                    out[i] = mix * mine[i] + rest * earlier[i];
-            } else {
-                #pragma omp simd
-                for (ptrdiff_t i = 0; i < D; i++)
-                    out[i] = mix * mine[i];
-            }
-            if (t + 1 == T) {
-                float *after = grad_following + (b * H + h) * D;
-                for (ptrdiff_t i = 0; i < D; i++)
-                    after[i] = rest * mine[i];
+        float *out = row < first ? unwanted : grad_raw + row * H * D;
+        for (ptrdiff_t h = 0; h < H; h += TOGETHER) {
+            float to_mix[TOGETHER], to_scale[TOGETHER];
+            ptrdiff_t count = H - h < TOGETHER ? H - h : TOGETHER;
+            backward_heads(out + h * D, earlier + h * D, grad + h * D, now + h * D, next + h * D, p->mix + h,
+                           p->scale + h, to_mix, to_scale, count, D);
+            for (ptrdiff_t k = 0; k < count && row >= first; k++) {
+                sums[h + k] += to_mix[k];
+                sums[H + h + k] += to_scale[k];
             }
         }
-        float *swapped = here;
-        here = before;
-        before = swapped;
+        if (t + 1 < T)
+            continue;
+        for (ptrdiff_t h = 0; h < H; h++)
+            for (ptrdiff_t i = 0; i < D; i++)
+                grad_following[(b * H + h) * D + i] = (1.0f - p->mix[h]) * earlier[h * D + i];
+        for (ptrdiff_t i = 0; i < H * D; i++)
+            earlier[i] = 0.0f; /* nothing precedes the first position of the next batch row */
     }
 }
 

@@ -27,6 +27,7 @@ class _Call(ctypes.Structure):
         *((f"{name}_{axis}", ctypes.c_long) for name in _POINTERS_1 for axis in "bth"),
         *((name, ctypes.c_void_p) for name in _POINTERS_2),
         ("threads", ctypes.c_long),
+        ("shares", ctypes.c_long),
     ]
 
 
@@ -34,15 +35,14 @@ class _Backward(ctypes.Structure):
     """struct backward in cpu.c."""
 
     _fields_ = [
-        *((n, ctypes.c_void_p) for n in ("grad", "out", "grad_q", "grad_k", "grad_v", "grad_bandwidth")),
-        ("copies", ctypes.c_long),
+        (name, ctypes.c_void_p) for name in ("grad", "out", "grad_q", "grad_k", "grad_v", "grad_bandwidth")
     ]
 
 
 @functools.cache
 def _library() -> ctypes.CDLL:
     library = native.load(Path(__file__).with_name("cpu.c"))
-    library.memory_read_scratch.argtypes = [ctypes.c_long]
+    library.memory_read_scratch.argtypes = [ctypes.c_void_p, ctypes.c_long]
     library.memory_read_scratch.restype = ctypes.c_long
     library.memory_read_forward.restype = library.memory_read_backward.restype = None
     return library
@@ -53,41 +53,47 @@ def _plain(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
-def _call(queries, keys, values, bandwidths, starts, window, delay, offset, out, statistics, scratch, threads) -> _Call:
+def _call(queries, keys, values, bandwidths, starts, window, delay, offset, out, statistics) -> _Call:
     batch, length, heads, size = queries.shape
     stats = statistics.data_ptr() if statistics is not None else 0
+    threads = torch.get_num_threads()
     return _Call(
         batch, length, keys.shape[1], heads, size, window or 0, delay, offset,
         queries.data_ptr(), keys.data_ptr(), values.data_ptr(),
         *queries.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
         *(t.data_ptr() for t in bandwidths), starts.data_ptr() if starts is not None else 0, out.data_ptr(),
-        stats, stats + 4 * batch * heads * length if stats else 0, scratch.data_ptr(), threads,
+        stats, stats + 4 * batch * heads * length if stats else 0, 0, threads, _shares(batch * heads, length, threads),
     )  # fmt: skip
 
 
-def _scratch(size: int, threads: int) -> Tensor:
-    return torch.empty(threads * _library().memory_read_scratch(size))
-
-
-def _forward(queries, keys, values, bandwidths, starts, window, delay, offset, keep: bool) -> tuple[Tensor, Tensor | None]:
-    """(out, statistics [2, B, H, Tq] or None)."""
-    batch, length, heads, size = queries.shape
-    threads = torch.get_num_threads()
-    out = torch.empty(queries.shape)
-    statistics = torch.empty(2, batch, heads, length) if keep else None
-    scratch = _scratch(size, threads)
-    place = (starts, window, delay, offset)
-    call = _call(queries, keys, values, bandwidths, *place, out, statistics, scratch, threads)
-    _library().memory_read_forward(ctypes.byref(call))
-    return out, statistics
-
-
-def _copies(heads: int, threads: int) -> int:
+def _shares(heads: int, queries: int, threads: int) -> int:
     """Into how many shares the queries of each head are cut, so that no thread is left without work.
 
-    Each share needs its own sums of dK and dV: one share where the heads alone fill the threads.
+    One where the heads alone fill the threads: each share copies the pairs that it reads, and in the backward
+    pass has its own dK and dV.
     """
-    return 1 if heads % threads == 0 or heads >= 4 * threads else -(-4 * threads // heads)
+    if heads % threads == 0 or heads >= 4 * threads:
+        return 1
+    return max(1, min(-(-4 * threads // heads), queries // 64))
+
+
+def _scratch(call: _Call, copies: int) -> Tensor:
+    """Buffers of all threads, entered into the call; keep the tensor until the call is over."""
+    scratch = torch.empty(call.threads * _library().memory_read_scratch(ctypes.byref(call), copies))
+    call.scratch = scratch.data_ptr()
+    return scratch
+
+
+def _forward(queries, keys, values, bandwidths, place, keep: bool) -> tuple[Tensor, Tensor | None]:
+    """(out, statistics [2, B, H, Tq] or None)."""
+    batch, length, heads, _ = queries.shape
+    out = torch.empty(queries.shape)
+    statistics = torch.empty(2, batch, heads, length) if keep else None
+    call = _call(queries, keys, values, bandwidths, *place, out, statistics)
+    scratch = _scratch(call, 2)
+    _library().memory_read_forward(ctypes.byref(call))
+    del scratch
+    return out, statistics
 
 
 class _Read(torch.autograd.Function):
@@ -95,34 +101,29 @@ class _Read(torch.autograd.Function):
     def forward(ctx, queries, keys, values, base, slope, exponent, starts, window, delay, offset):
         ctx.place = (starts, window, delay, offset)
         ctx.same = queries is keys
-        out, statistics = _forward(queries, keys, values, (base, slope, exponent), *ctx.place, keep=True)
+        out, statistics = _forward(queries, keys, values, (base, slope, exponent), ctx.place, keep=True)
         ctx.save_for_backward(queries, keys, values, base, slope, exponent, out, statistics)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        queries, keys, values, base, slope, exponent, out, statistics = ctx.saved_tensors
-        batch, _, heads, size = queries.shape
-        threads = torch.get_num_threads()
-        copies = _copies(batch * heads, threads)
+        queries, keys, values, *bandwidths, out, statistics = ctx.saved_tensors
         grad = grad.contiguous()
-        grad_keys = torch.zeros(copies, *keys.shape)
-        grad_values = torch.zeros(copies, *keys.shape)
-        in_place = ctx.same and copies == 1
-        grad_queries = grad_keys if in_place else torch.empty(queries.shape)
-        grad_bandwidth = torch.zeros(copies, batch, heads, 3, dtype=torch.float64)
-        scratch = _scratch(size, threads)
-        call = _call(
-            queries, keys, values, (base, slope, exponent), *ctx.place, out, statistics, scratch, threads
-        )
-        tensors = (grad, out, grad_queries, grad_keys, grad_values, grad_bandwidth)
-        sides = _Backward(*(t.data_ptr() for t in tensors), copies)
-        _library().memory_read_backward(ctypes.byref(call), ctypes.byref(sides))
-        grad_keys, grad_values = (t[0] if copies == 1 else t.sum(0) for t in (grad_keys, grad_values))
-        bandwidths = grad_bandwidth.sum((0, 1)).to(torch.float32).unbind(-1)
+        call = _call(queries, keys, values, bandwidths, *ctx.place, out, statistics)
         # where the queries are the keys, one tensor holds both gradients
-        return None if in_place else grad_queries, grad_keys, grad_values, *bandwidths, None, None, None, None
+        in_place = ctx.same and call.shares == 1
+        grad_queries = None if in_place else torch.empty(queries.shape)
+        grad_keys, grad_values = torch.empty(2, call.shares, *keys.shape)
+        grad_bandwidth = torch.zeros(call.shares, call.batch, call.heads, 3, dtype=torch.float64)
+        tensors = (grad, out, grad_queries, grad_keys, grad_values, grad_bandwidth)
+        sides = _Backward(*(0 if t is None else t.data_ptr() for t in tensors))
+        scratch = _scratch(call, 4)
+        _library().memory_read_backward(ctypes.byref(call), ctypes.byref(sides))
+        del scratch
+        grad_keys, grad_values = (t[0] if call.shares == 1 else t.sum(0) for t in (grad_keys, grad_values))
+        grad_bandwidths = grad_bandwidth.sum((0, 1)).to(torch.float32).unbind(-1)
+        return grad_queries, grad_keys, grad_values, *grad_bandwidths, None, None, None, None
 
 
 def memory_read(queries, keys, values, base, slope, exponent, starts, window, delay, offset) -> Tensor:
@@ -141,4 +142,4 @@ def memory_read(queries, keys, values, base, slope, exponent, starts, window, de
         starts = starts.to(torch.int32).contiguous()
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
         return _Read.apply(queries, keys, values, *bandwidths, starts, window, delay, offset)
-    return _forward(queries, keys, values, bandwidths, starts, window, delay, offset, keep=False)[0]
+    return _forward(queries, keys, values, bandwidths, (starts, window, delay, offset), keep=False)[0]

@@ -1,151 +1,20 @@
-/* y = x W^T for 1 to 16 rows of x: every weight is read from memory once, and the sums of a tile live in registers.
-
-   With few rows of x the memory is the limit, and one row of W at a time reads it best: 37 GB/s on a machine where a
-   plain sum reads 35, against 30 for two rows side by side. From 5 rows of x on the multiply-adds are the limit. Then
-   three rows of W share each load of x where x outgrows the first-level cache, and the weights that come next are
-   fetched ahead, since so much arithmetic hides them from the processor's own prefetcher (16 -> 27 GB/s).
-
-   bf16 weights are widened in registers. Read as 32-bit words, two neighbours cost one shift and one mask instead of
-   two conversions; x is put in the order even-then-odd once per call to match. */
-
-#include <stdint.h>
-#include <string.h>
-
-#define LANES 8
-#define STEP (2 * LANES)       /* weights taken at once from a row */
-#define SLICE (64 * 1024)      /* bytes of weights a thread takes at a time */
-#define FIRST_LEVEL (32 * 1024)
-#define INLINE static inline __attribute__((always_inline))
-typedef float vec __attribute__((vector_size(4 * LANES)));
-typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
-typedef float half_of_vec __attribute__((vector_size(2 * LANES)));
-
-INLINE vec load(const float *p) { vec v; memcpy(&v, p, sizeof v); return v; }
-
-INLINE float sum_lanes(vec v) {
-    half_of_vec halves[2];
-    memcpy(halves, &v, sizeof v);
-    half_of_vec s = halves[0] + halves[1];
-    return (s[0] + s[2]) + (s[1] + s[3]);
-}
-
-INLINE float one_weight(const char *w, int64_t i, int bf16) {
-    float value;
-    uint32_t bits;
-    if (!bf16) return ((const float *)w)[i];
-    bits = (uint32_t)((const uint16_t *)w)[i] << 16;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-/* y[r * y_stride + o] for `xs` rows of x by `ws` rows of w; these, bf16 and fetch are constants at every call. */
-INLINE void tile(const int xs, const int ws, const float *x, const char *w, float *y, int64_t in, int64_t y_stride,
-                 const int bf16, const int fetch) {
-    const int size = bf16 ? 2 : 4;
-    const int64_t row_bytes = in * size, ahead = ws * row_bytes;
-    vec sums[4][3][2];
-    int64_t i = 0;
-#pragma GCC unroll 4
-    for (int r = 0; r < xs; r++)
-#pragma GCC unroll 4
-        for (int o = 0; o < ws; o++) sums[r][o][0] = sums[r][o][1] = (vec){0};
-    for (; i + STEP <= in; i += STEP) {
-        vec first[3], second[3];
-#pragma GCC unroll 4
-        for (int o = 0; o < ws; o++) {
-            const char *p = w + o * row_bytes + i * size;
-            if (bf16) {
-                uvec pairs;
-                memcpy(&pairs, p, sizeof pairs);
-                first[o] = (vec)(pairs << 16);
-                second[o] = (vec)(pairs & 0xffff0000u);
-            } else {
-                first[o] = load((const float *)p);
-                second[o] = load((const float *)p + LANES);
-            }
-            if (fetch) __builtin_prefetch(p + ahead, 0, 2);
-        }
-#pragma GCC unroll 4
-        for (int r = 0; r < xs; r++) {
-            vec a = load(x + r * in + i), b = load(x + r * in + i + LANES);
-#pragma GCC unroll 4
-            for (int o = 0; o < ws; o++) {
-                /* Two sums hide the latency of a few; many hide each other's, and registers are 16. */
-                sums[r][o][0] += a * first[o];
-                sums[r][o][xs * ws < 8] += b * second[o];
-            }
-        }
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < xs; r++)
-#pragma GCC unroll 4
-        for (int o = 0; o < ws; o++) {
-            float sum = sum_lanes(sums[r][o][0] + sums[r][o][1]);
-            for (int64_t k = i; k < in; k++) sum += x[r * in + k] * one_weight(w + o * row_bytes, k, bf16);
-            y[r * y_stride + o] = sum;
-        }
-}
-
-/* All rows of x by `ws` rows of w. The first tile fetches the weights that follow, while it reads these. */
-INLINE void block(const int ws, const float *x, int64_t rows, int64_t in, const char *w, float *y, int64_t y_stride,
-                  const int bf16) {
-    int64_t r = 0;
-    if (rows >= 4) {
-        tile(4, ws, x, w, y, in, y_stride, bf16, 1);
-        for (r = 4; r + 4 <= rows; r += 4) tile(4, ws, x + r * in, w, y + r * y_stride, in, y_stride, bf16, 0);
-    }
-    x += r * in;
-    y += r * y_stride;
-    if (rows - r == 3) tile(3, ws, x, w, y, in, y_stride, bf16, 1);
-    if (rows - r == 2) tile(2, ws, x, w, y, in, y_stride, bf16, 1);
-    if (rows - r == 1) tile(1, ws, x, w, y, in, y_stride, bf16, bf16);
-}
-
-/* Rows [o, last) of one weight matrix. */
-INLINE void some_rows(const float *x, int64_t rows, int64_t in, const char *w, float *y, int64_t out, int64_t o,
-                      int64_t last, const int bf16) {
-    const int64_t row_bytes = in * (bf16 ? 2 : 4);
-    if (rows > 4 && rows * in * 4 > FIRST_LEVEL)
-        for (; o + 3 <= last; o += 3) block(3, x, rows, in, w + o * row_bytes, y + o, out, bf16);
-    for (; o < last; o++) block(1, x, rows, in, w + o * row_bytes, y + o, out, bf16);
-}
-
-static void even_then_odd(const float *x, float *sorted, int64_t rows, int64_t in) {
-    for (int64_t r = 0; r < rows; r++, x += in, sorted += in) {
-        int64_t i = 0;
-        for (; i + STEP <= in; i += STEP)
-            for (int k = 0; k < LANES; k++) {
-                sorted[i + k] = x[i + 2 * k];
-                sorted[i + LANES + k] = x[i + 2 * k + 1];
-            }
-        for (; i < in; i++) sorted[i] = x[i];
-    }
-}
+#include "thin_rows.h"
 
 /* `count` matrices weights[m] [outs[m], in], all fp32 or all bf16, applied to the same x [rows, in]. Results lie one
    after the other in y: matrix m at rows * (outs[0] + .. + outs[m-1]), as [rows, outs[m]]. scratch [rows, in] is used
-   for bf16. The rows of all matrices are one list, cut into slices that the threads take as they come. */
+   for bf16. */
 void mm_thin_linear(const float *x, int64_t rows, int64_t in, int64_t count, const char *const *weights,
                     const int64_t *outs, float *y, float *scratch, int bf16, int threads) {
-    int64_t total = 0, row_bytes = in * (bf16 ? 2 : 4);
-    for (int64_t m = 0; m < count; m++) total += outs[m];
-    int64_t rows_per_slice = SLICE / (row_bytes + 1) + 1;
-    int64_t slices = (total + rows_per_slice - 1) / rows_per_slice;
+    struct product list[count];
+    int64_t total = 0;
+    for (int64_t m = 0; m < count; total += outs[m], m++)
+        list[m] = (struct product){weights[m], outs[m], y + rows * total};
+    int64_t worthwhile = total * in * (bf16 ? 2 : 4) / LEAST_BYTES + 1;
+    if (threads > worthwhile) threads = (int)worthwhile;
     if (bf16) {
         even_then_odd(x, scratch, rows, in);
         x = scratch;
     }
-    if (threads > slices) threads = (int)slices;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
-    for (int64_t s = 0; s < slices; s++) {
-        int64_t low = s * rows_per_slice, high = low + rows_per_slice, before = 0;
-        for (int64_t m = 0; m < count && before < high; before += outs[m], m++) {
-            int64_t first = low > before ? low - before : 0, last = high - before < outs[m] ? high - before : outs[m];
-            if (first >= last) continue;
-            if (bf16)
-                some_rows(x, rows, in, weights[m], y + rows * before, outs[m], first, last, 1);
-            else
-                some_rows(x, rows, in, weights[m], y + rows * before, outs[m], first, last, 0);
-        }
-    }
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    multiply(list, count, x, rows, in, bf16);
 }
