@@ -60,7 +60,8 @@ def evaluate(
       mm eval runs/stories --data book.txt --without long_term
     """
     from mmcore.evaluation import report as reports
-    from mmcore.evaluation.runner import Settings, evaluate as measure
+    from mmcore.evaluation.runner import Settings
+    from mmcore.evaluation.runner import evaluate as measure
     from mmcore.evaluation.text import held_out_text, read_files
 
     settings = Settings(

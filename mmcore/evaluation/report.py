@@ -133,11 +133,9 @@ def markdown(report: dict[str, Any]) -> str:
 
 def policy(result: dict[str, Any]) -> list[str]:
     """How the figures of a result came about, in sentences."""
-    seen = result["context"] - result["stride"] + 1
-    lines = [
-        f"Every token is scored once, in windows of {result['context']:,} tokens that advance by {result['stride']:,}: "
-        f"past a document's first window a token is predicted from {seen:,} to {result['context']:,} tokens.",
-    ]
+    windows = f"windows of {result['context']:,} tokens that advance by {result['stride']:,}"
+    seen = f"{result['context'] - result['stride'] + 1:,} to {result['context']:,} tokens"
+    lines = [f"Every token is scored once, in {windows}: past a document's first window it is predicted from {seen}."]
     found = result.get("by_position")
     if found:
         what = "joined documents" if found["concatenated"] else "documents long enough"
