@@ -6,6 +6,7 @@ Shape suffixes: B rows of a batch, T tokens, V vocabulary. The model is anything
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -51,6 +52,11 @@ class Stats:
     def decode_rate(self) -> float:
         """Tokens of answers a second; 0 before the first."""
         return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                raise ConfigError(f"{name} is {value!r}: it must be a number, 0 or above")
 
     def as_dict(self) -> dict[str, float]:
         """The fields and both rates, for JSON."""
@@ -148,8 +154,9 @@ class Session:
     def load(self, path: str | Path, check: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
         """Take text and memories from a file that `save` wrote, and return its `extra`.
 
-        `check` is called with `extra` before anything is taken, and may raise. The session is unchanged where CheckpointError is raised: a missing, damaged or foreign file, or one of
-        another model (other settings, weights, number format, or memories knocked out).
+        `check` is called with `extra` before anything is taken, and may raise. Raises CheckpointError for a missing,
+        damaged or foreign file, or one of another model (other settings, weights, number format, or memories
+        knocked out). Whatever is raised, the session is as it was.
         """
         tensors, facts = files.read_session(path)
         files.require_same_model(path, facts["model"], files.identity(self.model))
@@ -167,7 +174,7 @@ class Session:
             self._check_state(tensors)
             state.load(tensors)
             stats = Stats(**facts["stats"])
-        except (ConfigError, CheckpointError, KeyError, TypeError, ValueError) as error:
+        except (ConfigError, CheckpointError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path} holds no session that this model can go on from: {error}") from None
         self.history, self.stats, self._unread, self._state = history, stats, unread, state
         self._logits = None if logits is None else logits[:, : self.vocab_size].to(self._device)

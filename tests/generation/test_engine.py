@@ -294,6 +294,7 @@ class TestSavedSessions:
             {"history": torch.tensor([64])},
             {"unread": torch.tensor([0.5])},
             {"logits": torch.zeros(3)},
+            {"state.length": torch.zeros(3)},
         ):
             files.write_session(path, tensors | change, facts)
             with pytest.raises(CheckpointError, match="holds no session that this model can go on from"):
@@ -302,7 +303,7 @@ class TestSavedSessions:
     def test_whose_facts_do_not_fit_are_refused(self, saved):
         _, path = saved
         tensors, facts = files.read_session(path)
-        for change in ({"model": {}}, {"model": 3}, {"stats": {"speed": 1}}, {"extra": None}):
+        for change in ({"model": {}}, {"model": 3}, {"stats": {"speed": 1}}, {"stats": {"prefill_tokens": "many"}}, {"extra": None}):
             files.write_session(path, tensors, facts | change)
             with pytest.raises(CheckpointError, match="saved|holds no session"):
                 Session(FakeModel()).load(path)

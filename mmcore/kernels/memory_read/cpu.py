@@ -39,6 +39,20 @@ class _Backward(ctypes.Structure):
     ]
 
 
+FEW = 8  # up to so many queries, without gradients, cpu_few.c reads the pairs in place
+
+# Floats of keys below which a second thread costs more than it brings: waking one takes 2-5 us.
+_WORTH_A_THREAD = 32_768
+
+
+@functools.cache
+def _few_library() -> ctypes.CDLL:
+    library = native.load(Path(__file__).with_name("cpu_few.c"))
+    library.memory_read_few_scratch.restype = ctypes.c_long
+    library.memory_read_few.restype = None
+    return library
+
+
 @functools.cache
 def _library() -> ctypes.CDLL:
     library = native.load(Path(__file__).with_name("cpu.c"))
@@ -82,6 +96,24 @@ def _scratch(call: _Call, copies: int) -> Tensor:
     scratch = torch.empty(call.threads * _library().memory_read_scratch(ctypes.byref(call), copies))
     call.scratch = scratch.data_ptr()
     return scratch
+
+
+def _few(queries, keys, values, bandwidths, place) -> Tensor:
+    """A few queries, no gradients. A decoder calls this twice a layer for each token: no tensor operation too many."""
+    batch, length, heads, size = queries.shape
+    out = torch.empty_like(queries, memory_format=torch.contiguous_format)
+    call = _call(queries, keys, values, bandwidths, *place, out, None)
+    reach = min(call.pairs, call.window + length) if call.window else call.pairs
+    if batch * heads * reach * size < 2 * _WORTH_A_THREAD:
+        call.threads = 1
+    # units of equal work: heads where a head's pairs lie together, else whole rows of the batch
+    units = batch * heads if call.k_h > call.k_t else batch
+    call.shares = 1 if units % call.threads == 0 else call.threads
+    library = _few_library()
+    scratch = torch.empty(library.memory_read_few_scratch(ctypes.byref(call)))
+    call.scratch = scratch.data_ptr()
+    library.memory_read_few(ctypes.byref(call))
+    return out
 
 
 def _forward(queries, keys, values, bandwidths, place, keep: bool) -> tuple[Tensor, Tensor | None]:
@@ -142,4 +174,6 @@ def memory_read(queries, keys, values, base, slope, exponent, starts, window, de
         starts = starts.to(torch.int32).contiguous()
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
         return _Read.apply(queries, keys, values, *bandwidths, starts, window, delay, offset)
+    if 0 < queries.shape[1] <= FEW:
+        return _few(queries, keys, values, bandwidths, (starts, window, delay, offset))
     return _forward(queries, keys, values, bandwidths, (starts, window, delay, offset), keep=False)[0]
