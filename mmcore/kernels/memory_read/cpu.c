@@ -221,17 +221,18 @@ static void forward_block(const struct call *c, const struct share *s, const str
     }
 }
 
-void memory_read_forward(const struct call *c) {
+/* `scratch` here and below: threads * memory_read_scratch floats. */
+void memory_read_forward(const struct call *c, float *scratch) {
     long length = block_length(c), each = memory_read_scratch(c, 2);
 #pragma omp parallel for schedule(dynamic) num_threads(c->threads)
     for (long unit = 0; unit < c->batch * c->heads * c->shares; unit++) {
-        float *scratch = c->scratch + omp_get_thread_num() * each;
+        float *own = scratch + omp_get_thread_num() * each;
         struct share s;
         struct block x;
-        open_share(&s, c, unit, &scratch);
+        open_share(&s, c, unit, &own);
         for (long i = 0; i < s.count; i += length) {
             open_block(&x, c, s.b, s.h, s.first + i, smaller(length, s.count - i));
-            forward_block(c, &s, &x, scratch);
+            forward_block(c, &s, &x, own);
         }
     }
 }
@@ -388,22 +389,22 @@ static void close_share(float *grad, const float *rows, const struct call *c, co
     }
 }
 
-void memory_read_backward(const struct call *c, const struct backward *g) {
+void memory_read_backward(const struct call *c, const struct backward *g, float *scratch) {
     long length = block_length(c), each = memory_read_scratch(c, 4), row = row_of(c->size), tile = tile_of(c->size);
 #pragma omp parallel for schedule(dynamic) num_threads(c->threads)
     for (long unit = 0; unit < c->batch * c->heads * c->shares; unit++) {
-        float *scratch = c->scratch + omp_get_thread_num() * each;
+        float *own = scratch + omp_get_thread_num() * each;
         struct share s;
         struct block x;
         struct buffers w;
-        open_share(&s, c, unit, &scratch);
-        s.grad_k = take(&scratch, s.rows * row), s.grad_v = take(&scratch, s.rows * row);
+        open_share(&s, c, unit, &own);
+        s.grad_k = take(&own, s.rows * row), s.grad_v = take(&own, s.rows * row);
         memset(s.grad_k, 0, s.rows * row * sizeof(float));
         memset(s.grad_v, 0, s.rows * row * sizeof(float));
         double sums[3] = {0};
         for (long i = 0; i < s.count; i += length) {
             open_block(&x, c, s.b, s.h, s.first + i, smaller(length, s.count - i));
-            open_buffers(&w, c, g, &s, &x, scratch);
+            open_buffers(&w, c, g, &s, &x, own);
             long stop = x.end[x.panels - 1];
             for (long origin = x.begin[0]; origin < stop; origin += tile)
                 backward_tile(c, &s, &x, &w, origin, smaller(tile, stop - origin));

@@ -18,14 +18,9 @@ query, and they are joined in the order of the shares: the result does not depen
 weights, and, behind them, the weighted sum of values. Rows of `record(size)` floats. */
 enum { SCALE, LARGEST, TOTAL, SUMS = 16 };
 
-static long record(long size) { return SUMS + (size + 15) / 16 * 16; }
+static long record(long size) { return SUMS + (size + 15) / 16 * 16; } /* as in _few of cpu.py */
 static long smaller(long a, long b) { return a < b ? a : b; }
 static long larger(long a, long b) { return a > b ? a : b; }
-
-/* Floats of scratch for all shares of a call. */
-long memory_read_few_scratch(const struct call *c) {
-    return c->shares * c->batch * c->heads * c->queries * record(c->size);
-}
 
 /* scores[j] = scale * q . row j, j < count; four rows at a time share the loads of q. */
 static void score_rows(float *scores, const float *q, const float *rows, long row, float scale, long count, long size) {
@@ -117,17 +112,17 @@ static void read_share(const struct call *c, float *states, long b, long head, l
 }
 
 /* Joins the shares of one query of one head. */
-static void join(const struct call *c, long unit) {
+static void join(const struct call *c, const float *states, long unit) {
     long each = record(c->size), all = c->batch * c->heads * c->queries, size = c->size;
     long i = unit % c->queries, h = unit / c->queries % c->heads, b = unit / c->queries / c->heads;
     float *out = c->out + ((b * c->queries + i) * c->heads + h) * size, top = -FLT_MAX, total = 0;
     memset(out, 0, size * sizeof(float));
     for (long s = 0; s < c->shares; s++) {
-        const float *state = c->scratch + (s * all + unit) * each;
+        const float *state = states + (s * all + unit) * each;
         top = state[LARGEST] > top ? state[LARGEST] : top;
     }
     for (long s = 0; s < c->shares; s++) {
-        const float *state = c->scratch + (s * all + unit) * each;
+        const float *state = states + (s * all + unit) * each;
         if (state[TOTAL] == 0) continue; /* nothing of it is read; NaN is not 0 */
         float factor = exp2_of(splat(state[LARGEST] - top))[0];
         total += factor * state[TOTAL];
@@ -137,7 +132,8 @@ static void join(const struct call *c, long unit) {
     for (long d = 0; d < size; d++) out[d] /= total;
 }
 
-void memory_read_few(const struct call *c) {
+/* `states`: [shares, B, H, Tq] records. */
+void memory_read_few(const struct call *c, float *states) {
     long all = c->batch * c->heads * c->queries, each = record(c->size);
     int by_heads = c->k_stride[2] > c->k_stride[1];
     long groups = by_heads ? c->heads : 1, heads = c->heads / groups;
@@ -153,10 +149,10 @@ void memory_read_few(const struct call *c) {
             }
             long length = (larger(0, end - first) + c->shares - 1) / c->shares;
             first += share * length;
-            read_share(c, c->scratch + share * all * each, b, group * heads, (group + 1) * heads, first,
+            read_share(c, states + share * all * each, b, group * heads, (group + 1) * heads, first,
                        smaller(end, first + length));
         }
 #pragma omp for schedule(static)
-        for (long unit = 0; unit < all; unit++) join(c, unit);
+        for (long unit = 0; unit < all; unit++) join(c, states, unit);
     }
 }
