@@ -5,6 +5,7 @@ Both are listeners of the trainer's events. Rich is imported only for the panel:
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import time
@@ -266,7 +267,7 @@ def sparkline(values: list[float], width: int) -> str:
         return ""
     columns = min(width, len(values))
     edges = [i * len(values) // columns for i in range(columns + 1)]
-    means = [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
+    means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
     low, high = min(means), max(means)
     scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
     return "".join(BARS[round((mean - low) * scale)] for mean in means)
@@ -299,10 +300,10 @@ def started_line(event: events.Started) -> str:
     if event.training_tokens:
         epochs = event.total_steps * event.tokens_per_step / event.training_tokens
         length += f" ({epochs:.2g} x the {count(event.training_tokens)} tokens of text)"
-    words += [length, f"in {event.run_folder}"]
+    words.append(length)
     if event.resumed_from is not None:
         words.append(f"from step {event.step:,} on")
-    return ", ".join(words)
+    return f"{', '.join(words)}\nrun folder: {event.run_folder}"
 
 
 def ending(event: events.Ended, run_folder: Path | None, go_on: str) -> list[str]:

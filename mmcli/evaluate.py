@@ -60,7 +60,8 @@ def evaluate(
       mm eval runs/stories --data book.txt --without long_term
     """
     from mmcore.evaluation import report as reports
-    from mmcore.evaluation.runner import Settings, evaluate as measure
+    from mmcore.evaluation.runner import Settings
+    from mmcore.evaluation.runner import evaluate as measure
     from mmcore.evaluation.text import held_out_text, read_files
 
     settings = Settings(
@@ -104,7 +105,8 @@ def _table(title: str, header: list[str], rows: list[list[str]]):
 
     table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD)
     for index, name in enumerate(header):
-        table.add_column(Text(name), justify="right" if index else "left")
+        # Figures are never broken over two lines; a long name is.
+        table.add_column(Text(name), justify="right" if index else "left", no_wrap=index > 0, overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))
     return table

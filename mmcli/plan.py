@@ -40,8 +40,8 @@ def _table(title: str, rows: list[tuple[str, str, str]]):
 def _model_table(plan: dict):
     parameters = plan["parameters"]
     rows = [
-        ("parameters", count(parameters["total"]), f"{count(parameters['blocks'])} in the blocks, "
-         f"{count(parameters['embedding'])} in embedding and classifier"),
+        ("parameters", count(parameters["total"]),
+         f"{count(parameters['blocks'])} in blocks, {count(parameters['embedding'])} in embedding and classifier"),
     ]
     if parameters["without_long_term"] != parameters["total"]:
         rows.append(("without long-term memories", count(parameters["without_long_term"]), ""))

@@ -20,6 +20,7 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,21 +61,29 @@ def writing(what: Path | str, kept: str) -> Iterator[None]:
 
 
 class NewFile:
-    """A file that must not exist yet, hashed while it is written. `close` returns once it is on the disk."""
+    """A file that must not exist yet, hashed while it is written. `close` returns once it is on the disk.
+
+    A second thread hashes a chunk while the first writes it: SHA-256 reads about 1 GB/s, no faster than a disk writes.
+    """
 
     def __init__(self, path: Path):
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0)
         self._descriptor = os.open(path, flags, 0o666)
         self._hash = hashlib.sha256()
+        self._hasher = ThreadPoolExecutor(1)  # starts its thread with the first chunk
         self._bytes = 0
 
     def write(self, data: bytes | memoryview) -> None:
         view = memoryview(data)
         for start in range(0, len(view), CHUNK):
             chunk = view[start : start + CHUNK]
-            self._hash.update(chunk)
+            hashed = self._hasher.submit(self._hash.update, chunk) if len(chunk) >= 1 << 16 else None
+            if hashed is None:
+                self._hash.update(chunk)
             while len(chunk):
                 chunk = chunk[os.write(self._descriptor, chunk) :]
+            if hashed is not None:
+                hashed.result()
         self._bytes += len(view)
 
     def close(self) -> FileRecord:
@@ -83,6 +92,7 @@ class NewFile:
         return FileRecord(self._bytes, self._hash.hexdigest())
 
     def _release(self) -> None:
+        self._hasher.shutdown()
         if self._descriptor >= 0:
             descriptor, self._descriptor = self._descriptor, -1
             os.close(descriptor)

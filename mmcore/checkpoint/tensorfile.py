@@ -8,7 +8,6 @@ all offsets follow from names, shapes and dtypes, so a shard needs the memory of
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -34,6 +34,14 @@ DTYPES = {
     "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
+_EXPONENTS = {
+    torch.float64: (np.uint64, np.uint64(0x7FF << 52)),
+    torch.float32: (np.uint32, np.uint32(0xFF << 23)),
+    torch.bfloat16: (np.uint16, np.uint16(0xFF << 7)),
+    torch.float16: (np.uint16, np.uint16(0x1F << 10)),
+}
+"""dtype -> a word of its size, and the bits of its exponent."""
+_PIECE = 1 << 16
 _HEADER_LIMIT = 100_000_000  # the library's own limit
 
 
@@ -75,14 +83,20 @@ class LazyTensors(Mapping[str, Tensor]):
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite.
+    """Whether no element is NaN or infinite: whether no exponent has all its bits set.
 
-    Minimum and maximum in one pass (they pass NaN on): 9 GB/s in fp32 where isfinite().all() reads 0.3.
+    By numpy in pieces that stay in the cache: 8 GB/s on one thread, eight times what the hash reads. torch.aminmax
+    is no slower on an idle machine, but its two threads waited 6 ms for each other per 1 MB matrix on a busy one.
     """
     if tensor.numel() == 0 or not tensor.dtype.is_floating_point:
         return True
-    low, high = torch.aminmax(tensor.detach())
-    return math.isfinite(low) and math.isfinite(high)
+    tensor = tensor.detach().cpu()
+    if tensor.dtype not in _EXPONENTS:
+        tensor = tensor.float()  # 8-bit floats
+    word, mask = _EXPONENTS[tensor.dtype]
+    bits = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().view(word)
+    pieces = (bits[start : start + _PIECE] for start in range(0, len(bits), _PIECE))
+    return all((piece & mask).max() != mask for piece in pieces)
 
 
 # -- reading ---------------------------------------------------------------------------------------------------

@@ -13,6 +13,9 @@ import numpy as np
 TIMES_TRAINED = 8
 """How far past the trained context the loss is measured."""
 
+FIRST_BIN = 4
+"""The first bin ends no earlier."""
+
 
 @dataclass(frozen=True)
 class Sequences:
@@ -41,17 +44,20 @@ class Bin:
 
 
 def bin_edges(trained: int, longest: int) -> list[int]:
-    """Rising last positions of the bins, two for each doubling; trained, 2 trained, 4 trained ... are among them, and
-    `longest` is the last."""
-    edges, half_octave = {longest}, 0
-    while (edge := round(trained * 2 ** (half_octave / 2))) >= 1:
-        edges.add(edge)
-        half_octave -= 1
-    half_octave = 1
-    while (edge := round(trained * 2 ** (half_octave / 2))) < longest:
-        edges.add(edge)
-        half_octave += 1
-    return sorted(edge for edge in edges if edge <= longest)
+    """Rising last positions of the bins. From trained / 16 on there are two for each doubling; trained, 2 trained,
+    4 trained ... are among them and `longest` is the last. Below there is one for each doubling, and none ends before
+    4: a bin of one position would show single tokens of a few sequences."""
+    edges, step = {longest}, 0
+    while (edge := round(trained * 2 ** (step / 2))) >= FIRST_BIN:
+        if edge <= longest and (step % 2 == 0 or 16 * edge >= trained):
+            edges.add(edge)
+        step -= 1
+    step = 0
+    while (edge := round(trained * 2 ** (step / 2))) < longest:
+        if edge >= FIRST_BIN:
+            edges.add(edge)
+        step += 1
+    return sorted(edges)
 
 
 def by_position(losses: np.ndarray, trained: int) -> list[Bin]:

@@ -80,16 +80,19 @@ def names(report: dict[str, Any]) -> list[str]:
 
 
 def summary_rows(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table of losses, compressors last."""
-    header = ["", "loss (nats a token)", "perplexity", "bits per byte", "tokens", "without"]
+    """Header and rows of the table of losses, compressors last; what was removed where anything was."""
+    header = ["", "nats a token", "perplexity", "bits per byte", "tokens"]
     rows = []
     for name, result in zip(names(report), report["results"], strict=True):
-        rows.append([
-            name, with_error(result["loss"], result["standard_error"]), f"{result['perplexity']:,.2f}",
-            f"{result['bits_per_byte']:.4f}", f"{result['tokens']:,}", ", ".join(result["without"]) or "-",
-        ])
+        loss = with_error(result["loss"], result["standard_error"])
+        rows.append([name, loss, f"{result['perplexity']:,.2f}", f"{result['bits_per_byte']:.4f}", f"{result['tokens']:,}"])
     for name, bits in report.get("compressors", {}).items():
-        rows.append([name, "-", "-", f"{bits:.4f}", "-", "-"])
+        rows.append([name, "-", "-", f"{bits:.4f}", "-"])
+    removed = [", ".join(result["without"]) for result in report["results"]]
+    if any(removed):
+        header.append("without")
+        for index, row in enumerate(rows):
+            row.append(removed[index] if index < len(removed) and removed[index] else "-")
     return header, rows
 
 
@@ -133,11 +136,9 @@ def markdown(report: dict[str, Any]) -> str:
 
 def policy(result: dict[str, Any]) -> list[str]:
     """How the figures of a result came about, in sentences."""
-    seen = result["context"] - result["stride"] + 1
-    lines = [
-        f"Every token is scored once, in windows of {result['context']:,} tokens that advance by {result['stride']:,}: "
-        f"past a document's first window a token is predicted from {seen:,} to {result['context']:,} tokens.",
-    ]
+    windows = f"windows of {result['context']:,} tokens that advance by {result['stride']:,}"
+    seen = f"{result['context'] - result['stride'] + 1:,} to {result['context']:,} tokens"
+    lines = [f"Every token is scored once, in {windows}: past a document's first window it is predicted from {seen}."]
     found = result.get("by_position")
     if found:
         what = "joined documents" if found["concatenated"] else "documents long enough"

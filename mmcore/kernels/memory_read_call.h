@@ -4,7 +4,7 @@
 
 #include <math.h>
 
-/* The same order as _Call in memory_read/cpu.py; every member has 8 bytes. Strides count floats, in the order batch,
+/* The same order as in _call of memory_read/cpu.py; every member has 8 bytes. Strides count floats, in the order batch,
 time, head; the head size always has stride 1. */
 struct call {
     long batch, queries, pairs, heads, size;
@@ -15,7 +15,6 @@ struct call {
     const int *starts;                    /* [B, Tq], or NULL */
     float *out;                           /* [B, Tq, H, D] */
     float *largest, *total; /* [B, H, Tq]: the largest score, in units of ln 2, and the sum of 2^(score - largest) */
-    float *scratch; /* threads * memory_read_scratch floats */
     long threads;
     long shares; /* parts into which the queries of each head are cut */
 };

@@ -191,17 +191,46 @@ static void unpack_panel(float *rows, long row, const float *panel, const float 
     }
 }
 
-/* out[j][0 .. width) = row j of a strided matrix, times scale[j] unless scale is NULL; zeros from `size` columns up to
-width, a multiple of LANES, and in the rows from `count` up to `total`. A head's rows lie heads * size floats apart, where the hardware does not see them
-coming: they are called for 8 rows ahead. */
-static void pack_rows(float *out, long out_row, long width, const float *rows, long row, const float *scale, long count,
-                      long total, long size) {
-    for (long j = 0; j < total; j++) {
-        for (long d = 0; d < size && j + 8 < count; d += 16) __builtin_prefetch(rows + (j + 8) * row + d);
-        for (long d = 0; d < width; d += LANES) {
-            vec x = j < count ? load_part(rows + j * row + d, size - d) : (vec){};
-            store(out + j * out_row + d, scale ? x * scale[j] : x);
+/* Calls for the row 8 further on. A head's rows lie heads * size floats apart, often on pages of their own, where the
+hardware does not see them coming. */
+INLINE void expect(const float *rows, long row, long j, long count, long size) {
+    if (j + 8 < count)
+        for (long d = 0; d < size; d += 16) __builtin_prefetch(rows + (j + 8) * row + d);
+}
+
+/* out[j][0 .. width) = row j of `count` strided rows; zeros from `size` columns up to width, a multiple of LANES. */
+static void pack_rows(float *out, long out_row, long width, const float *rows, long row, long count, long size) {
+    for (long j = 0; j < count; j++) {
+        expect(rows, row, j, count, size);
+        for (long d = 0; d < width; d += LANES) store(out + j * out_row + d, load_part(rows + j * row + d, size - d));
+    }
+}
+
+/* Where column d of row i lies in strips: two vectors of columns (the last strip may be one) times `total` rows. */
+INLINE long in_strips(long i, long d, long total, long size) {
+    long begin = d / (2 * LANES) * (2 * LANES), columns = begin + LANES < size ? 2 * LANES : LANES;
+    return begin * total + i * columns + d - begin;
+}
+
+/* `count` rows, times scale[i] unless scale is NULL, as strips of `total` rows; zeros beyond. */
+static void pack_strips(float *out, const float *rows, long row, const float *scale, long count, long total, long size) {
+    for (long i = 0; i < total; i++) {
+        expect(rows, row, i, count, size);
+        for (long d = 0; d < size; d += LANES) {
+            vec x = i < count ? load_part(rows + i * row + d, size - d) : (vec){};
+            store(out + in_strips(i, d, total, size), scale ? x * scale[i] : x);
         }
+    }
+}
+
+/* out[i] = row i of the strips times row i of `rows`; 0 from `count` on. */
+static void multiply_strips(float *out, const float *strips, const float *rows, long row, long count, long total, long size) {
+    for (long i = 0; i < total; i++) {
+        vec sum = {};
+        expect(rows, row, i, count, size);
+        for (long d = 0; d < size && i < count; d += LANES)
+            sum += load_part(rows + i * row + d, size - d) * load(strips + in_strips(i, d, total, size));
+        out[i] = sum_of(sum);
     }
 }
 

@@ -12,6 +12,7 @@ import signal
 import threading
 from collections.abc import Callable
 from types import TracebackType
+from typing import Self
 
 CAUGHT = (signal.SIGINT, signal.SIGTERM)
 
@@ -32,7 +33,7 @@ class Interrupts:
         self._on_first, self._on_second = on_first, on_second
         self._active = False
 
-    def __enter__(self) -> Interrupts:
+    def __enter__(self) -> Self:
         if threading.current_thread() is not threading.main_thread():
             return self
         self._read_end, self._write_end = os.pipe()
@@ -45,7 +46,9 @@ class Interrupts:
         self._active = True
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if not self._active:
             return
         self._active = False

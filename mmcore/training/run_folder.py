@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import platform
@@ -25,7 +26,7 @@ import time
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -103,6 +104,24 @@ class RunFolder:
             raise ConfigError(f"{existing} is not a folder: choose another run folder with --set checkpoint.folder=")
         if not os.access(existing, os.W_OK | os.X_OK):
             raise ConfigError(f"no permission to write {self.path}: choose another folder with --set checkpoint.folder=")
+
+    def lock(self) -> IO[str]:
+        """Keep other processes from training in this folder until the returned file is closed (or the process ends).
+
+        Raises ConfigError where another one does. A file system without locks goes unprotected.
+        """
+        with disk_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / ".lock").open("a")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise ConfigError(f"another process is training in {self.path}: wait for it, or choose another checkpoint.folder") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+        return file
 
     def clear(self) -> None:
         """Remove what a run writes, and nothing else that may lie in the folder."""
@@ -218,7 +237,8 @@ def _git_commit() -> dict[str, Any] | None:
 
     def git(*words: str) -> str | None:
         try:
-            result = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10)
+            command = ["git", "-C", str(root), *words]
+            result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
         except (OSError, subprocess.TimeoutExpired):
             return None
         return result.stdout.strip() if result.returncode == 0 else None

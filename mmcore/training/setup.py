@@ -78,6 +78,7 @@ def prepare_trainer(
     corpus = prepare(recipe.data, tokenizer, progress=lambda done, total, rate: tell(Tokenizing(done, total, rate)))
     with explain_memory(recipe):
         tell(Preparing("building the model"))
+        _remark(recipe, corpus, device, precision, tell)
         model = _build(recipe, device, source)
         trainer = Trainer(_job(recipe, stage, model, corpus, tokenizer, device, precision, world, tell), listeners)
         if resumed is not None:
@@ -150,11 +151,14 @@ def _job(
     tell: Listener,
 ) -> Job:
     length = recipe.training.sequence_length
+    samples = Samples(corpus.train, length, recipe.data.seed)
+    if samples.cut:
+        tell(Notice(f"{samples.cut} conversations are longer than {length} tokens: their ends are left out"))
     validation = _validation_batches(recipe, corpus, tell)
     return Job(
         recipe=recipe,
         model=model,
-        samples=Samples(corpus.train, length, recipe.data.seed),
+        samples=samples,
         validation=validation,
         bytes_per_token=bytes_per_label(validation, tokenizer),
         device=device,
@@ -167,6 +171,16 @@ def _job(
         training_tokens=corpus.train.tokens,
         stage=stage,
     )
+
+
+def _remark(recipe: Recipe, corpus: Corpus, device: torch.device, precision: str, tell: Listener) -> None:
+    """Say what is allowed but may not be meant."""
+    if precision == "bf16" and device.type == "cpu":
+        tell(Notice("training.precision is bf16, which a CPU computes 8 to 130 times slower than fp32"))
+    for path, found in corpus.fingerprint["files"].items():
+        if found["skipped"] and path != "python-library":
+            endings = ", ".join(f"{count} {ending or 'without ending'}" for ending, count in found["skipped"].items())
+            tell(Notice(f"{path} holds files that are no text and were left out: {endings}"))
 
 
 def _end_ids(tokenizer: Tokenizer, kind: str) -> int | list[int] | None:
@@ -201,6 +215,7 @@ def bytes_per_label(batches: Sequence, tokenizer: Tokenizer) -> float | None:
 
 def _open_run_folder(trainer: Trainer, run: RunFolder, tokenizer: Tokenizer, corpus: Corpus, start: Start) -> None:
     """Write what identifies the run, and let its metrics begin, or go on, at the trainer's step."""
+    trainer.resources.enter_context(run.lock())
     if start.overwrite:
         run.clear()
     run.write_identity(trainer.recipe, corpus.fingerprint)

@@ -10,6 +10,7 @@ import torch
 
 from mmcore import planning
 
+
 def peak_flops(device: torch.device, precision: str) -> float:
     """The device's peak of matrix products in FLOP/s: published for known GPUs, else measured in ~0.3 s.
 

@@ -7,6 +7,7 @@ run makes the very updates that the unbroken one would have made.
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -89,6 +90,8 @@ class Trainer:
 
     def __init__(self, job: Job, listeners: Iterable[Listener] = ()):
         self.job, self.listeners = job, list(listeners)
+        self.resources = contextlib.ExitStack()
+        """Closed when `fit` ends, however it ends."""
         self.recipe, self.model = job.recipe, job.model
         self.total_steps = job.recipe.training.total_steps
         self.optimizer = build_optimizer(job.model, job.recipe.training)
@@ -116,18 +119,14 @@ class Trainer:
             on_first=lambda number: self._emit(events.Stopping(number.name)),
             on_second=lambda: self._emit(events.Quitting()),
         )
-        try:
-            with interrupts, explain_memory(self.recipe):
-                self._emit(self._started())
-                self._run(interrupts)
-                finished = self.step >= self.total_steps and not self._validation_due()
-                outcome = Outcome("done" if finished else "interrupted", self.step, self.checkpoint, interrupts.received)
-                self._emit(self._ended(outcome, time.perf_counter() - began))
-        finally:
+        with self.resources, explain_memory(self.recipe), interrupts:
             for listener in self.listeners:
-                close = getattr(listener, "close", None)
-                if close is not None:
-                    close()
+                self.resources.callback(getattr(listener, "close", _nothing))
+            self._emit(self._started())
+            self._run(interrupts)
+            finished = self.step >= self.total_steps and not self._validation_due()
+            outcome = Outcome("done" if finished else "interrupted", self.step, self.checkpoint, interrupts.received)
+            self._emit(self._ended(outcome, time.perf_counter() - began))
         return outcome
 
     def _run(self, interrupts: Interrupts) -> None:
@@ -319,6 +318,10 @@ class Trainer:
     def _emit(self, event: Event) -> None:
         for listener in self.listeners:
             listener(event)
+
+
+def _nothing() -> None:
+    """What a listener without `close` does in the end."""
 
 
 @torch.no_grad()

@@ -35,10 +35,11 @@ def plain(*happened, interval=0.0):
 
 
 def test_plain_lines():
-    started, first, validated, saved, *end = plain(STARTED, step(1), VALIDATED, SAVED, DONE)
+    started, folder, first, validated, saved, *end = plain(STARTED, step(1), VALIDATED, SAVED, DONE)
     assert started == (
-        "6.29 M parameters on cpu in fp32, 100 steps of 1,024 tokens (2 x the 50 k tokens of text), in runs/tiny"
+        "6.29 M parameters on cpu in fp32, 100 steps of 1,024 tokens (2 x the 50 k tokens of text)"
     )
+    assert folder == "run folder: runs/tiny"
     assert first == (
         "step 1/100  loss 2.5000  smoothed 2.6000  lr 3.00e-04  gradient 0.75  12,346 tokens/s  MFU 42.3%  "
         "memory 3.0 GiB  left 4m 10s"
@@ -59,7 +60,7 @@ def test_lines_of_steps_are_rare_but_the_last_is_shown():
 
 def test_an_interrupted_run_says_how_to_go_on():
     shown = plain(STARTED, step(50), events.Stopping("SIGINT"), SAVED, STOPPED)
-    assert shown[2] == "SIGINT: finishing this step and saving (Ctrl-C quits at once)"
+    assert shown[3] == "SIGINT: finishing this step and saving (Ctrl-C quits at once)"
     assert shown[-2:] == [
         "stopped at step 50 of 100: saved runs/tiny/checkpoints/step-000050",
         "go on with: mm pretrain tiny.yaml --resume",

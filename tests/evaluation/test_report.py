@@ -34,7 +34,7 @@ def test_files(tmp_path):
     assert sorted(path.name for path in written) == ["by-position.png", "by-position.svg", "results.json", "results.md"]
     assert json.loads((folder / "results.json").read_text())["results"][0]["loss"] == 2.0
     page = (folder / "results.md").read_text()
-    assert "| a | 2.0000 ± 0.0100 | 7.39 | 1.5000 |" in page and "| gzip -9 | - | - | 2.5000 |" in page
+    assert "| a | 2.0000 ± 0.0100 | 7.39 | 1.5000 |" in page and "| gzip -9 | - | - | 2.5000 | - |" in page and "without" not in page
     assert "nothing to add" in page and "8" in page
     with Image.open(folder / "by-position.png") as image:
         assert image.width > 1000
@@ -83,6 +83,12 @@ def test_several_checkpoints_side_by_side():
     assert rows[0][1] == "-" and rows[0][2] == "2.0000 ± 0.0100" and rows[0][3] == "2.5000"
     header, rows = reports.summary_rows(both)
     assert len(rows) == 2 and all(len(row) == len(header) for row in rows)
+
+
+def test_removed_memories_are_named():
+    both = report(result("runs/a"), result("runs/b", without=["long_term"]), compressors={"gzip -9": 2.5})
+    header, rows = reports.summary_rows(both)
+    assert header[-1] == "without" and [row[-1] for row in rows] == ["-", "long_term", "-"]
 
 
 def test_the_same_checkpoint_twice():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 
 import pytest
 
@@ -85,6 +86,7 @@ def test_tensorboard_reads_back_what_was_written_and_hides_the_broken_end(tmp_pa
     for number in (1, 2, 3, 4):
         first(step(number, loss=float(number)))
     first.close()
+    time.sleep(1.1)  # TensorBoard orders the files of sessions by the second in their names
     second = TensorBoard(tmp_path, 1, 2)
     second(step(3, loss=30.0))
     second(Validated(3, 1.5, None, 100, 0.1))

@@ -95,6 +95,13 @@ def test_identity_keeps_the_environments_of_earlier_sessions(tmp_path):
     assert json.loads((run.path / "data.json").read_text()) == {"identity": "abc"}
 
 
+def test_two_processes_do_not_train_in_one_folder(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    with run.lock(), pytest.raises(ConfigError, match="another process is training in"):
+        run.lock()
+    run.lock().close()
+
+
 def test_clearing_leaves_what_is_not_the_runs(tmp_path):
     run = RunFolder(tmp_path / "run")
     run.write_identity(tiny_recipe(tmp_path), {})

@@ -64,7 +64,7 @@ def recipe(folder, unbroken, **training):
 
 
 def test_loss_falls_and_everything_is_written(unbroken):
-    folder, trainer, outcome = unbroken
+    folder, _, outcome = unbroken
     assert (outcome.status, outcome.step, outcome.checkpoint.name) == ("done", 8, "step-000008")
     steps = lines(folder)
     assert [row["step"] for row in steps] == list(range(1, 9))
@@ -74,7 +74,7 @@ def test_loss_falls_and_everything_is_written(unbroken):
     assert steps_in(folder) == ["step-000006", "step-000008"]
     written = {path.name for path in (folder / "run").iterdir()}
     assert written == {
-        "recipe.yaml", "environment.json", "data.json", "metrics.jsonl", "tensorboard", "tokenizer", "checkpoints"
+        ".lock", "recipe.yaml", "environment.json", "data.json", "metrics.jsonl", "tensorboard", "tokenizer", "checkpoints"
     }  # fmt: skip
     checkpoint = {path.name for path in outcome.checkpoint.iterdir()}
     assert {"model.safetensors", "config.json", "tokenizer.model", "recipe.yaml", "trainer.json"} <= checkpoint
@@ -228,6 +228,14 @@ def test_recomputed_activations_give_the_same_losses_to_the_last_bit(unbroken, t
     values["distributed"] = {"activation_checkpointing": "full"}
     prepare_trainer(build_recipe(values)).fit()
     assert [row["loss"] for row in lines(tmp_path)] == [row["loss"] for row in lines(unbroken[0])]
+
+
+def test_bf16_is_near_fp32_and_its_slowness_is_said(unbroken, tmp_path):
+    heard = []
+    prepare_trainer(recipe(tmp_path, unbroken, precision="bf16", steps=3), listeners=[heard.append]).fit()
+    assert any("slower than fp32" in getattr(event, "text", "") for event in heard)
+    for row, expected in zip(lines(tmp_path), lines(unbroken[0]), strict=False):
+        assert row["loss"] == pytest.approx(expected["loss"], rel=0.01)
 
 
 @pytest.mark.parametrize("kind", ["llama", "long_short_transformer"])

@@ -145,16 +145,24 @@ INLINE void backward_rows(const Problem *p, float *grad_raw, float *grad_followi
     default: rows(__VA_ARGS__, D); \
     }
 
-/* following [B, H, D]; mix, scale [H]; values [B, T, H, D] */
-void look_ahead_forward(const float *raw, const float *following, const float *mix, const float *scale, float *values,
-                        ptrdiff_t B, ptrdiff_t T, ptrdiff_t H, ptrdiff_t D, ptrdiff_t raw_row, ptrdiff_t raw_step,
-                        int threads)
+/* What the forward pass is called with, as Python packs it: ctypes is slow with many arguments. */
+typedef struct {
+    const float *raw;
+    const float *following;   /* [B, H, D] */
+    const float *mix, *scale; /* [H] */
+    float *values;            /* [B, T, H, D] */
+    ptrdiff_t B, T, H, D, raw_row, raw_step, threads;
+} Forward;
+
+void look_ahead_forward(const Forward *f)
 {
-    Problem p = {{raw, raw_row, raw_step}, {NULL, 0, 0}, following, mix, scale, {B, T, H, D}};
-    #pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int run = 0; run < threads; run++) {
-        ptrdiff_t first = B * T * run / threads, last = B * T * (run + 1) / threads;
-        WITH_HEAD_SIZE(D, forward_rows, &p, values, first, last)
+    Problem p = {{f->raw, f->raw_row, f->raw_step}, {NULL, 0, 0}, f->following, f->mix, f->scale,
+                 {f->B, f->T, f->H, f->D}};
+    ptrdiff_t rows = f->B * f->T;
+    #pragma omp parallel for num_threads(f->threads) if (f->threads > 1)
+    for (ptrdiff_t run = 0; run < f->threads; run++) {
+        ptrdiff_t first = rows * run / f->threads, last = rows * (run + 1) / f->threads;
+        WITH_HEAD_SIZE(f->D, forward_rows, &p, f->values, first, last)
     }
 }
 

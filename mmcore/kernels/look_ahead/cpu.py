@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import struct
 from pathlib import Path
 
 import torch
@@ -15,6 +16,10 @@ from mmcore.kernels import native
 from mmcore.kernels.layout import threads_for, with_heads_together
 
 
+_FP32 = {torch.float32}
+_FORWARD = struct.Struct("5P7n")  # `Forward` in cpu.c
+
+
 def look_ahead(raw_values: Tensor, mix: Tensor, scale: Tensor, following: Tensor | None = None) -> Tensor:
     """See `mmcore.kernels.look_ahead.look_ahead`. fp16 and bf16 are converted on the way in and out.
 
@@ -23,16 +28,18 @@ def look_ahead(raw_values: Tensor, mix: Tensor, scale: Tensor, following: Tensor
     dtype = raw_values.dtype
     if following is None:
         batch, _, heads, size = raw_values.shape
-        following = raw_values.new_zeros(batch, heads, size)
-    parts = raw_values, mix, scale, following
-    if any(part.dtype is not torch.float32 for part in parts):
-        if any(part.dtype is torch.float64 for part in parts):
+        following = torch.zeros(batch, heads, size)
+    dtypes = {dtype, mix.dtype, scale.dtype, following.dtype}
+    if dtypes != _FP32:
+        if torch.float64 in dtypes:
             raise ConfigError("look_ahead computes in fp32 as 'cpu': use implementation='blocked' for fp64")
-        parts = tuple(part.float() for part in parts)
-    if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
-        values = _LookAhead.apply(*parts)
+        raw_values, mix, scale, following = raw_values.float(), mix.float(), scale.float(), following.float()
+    if torch.is_grad_enabled() and (
+        raw_values.requires_grad or mix.requires_grad or scale.requires_grad or following.requires_grad
+    ):
+        values = _LookAhead.apply(raw_values, mix, scale, following)
     else:
-        values = _forward(*parts)
+        values = _forward(raw_values, mix, scale, following)
     return values if dtype is torch.float32 else values.to(dtype)
 
 
@@ -67,11 +74,14 @@ def _forward(raw: Tensor, mix: Tensor, scale: Tensor, following: Tensor) -> Tens
     raw = with_heads_together(raw)
     if not (following.is_contiguous() and mix.is_contiguous() and scale.is_contiguous()):
         following, mix, scale = following.contiguous(), mix.contiguous(), scale.contiguous()
-    values = torch.empty(raw.shape)
-    _library().look_ahead_forward(
+    values = torch.empty_like(raw, memory_format=torch.contiguous_format)  # 1.5 us; torch.empty(shape) takes 3
+    batch, time, heads, size = raw.shape
+    row, step, _, _ = raw.stride()
+    arguments = _FORWARD.pack(
         raw.data_ptr(), following.data_ptr(), mix.data_ptr(), scale.data_ptr(), values.data_ptr(),
-        *raw.shape, *raw.stride()[:2], threads_for(raw.numel()),
+        batch, time, heads, size, row, step, threads_for(batch * time * heads * size),
     )  # fmt: skip
+    _library().look_ahead_forward(arguments)
     return values
 
 
@@ -79,7 +89,7 @@ def _forward(raw: Tensor, mix: Tensor, scale: Tensor, following: Tensor) -> Tens
 def _library() -> ctypes.CDLL:
     library = native.load(Path(__file__).with_name("cpu.c"))
     address, count = ctypes.c_void_p, ctypes.c_ssize_t
-    library.look_ahead_forward.argtypes = [address] * 5 + [count] * 6 + [ctypes.c_int]
+    library.look_ahead_forward.argtypes = [ctypes.c_char_p]
     library.look_ahead_backward.argtypes = [address] * 9 + [count] * 8 + [ctypes.c_int]
     library.look_ahead_forward.restype = library.look_ahead_backward.restype = None
     return library

@@ -56,9 +56,10 @@ def memory_read(
         ConfigError: the shapes or dtypes do not fit together, or the implementation's name is unknown.
         HardwareError: the implementation asked for cannot run here.
     """
-    if queries.dim() != 4 or keys.shape != values.shape or queries.shape[2:] != keys.shape[2:] or (
-        queries.shape[0] != keys.shape[0]
-    ):
+    q_shape, k_shape = queries.shape, keys.shape
+    fit = len(q_shape) == len(k_shape) == 4 and k_shape == values.shape
+    # number by number: slices of a torch.Size take 1 us, and a decoder comes here twice a layer for each token
+    if not fit or q_shape[0] != k_shape[0] or q_shape[2] != k_shape[2] or q_shape[3] != k_shape[3]:
         raise ConfigError(
             f"memory_read got queries {tuple(queries.shape)}, keys {tuple(keys.shape)} and values "
             f"{tuple(values.shape)}: give [B, Tq, H, D] and twice [B, Tk, H, D]"
@@ -73,7 +74,7 @@ def memory_read(
             f"memory_read got delay {delay}, offset {offset} and window {window}: window must be at least 1, "
             f"delay and offset at least 0"
         )
-    if starts is not None and starts.shape != queries.shape[:2]:
+    if starts is not None and starts.shape != q_shape[:2]:
         raise ConfigError(
             f"memory_read got starts {tuple(starts.shape)} for queries {tuple(queries.shape)}: give one start for "
             f"each query, [B, Tq]"

@@ -125,6 +125,7 @@ static void soften(float *scores, float *largest, float *total, float *factor, l
 /* What a thread works on: some queries of one head, and the pairs [base, base + rows) that they read, copied. */
 struct share {
     long b, h, first, count, base, rows;
+    int whole;                              /* all queries, all pairs, and the queries are the keys */
     float *keys, *values, *grad_k, *grad_v; /* [rows][row_of(D)] */
 };
 
@@ -143,7 +144,7 @@ static long share_length(const struct call *c) {
 /* Scratch of one thread, in floats; `copies` is 2 for the forward pass (keys, values), 4 for the backward pass. */
 long memory_read_scratch(const struct call *c, long copies) {
     long size = c->size, queries = panels_of(size) * PANEL;
-    long rows = c->window ? smaller(c->pairs, share_length(c) + c->window) : c->pairs;
+    long rows = c->window && c->shares > 1 ? smaller(c->pairs, share_length(c) + c->window) : c->pairs;
     return up_to(copies * (rows + 12) * row_of(size) + 5 * queries * padded(size) + 2 * tile_of(size) * queries, 16);
 }
 
@@ -155,7 +156,7 @@ static float *take(float **scratch, long floats) {
 
 /* Share number `unit` of all: finds its pairs and copies them. The last queries read most and so go first: no thread is
 left alone with a long one. */
-static void open_share(struct share *s, const struct call *c, long unit, int all_pairs, float **scratch) {
+static void open_share(struct share *s, const struct call *c, long unit, float **scratch) {
     long head = unit / c->shares, length = share_length(c), size = c->size, row = row_of(size), last = 0;
     s->b = head / c->heads, s->h = head % c->heads;
     s->first = (c->shares - 1 - unit % c->shares) * length;
@@ -165,13 +166,21 @@ static void open_share(struct share *s, const struct call *c, long unit, int all
         long lo, hi;
         if (reach(c, s->b, i, &lo, &hi)) s->base = smaller(s->base, lo), last = larger(last, hi + 1);
     }
-    if (all_pairs) s->base = 0, last = c->pairs;
+    s->whole = c->q == c->k && c->shares == 1 && c->queries == c->pairs;
+    if (s->whole) s->base = 0, last = c->pairs;
     s->rows = larger(0, last - s->base);
     s->keys = take(scratch, (s->rows + 3) * row), s->values = take(scratch, (s->rows + 3) * row);
     const float *k = c->k + s->b * c->k_stride[0] + s->base * c->k_stride[1] + s->h * c->k_stride[2];
     const float *v = c->v + s->b * c->v_stride[0] + s->base * c->v_stride[1] + s->h * c->v_stride[2];
-    pack_rows(s->keys, row, padded(size), k, c->k_stride[1], NULL, s->rows, s->rows, size);
-    pack_rows(s->values, row, padded(size), v, c->v_stride[1], NULL, s->rows, s->rows, size);
+    pack_rows(s->keys, row, padded(size), k, c->k_stride[1], s->rows, size);
+    pack_rows(s->values, row, padded(size), v, c->v_stride[1], s->rows, size);
+}
+
+/* The block's queries, and the floats from one to the next. */
+static const float *queries_of(const struct call *c, const struct share *s, const struct block *x, long *row) {
+    *row = s->whole ? row_of(c->size) : c->q_stride[1];
+    if (s->whole) return s->keys + x->first * *row;
+    return c->q + x->b * c->q_stride[0] + x->first * *row + x->h * c->q_stride[2];
 }
 
 static void forward_block(const struct call *c, const struct share *s, const struct block *x, float *scratch) {
@@ -179,12 +188,12 @@ static void forward_block(const struct call *c, const struct share *s, const str
     float *panels = take(&scratch, queries * width), *sums = take(&scratch, queries * width);
     float *scores = take(&scratch, tile * PANEL), factor[PANEL], scale[MAX_QUERIES];
     float largest[MAX_QUERIES], total[MAX_QUERIES];
-    const float *q = c->q + x->b * c->q_stride[0] + x->first * c->q_stride[1] + x->h * c->q_stride[2];
+    long q_row;
+    const float *q = queries_of(c, s, x, &q_row);
 
     for (long i = 0; i < queries; i++) scale[i] = x->beta[i] * LOG2_E, largest[i] = LOWEST, total[i] = 0;
     for (long p = 0; p < x->panels; p++)
-        pack_panel(panels + p * PANEL * width, q + p * PANEL * c->q_stride[1], c->q_stride[1], scale + p * PANEL,
-                   x->count - p * PANEL, size);
+        pack_panel(panels + p * PANEL * width, q + p * PANEL * q_row, q_row, scale + p * PANEL, x->count - p * PANEL, size);
     memset(sums, 0, queries * width * sizeof(float));
 
     long stop = x->end[x->panels - 1];
@@ -212,17 +221,18 @@ static void forward_block(const struct call *c, const struct share *s, const str
     }
 }
 
-void memory_read_forward(const struct call *c) {
+/* `scratch` here and below: threads * memory_read_scratch floats. */
+void memory_read_forward(const struct call *c, float *scratch) {
     long length = block_length(c), each = memory_read_scratch(c, 2);
 #pragma omp parallel for schedule(dynamic) num_threads(c->threads)
     for (long unit = 0; unit < c->batch * c->heads * c->shares; unit++) {
-        float *scratch = c->scratch + omp_get_thread_num() * each;
+        float *own = scratch + omp_get_thread_num() * each;
         struct share s;
         struct block x;
-        open_share(&s, c, unit, 0, &scratch);
+        open_share(&s, c, unit, &own);
         for (long i = 0; i < s.count; i += length) {
             open_block(&x, c, s.b, s.h, s.first + i, smaller(length, s.count - i));
-            forward_block(c, &s, &x, scratch);
+            forward_block(c, &s, &x, own);
         }
     }
 }
@@ -309,43 +319,33 @@ static void backward_tile(const struct call *c, const struct share *s, const str
     add_tile(s->grad_k + at, row, w->slopes, tile, w->q_rows, x, wrote_from, wrote_to, rows, width);
 }
 
-static float dot(const float *a, const float *b, long size) {
-    vec sum = {};
-    for (long d = 0; d < size; d += LANES) sum += load_part(a + d, size - d) * load_part(b + d, size - d);
-    return sum_of(sum);
-}
-
 /* Packs queries and upstream gradient both ways, and reads back what the forward pass left. */
-static void open_buffers(struct buffers *w, const struct call *c, const struct backward *g, const struct block *x,
-                         float *scratch) {
+static void open_buffers(struct buffers *w, const struct call *c, const struct backward *g, const struct share *s,
+                         const struct block *x, float *scratch) {
     long size = c->size, width = padded(size), tile = tile_of(size), queries = x->panels * PANEL;
     long out_row = c->heads * size, at = (x->b * c->queries + x->first) * out_row + x->h * size;
-    const float *q = c->q + x->b * c->q_stride[0] + x->first * c->q_stride[1] + x->h * c->q_stride[2];
-    const float *grad = g->grad + at, *out = g->out + at;
+    long q_row, statistics = (x->b * c->heads + x->h) * c->queries + x->first;
+    const float *q = queries_of(c, s, x, &q_row), *grad = g->grad + at, *out = g->out + at;
     float scale[MAX_QUERIES], one[PANEL];
     w->q_panels = take(&scratch, queries * width), w->grad_panels = take(&scratch, queries * width);
     w->q_rows = take(&scratch, queries * width), w->grad_rows = take(&scratch, queries * width);
     w->sums = take(&scratch, queries * width);
     w->weights = take(&scratch, tile * queries), w->slopes = take(&scratch, tile * queries);
-    for (long i = 0; i < PANEL; i++) one[i] = 1;
-    for (long i = 0; i < queries; i++) scale[i] = x->beta[i] * LOG2_E;
-    for (long p = 0; p < x->panels; p++) {
-        long first = p * PANEL, count = x->count - first;
-        pack_panel(w->q_panels + first * width, q + first * c->q_stride[1], c->q_stride[1], scale + first, count, size);
-        pack_panel(w->grad_panels + first * width, grad + first * out_row, out_row, one, count, size);
-    }
-    for (long d = 0; d < width; d += 2 * LANES) {
-        long strip = smaller(2 * LANES, width - d);
-        pack_rows(w->q_rows + d * queries, strip, strip, q + d, c->q_stride[1], x->beta, x->count, queries, size - d);
-        pack_rows(w->grad_rows + d * queries, strip, strip, grad + d, out_row, NULL, x->count, queries, size - d);
-    }
     memset(w->sums, 0, queries * width * sizeof(float));
-    long statistics = (x->b * c->heads + x->h) * c->queries + x->first;
+    for (long i = 0; i < PANEL; i++) one[i] = 1;
     for (long i = 0; i < queries; i++) {
         int reads = i < x->count && x->number[i];
+        scale[i] = x->beta[i] * LOG2_E;
         w->largest[i] = reads ? c->largest[statistics + i] : 0;
         w->scale[i] = reads ? 1 / c->total[statistics + i] : 0;
-        w->mean[i] = reads ? dot(grad + i * out_row, out + i * out_row, size) : 0;
+    }
+    pack_strips(w->q_rows, q, q_row, x->beta, x->count, queries, size);
+    pack_strips(w->grad_rows, grad, out_row, NULL, x->count, queries, size);
+    multiply_strips(w->mean, w->grad_rows, out, out_row, x->count, queries, size);
+    for (long p = 0; p < x->panels; p++) {
+        long first = p * PANEL, count = x->count - first;
+        pack_panel(w->q_panels + first * width, q + first * q_row, q_row, scale + first, count, size);
+        pack_panel(w->grad_panels + first * width, grad + first * out_row, out_row, one, count, size);
     }
 }
 
@@ -382,29 +382,29 @@ static void close_share(float *grad, const float *rows, const struct call *c, co
     long size = c->size, out_row = c->heads * size;
     grad += ((number * c->batch + s->b) * c->pairs * c->heads + s->h) * size;
     for (long j = 0; j < c->pairs; j++) {
-        if (j >= s->base && j < s->base + s->rows)
-            memcpy(grad + j * out_row, rows + (j - s->base) * row_of(size), size * sizeof(float));
-        else
-            memset(grad + j * out_row, 0, size * sizeof(float));
+        const float *from = j >= s->base && j < s->base + s->rows ? rows + (j - s->base) * row_of(size) : NULL;
+        for (long d = 0; d < size && j + 8 < c->pairs; d += 16) __builtin_prefetch(grad + (j + 8) * out_row + d, 1);
+        for (long d = 0; d < size; d += LANES)
+            store_part(grad + j * out_row + d, from ? load(from + d) : (vec){}, size - d);
     }
 }
 
-void memory_read_backward(const struct call *c, const struct backward *g) {
+void memory_read_backward(const struct call *c, const struct backward *g, float *scratch) {
     long length = block_length(c), each = memory_read_scratch(c, 4), row = row_of(c->size), tile = tile_of(c->size);
 #pragma omp parallel for schedule(dynamic) num_threads(c->threads)
     for (long unit = 0; unit < c->batch * c->heads * c->shares; unit++) {
-        float *scratch = c->scratch + omp_get_thread_num() * each;
+        float *own = scratch + omp_get_thread_num() * each;
         struct share s;
         struct block x;
         struct buffers w;
-        open_share(&s, c, unit, !g->grad_q, &scratch);
-        s.grad_k = take(&scratch, s.rows * row), s.grad_v = take(&scratch, s.rows * row);
+        open_share(&s, c, unit, &own);
+        s.grad_k = take(&own, s.rows * row), s.grad_v = take(&own, s.rows * row);
         memset(s.grad_k, 0, s.rows * row * sizeof(float));
         memset(s.grad_v, 0, s.rows * row * sizeof(float));
         double sums[3] = {0};
         for (long i = 0; i < s.count; i += length) {
             open_block(&x, c, s.b, s.h, s.first + i, smaller(length, s.count - i));
-            open_buffers(&w, c, g, &x, scratch);
+            open_buffers(&w, c, g, &s, &x, own);
             long stop = x.end[x.panels - 1];
             for (long origin = x.begin[0]; origin < stop; origin += tile)
                 backward_tile(c, &s, &x, &w, origin, smaller(tile, stop - origin));

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import struct
 from pathlib import Path
 
 import torch
@@ -13,56 +14,51 @@ from torch.autograd.function import once_differentiable
 from mmcore.errors import ConfigError
 from mmcore.kernels import native
 
-_LONGS = ("batch", "queries", "pairs", "heads", "size", "window", "delay", "offset")
-_POINTERS_1 = ("q", "k", "v")
-_POINTERS_2 = ("base", "slope", "exponent", "starts", "out", "largest", "total", "scratch")
+FEW = 8  # up to so many queries, without gradients, cpu_few.c reads the pairs in place
 
+# Floats of keys below which a second thread costs more than it brings: waking one takes 2-5 us.
+_WORTH_A_THREAD = 65_536
 
-class _Call(ctypes.Structure):
-    """struct call in memory_read_call.h."""
-
-    _fields_ = [
-        *((name, ctypes.c_long) for name in _LONGS),
-        *((name, ctypes.c_void_p) for name in _POINTERS_1),
-        *((f"{name}_{axis}", ctypes.c_long) for name in _POINTERS_1 for axis in "bth"),
-        *((name, ctypes.c_void_p) for name in _POINTERS_2),
-        ("threads", ctypes.c_long),
-        ("shares", ctypes.c_long),
-    ]
-
-
-class _Backward(ctypes.Structure):
-    """struct backward in cpu.c."""
-
-    _fields_ = [
-        (name, ctypes.c_void_p) for name in ("grad", "out", "grad_q", "grad_k", "grad_v", "grad_bandwidth")
-    ]
+# struct call of memory_read_call.h, and struct backward of cpu.c, as bytes: a decoder calls this twice a layer for each
+# token, and a ctypes.Structure of so many fields took 4 us to fill where this takes 2.
+_CALL = struct.Struct("29q").pack
+_BACKWARD = struct.Struct("6q").pack
 
 
 @functools.cache
 def _library() -> ctypes.CDLL:
     library = native.load(Path(__file__).with_name("cpu.c"))
-    library.memory_read_scratch.argtypes = [ctypes.c_void_p, ctypes.c_long]
+    library.memory_read_scratch.argtypes = [ctypes.c_char_p, ctypes.c_long]
     library.memory_read_scratch.restype = ctypes.c_long
+    library.memory_read_forward.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
+    library.memory_read_backward.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p]
     library.memory_read_forward.restype = library.memory_read_backward.restype = None
     return library
 
 
-def _plain(tensor: Tensor) -> Tensor:
-    """The tensor, copied only where its last axis is not contiguous."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+@functools.cache
+def _read_few():
+    function = native.load(Path(__file__).with_name("cpu_few.c")).memory_read_few
+    function.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
+    function.restype = None
+    return function
 
 
-def _call(queries, keys, values, bandwidths, starts, window, delay, offset, out, statistics) -> _Call:
+def _call(queries, keys, values, bandwidths, place, out, statistics, threads: int, shares: int) -> bytes:
+    """struct call. Holds addresses only: the tensors must outlive it."""
+    starts, window, delay, offset = place
     batch, length, heads, size = queries.shape
-    stats = statistics.data_ptr() if statistics is not None else 0
-    threads = torch.get_num_threads()
-    return _Call(
+    q_b, q_t, q_h, _ = queries.stride()
+    k_b, k_t, k_h, _ = keys.stride()
+    v_b, v_t, v_h, _ = values.stride()
+    base, slope, exponent = bandwidths
+    largest = statistics.data_ptr() if statistics is not None else 0
+    total = largest + 4 * batch * heads * length if largest else 0
+    return _CALL(
         batch, length, keys.shape[1], heads, size, window or 0, delay, offset,
-        queries.data_ptr(), keys.data_ptr(), values.data_ptr(),
-        *queries.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
-        *(t.data_ptr() for t in bandwidths), starts.data_ptr() if starts is not None else 0, out.data_ptr(),
-        stats, stats + 4 * batch * heads * length if stats else 0, 0, threads, _shares(batch * heads, length, threads),
+        queries.data_ptr(), keys.data_ptr(), values.data_ptr(), q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
+        base.data_ptr(), slope.data_ptr(), exponent.data_ptr(), starts.data_ptr() if starts is not None else 0,
+        out.data_ptr(), largest, total, threads, shares,
     )  # fmt: skip
 
 
@@ -77,22 +73,31 @@ def _shares(heads: int, queries: int, threads: int) -> int:
     return max(1, min(-(-4 * threads // heads), queries // 64))
 
 
-def _scratch(call: _Call, copies: int) -> Tensor:
-    """Buffers of all threads, entered into the call; keep the tensor until the call is over."""
-    scratch = torch.empty(call.threads * _library().memory_read_scratch(ctypes.byref(call), copies))
-    call.scratch = scratch.data_ptr()
-    return scratch
+def _few(queries, keys, values, bandwidths, place) -> Tensor:
+    """A few queries, no gradients."""
+    batch, length, heads, size = shape = queries.shape
+    window, pairs = place[1], keys.shape[1]
+    reach = min(pairs, window + length) if window else pairs
+    threads = torch.get_num_threads() if batch * heads * reach * size >= _WORTH_A_THREAD else 1
+    # units of equal work: heads where a head's pairs lie together, else whole rows of the batch
+    units = batch * heads if keys.stride(2) > keys.stride(1) else batch
+    shares = 1 if units % threads == 0 else threads
+    out = torch.empty(shape)
+    states = torch.empty(shares * batch * heads * length * (16 + (size + 15) // 16 * 16))
+    _read_few()(_call(queries, keys, values, bandwidths, place, out, None, threads, shares), states.data_ptr())
+    return out
 
 
 def _forward(queries, keys, values, bandwidths, place, keep: bool) -> tuple[Tensor, Tensor | None]:
     """(out, statistics [2, B, H, Tq] or None)."""
     batch, length, heads, _ = queries.shape
+    threads = torch.get_num_threads()
     out = torch.empty(queries.shape)
     statistics = torch.empty(2, batch, heads, length) if keep else None
-    call = _call(queries, keys, values, bandwidths, *place, out, statistics)
-    scratch = _scratch(call, 2)
-    _library().memory_read_forward(ctypes.byref(call))
-    del scratch
+    shares = _shares(batch * heads, length, threads)
+    call = _call(queries, keys, values, bandwidths, place, out, statistics, threads, shares)
+    scratch = torch.empty(threads * _library().memory_read_scratch(call, 2))
+    _library().memory_read_forward(call, scratch.data_ptr())
     return out, statistics
 
 
@@ -109,37 +114,51 @@ class _Read(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         queries, keys, values, *bandwidths, out, statistics = ctx.saved_tensors
+        batch, length, heads, _ = queries.shape
         grad = grad.contiguous()
-        call = _call(queries, keys, values, bandwidths, *ctx.place, out, statistics)
+        threads = torch.get_num_threads()
+        shares = _shares(batch * heads, length, threads)
+        call = _call(queries, keys, values, bandwidths, ctx.place, out, statistics, threads, shares)
         # where the queries are the keys, one tensor holds both gradients
-        in_place = ctx.same and call.shares == 1
+        in_place = ctx.same and shares == 1
         grad_queries = None if in_place else torch.empty(queries.shape)
-        grad_keys, grad_values = torch.empty(2, call.shares, *keys.shape)
-        grad_bandwidth = torch.zeros(call.shares, call.batch, call.heads, 3, dtype=torch.float64)
+        grad_keys, grad_values = torch.empty(2, shares, *keys.shape)
+        grad_bandwidth = torch.empty(shares, batch, heads, 3, dtype=torch.float64)
         tensors = (grad, out, grad_queries, grad_keys, grad_values, grad_bandwidth)
-        sides = _Backward(*(0 if t is None else t.data_ptr() for t in tensors))
-        scratch = _scratch(call, 4)
-        _library().memory_read_backward(ctypes.byref(call), ctypes.byref(sides))
-        del scratch
-        grad_keys, grad_values = (t[0] if call.shares == 1 else t.sum(0) for t in (grad_keys, grad_values))
+        sides = _BACKWARD(*(0 if t is None else t.data_ptr() for t in tensors))
+        scratch = torch.empty(threads * _library().memory_read_scratch(call, 4))
+        _library().memory_read_backward(call, sides, scratch.data_ptr())
+        grad_keys, grad_values = (t[0] if shares == 1 else t.sum(0) for t in (grad_keys, grad_values))
         grad_bandwidths = grad_bandwidth.sum((0, 1)).to(torch.float32).unbind(-1)
         return grad_queries, grad_keys, grad_values, *grad_bandwidths, None, None, None, None
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """The tensor, copied only where its last axis is not contiguous."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def memory_read(queries, keys, values, base, slope, exponent, starts, window, delay, offset) -> Tensor:
     """See mmcore.kernels.memory_read.memory_read."""
     inputs = (queries, keys, values, base, slope, exponent)
-    if any(t.dtype is not torch.float32 for t in inputs):
-        raise ConfigError(
-            f"memory_read in C takes float32 tensors, and these are {', '.join(sorted({str(t.dtype) for t in inputs}))}: "
-            f"convert them, or use implementation='blocked'"
-        )
+    learns = False
+    for tensor in inputs:
+        if tensor.dtype is not torch.float32:
+            names = ", ".join(sorted({str(t.dtype) for t in inputs}))
+            raise ConfigError(
+                f"memory_read in C takes float32 tensors, and these are {names}: convert them, or use "
+                f"implementation='blocked'"
+            )
+        learns |= tensor.requires_grad
     same = queries is keys
     queries, values = _plain(queries), _plain(values)
     keys = queries if same else _plain(keys)
-    bandwidths = [t.contiguous() for t in inputs[3:]]
+    bandwidths = [base.contiguous(), slope.contiguous(), exponent.contiguous()]
     if starts is not None:
         starts = starts.to(torch.int32).contiguous()
-    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+    if learns and torch.is_grad_enabled():
         return _Read.apply(queries, keys, values, *bandwidths, starts, window, delay, offset)
-    return _forward(queries, keys, values, bandwidths, (starts, window, delay, offset), keep=False)[0]
+    place = (starts, window, delay, offset)
+    if 0 < queries.shape[1] <= FEW:
+        return _few(queries, keys, values, bandwidths, place)
+    return _forward(queries, keys, values, bandwidths, place, keep=False)[0]

@@ -2,11 +2,23 @@
 #include <math.h>
 #include <stddef.h>
 
-/* x has rows `x_row` floats apart; y [N, d]; rstd [N] or NULL */
-void rms_norm_forward(const float *x, const float *weight, float *y, float *rstd, ptrdiff_t N, ptrdiff_t d,
-                      ptrdiff_t x_row, float eps, int threads)
+/* What the forward pass is called with, as Python packs it: ctypes is slow with many arguments. */
+typedef struct {
+    const float *x; /* rows `x_row` floats apart */
+    const float *weight;
+    float *y;    /* [N, d] */
+    float *rstd; /* [N], or NULL where no gradient is wanted */
+    ptrdiff_t N, d, x_row, threads;
+    double eps;
+} Forward;
+
+void rms_norm_forward(const Forward *f)
 {
-    #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+    ptrdiff_t N = f->N, d = f->d, x_row = f->x_row;
+    const float *x = f->x, *weight = f->weight;
+    float eps = (float)f->eps;
+    float *y = f->y, *rstd = f->rstd;
+    #pragma omp parallel for num_threads(f->threads) if (f->threads > 1) schedule(static)
     for (ptrdiff_t n = 0; n < N; n++) {
         const float *restrict in = x + n * x_row;
         float *restrict out = y + n * d;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import struct
 from pathlib import Path
 
 import torch
@@ -13,6 +14,8 @@ from torch.autograd.function import once_differentiable
 from mmcore.errors import ConfigError
 from mmcore.kernels import native
 from mmcore.kernels.layout import rows_of, threads_for
+
+_FORWARD = struct.Struct("4P4nd")  # `Forward` in cpu.c
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -24,9 +27,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return _converted(x, weight, eps)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _RMSNorm.apply(x, weight, eps)
-    y = torch.empty(x.shape)
-    _forward(x, weight, eps, y, None)
-    return y
+    return _forward(x, weight, eps, None)
 
 
 def _converted(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -41,8 +42,8 @@ def _converted(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps):
-        y, rstd = torch.empty(x.shape), torch.empty(x.shape[:-1])
-        _forward(x, weight, eps, y, rstd)
+        rstd = torch.empty(x.shape[:-1])
+        y = _forward(x, weight, eps, rstd)
         ctx.save_for_backward(x, weight, rstd)
         return y
 
@@ -63,22 +64,26 @@ class _RMSNorm(torch.autograd.Function):
         return grad_x, partial.sum(0), None
 
 
-def _forward(x: Tensor, weight: Tensor, eps: float, y: Tensor, rstd: Tensor | None) -> None:
+def _forward(x: Tensor, weight: Tensor, eps: float, rstd: Tensor | None) -> Tensor:
+    """y; fills `rstd` if there is one."""
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)  # 1.5 us; torch.empty(shape) takes 3
     x, row = rows_of(x)
     if not weight.is_contiguous():
         weight = weight.contiguous()
     count, size = x.numel(), x.shape[-1]
-    _library().rms_norm_forward(
-        x.data_ptr(), weight.data_ptr(), y.data_ptr(), None if rstd is None else rstd.data_ptr(),
-        count // size, size, row, eps, threads_for(count),
+    arguments = _FORWARD.pack(
+        x.data_ptr(), weight.data_ptr(), y.data_ptr(), 0 if rstd is None else rstd.data_ptr(),
+        count // size, size, row, threads_for(count), eps,
     )  # fmt: skip
+    _library().rms_norm_forward(arguments)
+    return y
 
 
 @functools.cache
 def _library() -> ctypes.CDLL:
     library = native.load(Path(__file__).with_name("cpu.c"))
     address, count = ctypes.c_void_p, ctypes.c_ssize_t
-    library.rms_norm_forward.argtypes = [address] * 4 + [count] * 3 + [ctypes.c_float, ctypes.c_int]
+    library.rms_norm_forward.argtypes = [ctypes.c_char_p]
     library.rms_norm_backward.argtypes = [address] * 6 + [count] * 4 + [ctypes.c_int]
     library.rms_norm_forward.restype = library.rms_norm_backward.restype = None
     return library

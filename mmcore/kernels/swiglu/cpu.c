@@ -9,11 +9,19 @@ static inline __attribute__((always_inline)) float sigmoid(float x)
     return (x >= 0.0f ? 1.0f : e) / (1.0f + e);
 }
 
-/* gate and up have rows `gate_row` and `up_row` floats apart; out [N, d] */
-void swiglu_forward(const float *gate, const float *up, float *out, ptrdiff_t N, ptrdiff_t d, ptrdiff_t gate_row,
-                    ptrdiff_t up_row, int threads)
+/* What the forward pass is called with, as Python packs it: ctypes is slow with many arguments. */
+typedef struct {
+    const float *gate, *up; /* rows `gate_row` and `up_row` floats apart */
+    float *out;             /* [N, d] */
+    ptrdiff_t N, d, gate_row, up_row, threads;
+} Forward;
+
+void swiglu_forward(const Forward *f)
 {
-    #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+    const float *gate = f->gate, *up = f->up;
+    float *out = f->out;
+    ptrdiff_t N = f->N, d = f->d, gate_row = f->gate_row, up_row = f->up_row;
+    #pragma omp parallel for num_threads(f->threads) if (f->threads > 1) schedule(static)
     for (ptrdiff_t n = 0; n < N; n++) {
         const float *restrict g = gate + n * gate_row;
         const float *restrict u = up + n * up_row;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import struct
 from pathlib import Path
 
 import torch
@@ -13,6 +14,8 @@ from torch.autograd.function import once_differentiable
 from mmcore.errors import ConfigError
 from mmcore.kernels import native
 from mmcore.kernels.layout import rows_of, threads_for
+
+_FORWARD = struct.Struct("3P5n")  # `Forward` in cpu.c
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -52,13 +55,14 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def _forward(gate: Tensor, up: Tensor) -> Tensor:
-    out = torch.empty(gate.shape)
+    out = torch.empty_like(gate, memory_format=torch.contiguous_format)  # 1.5 us; torch.empty(shape) takes 3
     gate, gate_row = rows_of(gate)
     up, up_row = rows_of(up)
     count, size = gate.numel(), gate.shape[-1]
-    _library().swiglu_forward(
+    arguments = _FORWARD.pack(
         gate.data_ptr(), up.data_ptr(), out.data_ptr(), count // size, size, gate_row, up_row, threads_for(count)
     )
+    _library().swiglu_forward(arguments)
     return out
 
 
@@ -66,7 +70,7 @@ def _forward(gate: Tensor, up: Tensor) -> Tensor:
 def _library() -> ctypes.CDLL:
     library = native.load(Path(__file__).with_name("cpu.c"))
     address, count = ctypes.c_void_p, ctypes.c_ssize_t
-    library.swiglu_forward.argtypes = [address] * 3 + [count] * 4 + [ctypes.c_int]
+    library.swiglu_forward.argtypes = [ctypes.c_char_p]
     library.swiglu_backward.argtypes = [address] * 5 + [count] * 5 + [ctypes.c_int]
     library.swiglu_forward.restype = library.swiglu_backward.restype = None
     return library

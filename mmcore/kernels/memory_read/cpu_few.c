@@ -1,0 +1,158 @@
+/* memory_read in fp32 for a few queries (decoding): one pass over the keys and values, at the pace of memory.
+
+Pairs are read in place, in strips of STRIP. The work is cut into shares of pairs, and by heads where each head's pairs
+lie side by side ([B, H, T, D] behind a transpose); in [B, T, H, D] a share takes all heads strip by strip, so that
+memory is read in the order in which it lies. Each share leaves a maximum, a sum and a weighted sum of values for each
+query, and they are joined in the order of the shares: the result does not depend on timing. */
+
+#include <float.h>
+#include <omp.h>
+
+#include "memory_read_call.h"
+#include "memory_read_tiles.h"
+
+#define STRIP 32
+#define LOG2_E 1.4426950408889634f
+
+/* What a share knows of one query of one head: its bandwidth, the largest score (both in units of ln 2), the sum of the
+weights, and, behind them, the weighted sum of values. Rows of `record(size)` floats. */
+enum { SCALE, LARGEST, TOTAL, SUMS = 16 };
+
+static long record(long size) { return SUMS + (size + 15) / 16 * 16; } /* as in _few of cpu.py */
+static long smaller(long a, long b) { return a < b ? a : b; }
+static long larger(long a, long b) { return a > b ? a : b; }
+
+/* scores[j] = scale * q . row j, j < count; four rows at a time share the loads of q. */
+static void score_rows(float *scores, const float *q, const float *rows, long row, float scale, long count, long size) {
+    long j = 0, even = size / LANES * LANES;
+    for (; j + 4 <= count; j += 4) {
+        const float *k = rows + j * row;
+        vec s[4] = {};
+        for (long d = 0; d < even; d += LANES) {
+            vec x = load(q + d);
+            for (int r = 0; r < 4; r++) s[r] += x * load(k + r * row + d);
+        }
+        for (int r = 0; r < 4; r++) {
+            float sum = sum_of(s[r]);
+            for (long d = even; d < size; d++) sum += q[d] * k[r * row + d];
+            scores[j + r] = scale * sum;
+        }
+    }
+    for (; j < count; j++) {
+        vec s = {};
+        for (long d = 0; d < even; d += LANES) s += load(q + d) * load(rows + j * row + d);
+        float sum = sum_of(s);
+        for (long d = even; d < size; d++) sum += q[d] * rows[j * row + d];
+        scores[j] = scale * sum;
+    }
+}
+
+/* sums = sums * shrink + sum over j of weights[j] * row j. */
+static void add_rows(float *sums, float shrink, const float *weights, const float *rows, long row, long count, long size) {
+    long d = 0;
+    for (; d + 4 * LANES <= size; d += 4 * LANES) {
+        vec s[4];
+        for (int i = 0; i < 4; i++) s[i] = load(sums + d + i * LANES) * shrink;
+        for (long j = 0; j < count; j++)
+            for (int i = 0; i < 4; i++) s[i] += weights[j] * load(rows + j * row + d + i * LANES);
+        for (int i = 0; i < 4; i++) store(sums + d + i * LANES, s[i]);
+    }
+    for (; d < size; d += LANES) {
+        vec s = load(sums + d) * shrink;
+        for (long j = 0; j < count; j++) s += weights[j] * load_part(rows + j * row + d, size - d);
+        store(sums + d, s);
+    }
+}
+
+/* One query of one head meets the pairs [first, end), at most STRIP. */
+static void read_strip(const struct call *c, float *state, const float *q, long b, long h, long first, long end) {
+    float scores[STRIP + LANES];
+    long count = end - first;
+    const float *k = c->k + b * c->k_stride[0] + first * c->k_stride[1] + h * c->k_stride[2];
+    const float *v = c->v + b * c->v_stride[0] + first * c->v_stride[1] + h * c->v_stride[2];
+    score_rows(scores, q, k, c->k_stride[1], state[SCALE], count, c->size);
+    float top = state[LARGEST];
+    for (long j = 0; j < count; j++) top = scores[j] > top ? scores[j] : top;
+    for (long j = count; j < STRIP + LANES; j++) scores[j] = -INFINITY; /* weight 0 */
+    vec sum = {};
+    for (long j = 0; j < count; j += LANES) {
+        vec weights = exp2_of(load(scores + j) - top);
+        store(scores + j, weights);
+        sum += weights;
+    }
+    float shrink = state[LARGEST] == -FLT_MAX ? 0 : exp2_of(splat(state[LARGEST] - top))[0];
+    state[LARGEST] = top;
+    state[TOTAL] = state[TOTAL] * shrink + sum_of(sum);
+    add_rows(state + SUMS, shrink, scores, v, c->v_stride[1], count, c->size);
+}
+
+/* The pairs [first, end) for the heads [head, heads_end) of row b. `states` is the share's [B, H, Tq] records. */
+static void read_share(const struct call *c, float *states, long b, long head, long heads_end, long first, long end) {
+    long each = record(c->size);
+    for (long h = head; h < heads_end; h++)
+        for (long i = 0; i < c->queries; i++) {
+            float *state = states + ((b * c->heads + h) * c->queries + i) * each;
+            long lo, hi, n = reach(c, b, i, &lo, &hi);
+            memset(state, 0, each * sizeof(float));
+            state[SCALE] = n ? bandwidth(c, h, n) * LOG2_E : 0;
+            state[LARGEST] = -FLT_MAX;
+        }
+    for (long strip = first; strip < end; strip += STRIP) {
+        for (long h = head; h < heads_end; h++) {
+            for (long i = 0; i < c->queries; i++) {
+                long lo, hi, n = reach(c, b, i, &lo, &hi);
+                long from = larger(strip, lo), to = smaller(smaller(strip + STRIP, end), hi + 1);
+                if (n == 0 || from >= to) continue;
+                const float *q = c->q + b * c->q_stride[0] + i * c->q_stride[1] + h * c->q_stride[2];
+                float *state = states + ((b * c->heads + h) * c->queries + i) * each;
+                read_strip(c, state, q, b, h, from, to);
+            }
+        }
+    }
+}
+
+/* Joins the shares of one query of one head. */
+static void join(const struct call *c, const float *states, long unit) {
+    long each = record(c->size), all = c->batch * c->heads * c->queries, size = c->size;
+    long i = unit % c->queries, h = unit / c->queries % c->heads, b = unit / c->queries / c->heads;
+    float *out = c->out + ((b * c->queries + i) * c->heads + h) * size, top = -FLT_MAX, total = 0;
+    memset(out, 0, size * sizeof(float));
+    for (long s = 0; s < c->shares; s++) {
+        const float *state = states + (s * all + unit) * each;
+        top = state[LARGEST] > top ? state[LARGEST] : top;
+    }
+    for (long s = 0; s < c->shares; s++) {
+        const float *state = states + (s * all + unit) * each;
+        if (state[TOTAL] == 0) continue; /* nothing of it is read; NaN is not 0 */
+        float factor = exp2_of(splat(state[LARGEST] - top))[0];
+        total += factor * state[TOTAL];
+        for (long d = 0; d < size; d++) out[d] += factor * state[SUMS + d];
+    }
+    if (total == 0) return;
+    for (long d = 0; d < size; d++) out[d] /= total;
+}
+
+/* `states`: [shares, B, H, Tq] records. */
+void memory_read_few(const struct call *c, float *states) {
+    long all = c->batch * c->heads * c->queries, each = record(c->size);
+    int by_heads = c->k_stride[2] > c->k_stride[1];
+    long groups = by_heads ? c->heads : 1, heads = c->heads / groups;
+#pragma omp parallel num_threads(c->threads) if (c->threads > 1)
+    {
+#pragma omp for schedule(static)
+        for (long unit = 0; unit < c->batch * groups * c->shares; unit++) {
+            long share = unit % c->shares, group = unit / c->shares % groups, b = unit / c->shares / groups;
+            long first = c->pairs, end = 0;
+            for (long i = 0; i < c->queries; i++) {
+                long lo, hi;
+                if (reach(c, b, i, &lo, &hi)) first = smaller(first, lo), end = larger(end, hi + 1);
+            }
+            long length = (larger(0, end - first) + c->shares - 1) / c->shares;
+            first += share * length;
+            read_share(c, states + share * all * each, b, group * heads, (group + 1) * heads, first,
+                       smaller(end, first + length));
+        }
+#pragma omp for schedule(static)
+        for (long unit = 0; unit < all; unit++) join(c, states, unit);
+    }
+}

@@ -1,0 +1,184 @@
+"""`mm eval` as a user runs it: on a run, on an exported folder, side by side, and with bad input."""
+
+import json
+import math
+import os
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from mmcli.app import run
+from mmcore.checkpoint.formats.modelconfig import config_json
+from mmcore.checkpoint.store import save_checkpoint
+from mmcore.config import ModelConfig
+from mmcore.data import train_sentencepiece
+from mmcore.model import build_model
+
+WORDS = "the quick brown fox jumps over a lazy dog while seven wizards hum and the cat sleeps".split()
+DOCUMENTS = [" ".join(WORDS[(7 * n + n * i * i) % len(WORDS)] for i in range(40 + 5 * n)) + "." for n in range(30)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_sentencepiece(DOCUMENTS, 300)
+
+
+def tiny(model_type="memory_mosaics_v2"):
+    config = ModelConfig(
+        model_type=model_type, vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=2, short_term_window=8, long_term_delay=4, long_term_delay_range=(4, 8),
+        max_position_embeddings=32,
+    )
+    model = build_model(config)
+    model.init_weights(seed=0)
+    return model
+
+
+def export(model, folder, tokenizer):
+    folder.mkdir()
+    settings = config_json(model.config, torch.float32, tokenizer.bos_id, tokenizer.eos_id)
+    (folder / "config.json").write_text(json.dumps(settings))
+    save_file({name: p.detach().contiguous() for name, p in model.named_parameters()}, folder / "model.safetensors")
+    tokenizer.save(folder)
+    return folder
+
+
+@pytest.fixture
+def place(tmp_path, tokenizer, monkeypatch):
+    """A folder with two exported models, a text, and a run that held documents out; commands run in it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MM_CACHE", str(tmp_path / "cache"))
+    export(tiny(), tmp_path / "mosaic", tokenizer)
+    export(tiny("llama"), tmp_path / "llama", tokenizer)
+    (tmp_path / "text.txt").write_text("\n<|endoftext|>\n".join(DOCUMENTS))
+    return tmp_path
+
+
+def make_run(place, tokenizer, **data):
+    """A run folder with one checkpoint, whose recipe says what was held out."""
+    model = tiny()
+    values = {"model": {"vocab_size": 300}, "data": {"sources": [{"path": str(place / "text.txt")}], **data}}
+    save_checkpoint(
+        place / "run", 1, model={name: p.detach() for name, p in model.named_parameters()}, optimizer={}, state={},
+        config=config_json(model.config, torch.float32, tokenizer.bos_id, tokenizer.eos_id),
+        files={"recipe.yaml": yaml.safe_dump(values).encode(), **tokenizer.files()},
+    )
+    return place / "run"
+
+
+def evaluated(capsys, *arguments):
+    assert run(["eval", *map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def complaint(capsys, *arguments):
+    """The one line that a mistake is answered with."""
+    assert run(["eval", *map(str, arguments)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("mm: ") and captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_json_and_files(place, capsys):
+    report = evaluated(capsys, "mosaic", "--data", "text.txt", "--compressors", "--out", "out")
+    (result,) = report["results"]
+    assert result["perplexity"] == pytest.approx(math.exp(result["loss"]))
+    assert result["bytes"] == sum(len(document) for document in DOCUMENTS) == report["text"]["bytes"]
+    nats = result["loss"] * result["tokens"]
+    assert result["bits_per_byte"] == pytest.approx(nats / math.log(2) / result["bytes"])
+    assert set(report["compressors"]) == {"gzip -9", "xz -9"}
+    assert result["by_position"]["bins"][-1]["last"] == 8 * 32
+    assert json.loads((place / "out" / "results.json").read_text())["results"] == report["results"]
+    assert sorted(os.listdir(place / "out")) == ["by-position.png", "by-position.svg", "results.json", "results.md"]
+
+
+def test_tables_and_what_comes_next(place, capsys):
+    assert run(["eval", "mosaic", "llama", "--data", "text.txt"]) == 0
+    text = capsys.readouterr().out
+    for expected in ("bits per byte", "Loss by position", "mosaic", "llama", "Every token is scored once", "mm chat mosaic"):
+        assert expected in text
+    (folder,) = (place / "mosaic").glob("eval-*")
+    assert str(folder.relative_to(place)) in text
+
+
+def test_without_changes_the_loss_and_is_said(place, capsys):
+    whole = evaluated(capsys, "mosaic", "--data", "text.txt", "--out", "a")["results"][0]
+    removed = evaluated(
+        capsys, "mosaic", "--data", "text.txt", "--out", "b", "--without", "long_term", "--without", "persistent"
+    )["results"][0]
+    assert removed["without"] == ["long_term", "persistent"] and whole["without"] == []
+    assert removed["loss"] != whole["loss"] and removed["tokens"] == whole["tokens"]
+
+
+def test_held_out_documents_are_the_default(place, capsys, tokenizer):
+    folder = make_run(place, tokenizer, validation_fraction=0.3)
+    report = evaluated(capsys, folder)
+    assert 0 < report["text"]["documents"] < len(DOCUMENTS)
+    assert "held out" in report["text"]["name"]
+    assert report["folder"].startswith(str(folder / "eval-"))
+    everything = evaluated(capsys, folder, "--data", "text.txt")
+    assert everything["text"]["bytes"] > report["text"]["bytes"]
+
+
+def test_a_longer_context_is_said(place, capsys):
+    report = evaluated(capsys, "mosaic", "--data", "text.txt", "--context", "48", "--longest", "0")
+    assert any("longer than the 32 it was trained for" in note for note in report["notes"])
+    assert "by_position" not in report["results"][0]
+
+
+def test_max_tokens(place, capsys):
+    report = evaluated(capsys, "mosaic", "--data", "text.txt", "--max-tokens", "300")
+    result = report["results"][0]
+    assert 250 <= result["tokens"] <= 300 and result["bytes"] < report["text"]["bytes_given"]
+    assert any("--max-tokens 0 scores all" in note for note in report["notes"])
+    assert result["by_position"]["sequences"] == 1
+
+
+def test_mistakes_are_answered_with_one_line(place, capsys, tokenizer):
+    (place / "empty.txt").touch()
+    (place / "binary.txt").write_bytes(b"a\0b")
+    (place / "latin.txt").write_bytes("café".encode("latin-1"))
+    (place / "other.txt").write_text("mine")
+    assert "there is no file" in complaint(capsys, "mosaic", "--data", "missing.txt")
+    assert "empty" in complaint(capsys, "mosaic", "--data", "empty.txt")
+    assert "binary" in complaint(capsys, "mosaic", "--data", "binary.txt")
+    assert "not UTF-8" in complaint(capsys, "mosaic", "--data", "latin.txt")
+    assert "there is no checkpoint" in complaint(capsys, "nowhere", "--data", "text.txt")
+    assert "no memory 'episodic'" in complaint(capsys, "mosaic", "--data", "text.txt", "--without", "episodic")
+    assert "give --data FILE" in complaint(capsys, "mosaic")
+    assert "--context is 0" in complaint(capsys, "mosaic", "--data", "text.txt", "--context", "0")
+    assert "--max-tokens" in complaint(capsys, "mosaic", "--data", "text.txt", "--max-tokens", "-5")
+    assert "no earlier results" in complaint(capsys, "mosaic", "--data", "text.txt", "--out", ".")
+    assert not list((place / "mosaic").glob("eval-*"))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_no_permission_is_said_before_the_work(place, capsys):
+    (place / "locked").mkdir(mode=0o500)
+    assert "cannot be written" in complaint(capsys, "mosaic", "--data", "text.txt", "--out", "locked/out")
+
+
+def test_help_is_light():
+    import subprocess
+    import sys
+
+    code = "import sys; from mmcli.app import run; run(['eval', '--help']); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "--without" in done.stdout and "Example" in done.stdout
+
+
+def test_progress_in_a_log_is_a_line_now_and_then():
+    from mmcli.evaluate import _plain_progress
+
+    lines = []
+
+    class Log:
+        def print(self, line):
+            lines.append(line)
+
+    progress = _plain_progress(Log(), every=0.0)
+    progress("every token", 10, 100)  # the first call only starts the clock
+    progress("every token", 50, 100)
+    assert len(lines) == 1 and lines[0].startswith("every token: 50 of 100 tokens, ") and lines[0].endswith(" s left")
