@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-pytest.importorskip("mmcore.model.mosaic")
+pytest.importorskip("mmcore.model.mosaic", exc_type=ImportError)
 
 from mmcore.model import build_model
 
