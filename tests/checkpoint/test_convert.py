@@ -2,7 +2,6 @@
 
 import json
 import os
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -17,7 +16,12 @@ from tests.helpers.real_data import DATA, needs_data
 app = typer.Typer(pretty_exceptions_enable=False)
 app.command()(convert)
 
-needs_model = pytest.mark.skipif(find_spec("mmcore.model") is None, reason="mmcore.model is not there")
+needs_model = pytest.mark.usefixtures("model_code")
+
+
+@pytest.fixture
+def model_code():
+    pytest.importorskip("mmcore.model.mosaic", exc_type=ImportError)
 
 
 def run(*arguments):
@@ -56,8 +60,8 @@ def test_wrong_options(arguments, words):
         run(*arguments)
 
 
+@needs_model
 def test_a_source_that_is_not_there(tmp_path):
-    pytest.importorskip("mmcore.model.mosaic")
     with pytest.raises(CheckpointError, match="there is no checkpoint at"):
         run(tmp_path / "nowhere", tmp_path / "out")
 

@@ -40,7 +40,8 @@ def test_mosaic_names_are_the_contract():
     for S in ("short_term", "long_term"):
         layer |= {f"{S}.key_proj.weight": (d, d), f"{S}.value_proj.weight": (d, d), f"{S}.gate_proj.weight": (H, d),
                   f"{S}.decay_proj.weight": (H, d), f"{S}.value_mix": (H,), f"{S}.value_log_scale": (H,),
-                  f"{S}.bandwidth_base": (H,), f"{S}.bandwidth_slope": (H,), f"{S}.bandwidth_exponent": (H,)}  # fmt: skip
+                  f"{S}.bandwidth_base": (H,), f"{S}.bandwidth_slope": (H,),
+                  f"{S}.bandwidth_exponent": (H,)}  # fmt: skip
     whole = {"model.embed_tokens.weight": (V, d), "model.norm.weight": (d,), "lm_head.weight": (V, d)}
     for depth in range(MOSAIC.num_hidden_layers):
         whole |= {f"model.layers.{depth}.{name}": shape for name, shape in layer.items()}

@@ -339,7 +339,8 @@ def test_a_file_in_the_way(tmp_path):
 
 def test_a_failing_write_and_an_interrupt_leave_nothing(tmp_path, monkeypatch):
     save(tmp_path, 1)
-    for error, expected in ((OSError(5, "Input/output error"), CheckpointError), (KeyboardInterrupt(), KeyboardInterrupt)):
+    failing = OSError(5, "Input/output error")
+    for error, expected in ((failing, CheckpointError), (KeyboardInterrupt(), KeyboardInterrupt)):
         real, count = os.write, iter(range(10**6))
 
         def write(descriptor, data, real=real, count=count, error=error):

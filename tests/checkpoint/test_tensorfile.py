@@ -116,7 +116,8 @@ HEADERS = {
     "boolean": {"a": {"dtype": "U8", "shape": [True, 3], "data_offsets": [0, 3]}},
     "no offsets": {"a": {"dtype": "U8", "shape": [3]}},
     "list": [1],
-    "name twice": b'{"a":{"dtype":"U8","shape":[3],"data_offsets":[0,3]},"a":{"dtype":"U8","shape":[3],"data_offsets":[0,3]}}',
+    "name twice": b'{"a":{"dtype":"U8","shape":[3],"data_offsets":[0,3]},'
+                  b'"a":{"dtype":"U8","shape":[3],"data_offsets":[0,3]}}',
     "not JSON": b"{",
     "not UTF-8": b'{"\xff": 1}',
     "deep": b'{"a":' * 50_000,
@@ -154,7 +155,8 @@ def test_links_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", 3, None,
-                                  ".hidden.safetensors", "a\0.safetensors", "model.bin", "a\n.safetensors"])  # fmt: skip
+                                  ".hidden.safetensors", "a\0.safetensors", "model.bin",
+                                  "a\n.safetensors"])  # fmt: skip
 def test_an_index_names_plain_files_only(tmp_path, name):
     save_file({"a": torch.zeros(1)}, tmp_path / "m.safetensors")
     save_file({"a": torch.zeros(1)}, tmp_path.parent / "outside.safetensors")
