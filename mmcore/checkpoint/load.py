@@ -50,6 +50,8 @@ def model_from(
         model = build_model(checkpoint.config, kernels)
     _fill(model, checkpoint, dtype or checkpoint.dtype, where)
     model.without(tuple(without))
+    ends = checkpoint.config_json.get("eos_token_id")
+    model.stop_ids = frozenset() if ends is None else frozenset([ends] if isinstance(ends, int) else ends)
     return model.eval()
 
 

@@ -39,6 +39,7 @@ class LanguageModel(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.knocked_out: frozenset[str] = frozenset()
+        self.stop_ids: frozenset[int] = frozenset()  # tokens that end a text, as the checkpoint's config.json says
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> None:

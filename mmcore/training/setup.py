@@ -26,6 +26,7 @@ from mmcore.data.tokenizer import Tokenizer
 from mmcore.distributed.mesh import World, world_from_environment
 from mmcore.distributed.parallelize import parallelize
 from mmcore.errors import CheckpointError, ConfigError
+from mmcore.kernels.allocator import keep_pages
 from mmcore.model import LanguageModel, build_model
 from mmcore.model.accounting import training_flops_per_token
 from mmcore.training import checks
@@ -76,6 +77,8 @@ def prepare_trainer(
     known = resumed if resumed is not None else source.tokenizer_path if source is not None else None
     tokenizer = find_tokenizer(recipe, known, lambda what: tell(Preparing(what)))
     corpus = prepare(recipe.data, tokenizer, progress=lambda done, total, rate: tell(Tokenizing(done, total, rate)))
+    if device.type == "cpu":
+        keep_pages()
     with explain_memory(recipe):
         tell(Preparing("building the model"))
         _remark(recipe, corpus, device, precision, tell)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from mmcore.kernels.allocator import keep_pages
 from tests.benchmarks import common
 
 LEARNING_RATE, BETAS, WEIGHT_DECAY, LARGEST_NORM = 3e-4, (0.9, 0.95), 0.1, 1.0
@@ -33,6 +34,7 @@ class Trainer:
         self.vocab_size = shape.vocab_size
         imported = common.load_library(self.ours)
         if self.ours:
+            keep_pages()  # as `mm pretrain` does
             self.model = common.build_ours(shape, context, kind=OURS[side])
         else:
             self.model = common.build_llama(shape, context)

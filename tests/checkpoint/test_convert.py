@@ -16,13 +16,6 @@ from tests.helpers.real_data import DATA, needs_data
 app = typer.Typer(pretty_exceptions_enable=False)
 app.command()(convert)
 
-needs_model = pytest.mark.usefixtures("model_code")
-
-
-@pytest.fixture
-def model_code():
-    pytest.importorskip("mmcore.model.mosaic", exc_type=ImportError)
-
 
 def run(*arguments):
     """The output of `mm convert`; errors come out as exceptions, which mmcli/app.py turns into a line."""
@@ -60,13 +53,11 @@ def test_wrong_options(arguments, words):
         run(*arguments)
 
 
-@needs_model
 def test_a_source_that_is_not_there(tmp_path):
     with pytest.raises(CheckpointError, match="there is no checkpoint at"):
         run(tmp_path / "nowhere", tmp_path / "out")
 
 
-@needs_model
 @pytest.mark.parametrize("config", [MOSAIC, LLAMA, TIED], ids=["mosaic", "llama", "tied"])
 def test_a_run_becomes_an_exported_folder(tmp_path, config):
     import mmcore
@@ -84,7 +75,6 @@ def test_a_run_becomes_an_exported_folder(tmp_path, config):
     assert json.loads((tmp_path / "out/config.json").read_text())["eos_token_id"] == 2
 
 
-@needs_model
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_narrow_dtypes_are_within_their_tolerance(tmp_path, dtype):
     save(tmp_path / "run", 5)
@@ -92,7 +82,6 @@ def test_narrow_dtypes_are_within_their_tolerance(tmp_path, dtype):
     assert 0 < certificate["largest_difference"] <= certificate["tolerance"] < 0.2 * certificate["largest_logit"]
 
 
-@needs_model
 def test_a_result_that_differs_is_not_kept(tmp_path, monkeypatch):
     from mmcore.checkpoint import convert as module
 
@@ -103,7 +92,6 @@ def test_a_result_that_differs_is_not_kept(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists() and os.listdir(tmp_path) == ["run"]
 
 
-@needs_model
 def test_the_source_is_never_the_target(tmp_path):
     save(tmp_path / "run", 5)
     run(tmp_path / "run", tmp_path / "out")
@@ -114,7 +102,6 @@ def test_the_source_is_never_the_target(tmp_path):
     run(tmp_path / "run", tmp_path / "out", "--force", "--dtype", "float16")
 
 
-@needs_model
 @needs_data("models/stories260K")
 def test_stories260K_becomes_a_folder_with_its_tokenizer(tmp_path):
     import mmcore

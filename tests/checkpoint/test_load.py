@@ -5,7 +5,6 @@ import os
 import pytest
 import torch
 
-pytest.importorskip("mmcore.model.mosaic", exc_type=ImportError)
 
 from mmcore.model import build_model
 
@@ -107,14 +106,12 @@ def test_the_baseline_equals_loops_on_real_weights():
 
 @needs_data("models/stories260K")
 def test_a_llama2c_file_has_its_tokenizer():
-    pytest.importorskip("mmcore.data.tokenizer")
     tokenizer = mmcore.load_tokenizer(DATA / "models/stories260K/stories260K.bin")
     text = "Once upon a time, there was a little girl named Lily."
     assert tokenizer.vocab_size == 512 and tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_a_checkpoint_without_a_tokenizer(tmp_path):
-    pytest.importorskip("mmcore.data.tokenizer")
     path = write_exported(tmp_path / "out", MOSAIC, weights())
     with pytest.raises(CheckpointError, match="has no tokenizer: put its tokenizer.json or tokenizer.model there"):
         mmcore.load_tokenizer(path)
