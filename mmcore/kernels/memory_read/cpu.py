@@ -145,7 +145,8 @@ def memory_read(queries, keys, values, base, slope, exponent, starts, window, de
     if not queries.dtype is base.dtype is slope.dtype is exponent.dtype is torch.float32:
         names = ", ".join(sorted({str(t.dtype) for t in inputs}))
         raise ConfigError(
-            f"memory_read in C takes float32 tensors, and these are {names}: convert them, or use implementation='blocked'"
+            f"memory_read in C takes float32 tensors, and these are {names}: convert them, or use "
+            f"implementation='blocked'"
         )
     same = queries is keys
     queries, values = _plain(queries), _plain(values)

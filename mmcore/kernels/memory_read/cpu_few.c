@@ -22,8 +22,8 @@ static long record(long size) { return SUMS + (size + 15) / 16 * 16; } /* as in 
 static long smaller(long a, long b) { return a < b ? a : b; }
 static long larger(long a, long b) { return a > b ? a : b; }
 
-/* scores[j] = scale * q . row j, j < count, rounded up to a multiple of LANES by repeating the last row. LANES rows at a
-time: a transposition sums all of them across their lanes. */
+/* scores[j] = scale * q . row j, j < count, rounded up to a multiple of LANES by repeating the last row. LANES rows at
+a time: a transposition sums all of them across their lanes. */
 static void score_rows(float *scores, const float *q, const float *rows, long row, float scale, long count, long size) {
     for (long j = 0; j < count; j += LANES) {
         const float *k[LANES];
@@ -61,7 +61,8 @@ INLINE void add_columns(float *sums, float shrink, const float *weights, const f
     for (int i = 0; i < columns; i++) store(sums + i * LANES, s[i]);
 }
 
-static void add_rows(float *sums, float shrink, const float *weights, const float *rows, long row, long count, long size) {
+static void add_rows(float *sums, float shrink, const float *weights, const float *rows, long row, long count,
+                     long size) {
     long d = 0;
     for (; d + 8 * LANES <= size; d += 8 * LANES) add_columns(sums + d, shrink, weights, rows + d, row, count, 8);
     for (; d + 4 * LANES <= size; d += 4 * LANES) add_columns(sums + d, shrink, weights, rows + d, row, count, 4);
