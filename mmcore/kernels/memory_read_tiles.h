@@ -175,7 +175,8 @@ static void pack_panel(float *out, const float *rows, long row, const float *sca
 }
 
 /* The way back: rows[i][d] = panel[d][i] * scale[i] for i < count, d < size; added to what is there if `add`. */
-static void unpack_panel(float *rows, long row, const float *panel, const float *scale, long count, long size, int add) {
+static void unpack_panel(float *rows, long row, const float *panel, const float *scale, long count, long size,
+                         int add) {
     for (long i = 0; i < count; i += LANES) {
         for (long d = 0; d < size; d += LANES) {
             vec x[LANES];
@@ -213,7 +214,8 @@ INLINE long in_strips(long i, long d, long total, long size) {
 }
 
 /* `count` rows, times scale[i] unless scale is NULL, as strips of `total` rows; zeros beyond. */
-static void pack_strips(float *out, const float *rows, long row, const float *scale, long count, long total, long size) {
+static void pack_strips(float *out, const float *rows, long row, const float *scale, long count, long total,
+                        long size) {
     for (long i = 0; i < total; i++) {
         expect(rows, row, i, count, size);
         for (long d = 0; d < size; d += LANES) {
@@ -224,7 +226,8 @@ static void pack_strips(float *out, const float *rows, long row, const float *sc
 }
 
 /* out[i] = row i of the strips times row i of `rows`; 0 from `count` on. */
-static void multiply_strips(float *out, const float *strips, const float *rows, long row, long count, long total, long size) {
+static void multiply_strips(float *out, const float *strips, const float *rows, long row, long count, long total,
+                            long size) {
     for (long i = 0; i < total; i++) {
         vec sum = {};
         expect(rows, row, i, count, size);

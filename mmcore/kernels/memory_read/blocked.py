@@ -57,7 +57,8 @@ class _Read(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         queries, keys, values, *bandwidths = ctx.saved_tensors
-        sums = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (queries, keys, values, *bandwidths)]
+        inputs = (queries, keys, values, *bandwidths)
+        sums = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in inputs]
         for block, reach, first, last in _blocks(queries, keys, ctx.starts, *ctx.place):
             parts = [queries[:, block], keys[:, reach], values[:, reach], *bandwidths]
             leaves = [part.detach().requires_grad_() for part in parts]

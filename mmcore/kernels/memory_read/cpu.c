@@ -193,7 +193,8 @@ static void forward_block(const struct call *c, const struct share *s, const str
 
     for (long i = 0; i < queries; i++) scale[i] = x->beta[i] * LOG2_E, largest[i] = LOWEST, total[i] = 0;
     for (long p = 0; p < x->panels; p++)
-        pack_panel(panels + p * PANEL * width, q + p * PANEL * q_row, q_row, scale + p * PANEL, x->count - p * PANEL, size);
+        pack_panel(panels + p * PANEL * width, q + p * PANEL * q_row, q_row, scale + p * PANEL,
+                   x->count - p * PANEL, size);
     memset(sums, 0, queries * width * sizeof(float));
 
     long stop = x->end[x->panels - 1];
@@ -257,13 +258,14 @@ static void differentiate(float *weights, float *slopes, const struct buffers *w
     }
 }
 
-/* rows[r][columns] += sum over the queries i of panels [first, end) of a[p][r][i] * strip[i][columns], six rows, of which
-`count` exist. */
+/* rows[r][columns] += sum over the queries i of panels [first, end) of a[p][r][i] * strip[i][columns], six rows, of
+which `count` exist. */
 INLINE void add_outer(float *rows, long row, const float *a, long a_panel, const float *strip, const int columns,
                       long first, long end, long count) {
     vec acc[12] = {};
     for (long p = first; p < end; p++)
-        multiply(acc, 6, columns, PANEL, a + p * a_panel, PANEL, 1, strip + p * PANEL * columns * LANES, columns * LANES);
+        multiply(acc, 6, columns, PANEL, a + p * a_panel, PANEL, 1, strip + p * PANEL * columns * LANES,
+                 columns * LANES);
 #pragma GCC unroll 6
     for (int r = 0; r < 6; r++) {
         if (r >= count) break;
@@ -370,8 +372,8 @@ static void close_block(const struct call *c, const struct backward *g, const st
             grad_bandwidth[2] += grad_beta * power * c->slope[x->h] * logf(n);
         }
         if (g->grad_q)
-            unpack_panel(g->grad_q + (x->b * c->queries + query) * out_row + x->h * size, out_row, sums, x->beta + first,
-                         count, size, 0);
+            unpack_panel(g->grad_q + (x->b * c->queries + query) * out_row + x->h * size, out_row, sums,
+                         x->beta + first, count, size, 0);
         else
             unpack_panel(s->grad_k + (query - s->base) * row, row, sums, x->beta + first, count, size, 1);
     }

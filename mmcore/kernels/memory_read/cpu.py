@@ -75,14 +75,14 @@ def _shares(heads: int, queries: int, threads: int) -> int:
 
 def _few(queries, keys, values, bandwidths, place) -> Tensor:
     """A few queries, no gradients."""
-    batch, length, heads, size = shape = queries.shape
+    batch, length, heads, size = queries.shape
     window, pairs = place[1], keys.shape[1]
     reach = min(pairs, window + length) if window else pairs
     threads = torch.get_num_threads() if batch * heads * reach * size >= _WORTH_A_THREAD else 1
     # units of equal work: heads where a head's pairs lie together, else whole rows of the batch
     units = batch * heads if keys.stride(2) > keys.stride(1) else batch
     shares = 1 if units % threads == 0 else threads
-    out = torch.empty(shape)
+    out = torch.empty_like(queries, memory_format=torch.contiguous_format)  # 1 us; torch.empty(shape) takes 3
     states = torch.empty(shares * batch * heads * length * (16 + (size + 15) // 16 * 16))
     _read_few()(_call(queries, keys, values, bandwidths, place, out, None, threads, shares), states.data_ptr())
     return out
@@ -141,22 +141,20 @@ def _plain(tensor: Tensor) -> Tensor:
 def memory_read(queries, keys, values, base, slope, exponent, starts, window, delay, offset) -> Tensor:
     """See mmcore.kernels.memory_read.memory_read."""
     inputs = (queries, keys, values, base, slope, exponent)
-    learns = False
-    for tensor in inputs:
-        if tensor.dtype is not torch.float32:
-            names = ", ".join(sorted({str(t.dtype) for t in inputs}))
-            raise ConfigError(
-                f"memory_read in C takes float32 tensors, and these are {names}: convert them, or use "
-                f"implementation='blocked'"
-            )
-        learns |= tensor.requires_grad
+    # the caller has seen to it that queries, keys and values agree
+    if not queries.dtype is base.dtype is slope.dtype is exponent.dtype is torch.float32:
+        names = ", ".join(sorted({str(t.dtype) for t in inputs}))
+        raise ConfigError(
+            f"memory_read in C takes float32 tensors, and these are {names}: convert them, or use "
+            f"implementation='blocked'"
+        )
     same = queries is keys
     queries, values = _plain(queries), _plain(values)
     keys = queries if same else _plain(keys)
     bandwidths = [base.contiguous(), slope.contiguous(), exponent.contiguous()]
     if starts is not None:
         starts = starts.to(torch.int32).contiguous()
-    if learns and torch.is_grad_enabled():
+    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
         return _Read.apply(queries, keys, values, *bandwidths, starts, window, delay, offset)
     place = (starts, window, delay, offset)
     if 0 < queries.shape[1] <= FEW:

@@ -22,42 +22,52 @@ static long record(long size) { return SUMS + (size + 15) / 16 * 16; } /* as in 
 static long smaller(long a, long b) { return a < b ? a : b; }
 static long larger(long a, long b) { return a > b ? a : b; }
 
-/* scores[j] = scale * q . row j, j < count; four rows at a time share the loads of q. */
+/* scores[j] = scale * q . row j, j < count, rounded up to a multiple of LANES by repeating the last row. LANES rows at
+a time: a transposition sums all of them across their lanes. */
 static void score_rows(float *scores, const float *q, const float *rows, long row, float scale, long count, long size) {
-    long j = 0, even = size / LANES * LANES;
-    for (; j + 4 <= count; j += 4) {
-        const float *k = rows + j * row;
-        vec s[4] = {};
-        for (long d = 0; d < even; d += LANES) {
+    for (long j = 0; j < count; j += LANES) {
+        const float *k[LANES];
+        vec s[LANES] = {}, total = {};
+        for (int r = 0; r < LANES; r++) k[r] = rows + smaller(j + r, count - 1) * row;
+        long d = 0;
+        for (; d + LANES <= size; d += LANES) {
             vec x = load(q + d);
-            for (int r = 0; r < 4; r++) s[r] += x * load(k + r * row + d);
+#pragma GCC unroll 16
+            for (int r = 0; r < LANES; r++) s[r] += x * load(k[r] + d);
         }
-        for (int r = 0; r < 4; r++) {
-            float sum = sum_of(s[r]);
-            for (long d = even; d < size; d++) sum += q[d] * k[r * row + d];
-            scores[j + r] = scale * sum;
+        if (d < size) {
+            vec x = load_part(q + d, size - d);
+#pragma GCC unroll 16
+            for (int r = 0; r < LANES; r++) s[r] += x * load_part(k[r] + d, size - d);
         }
-    }
-    for (; j < count; j++) {
-        vec s = {};
-        for (long d = 0; d < even; d += LANES) s += load(q + d) * load(rows + j * row + d);
-        float sum = sum_of(s);
-        for (long d = even; d < size; d++) sum += q[d] * rows[j * row + d];
-        scores[j] = scale * sum;
+        transpose(s);
+#pragma GCC unroll 16
+        for (int r = 0; r < LANES; r++) total += s[r];
+        store(scores + j, total * scale);
     }
 }
 
-/* sums = sums * shrink + sum over j of weights[j] * row j. */
-static void add_rows(float *sums, float shrink, const float *weights, const float *rows, long row, long count, long size) {
-    long d = 0;
-    for (; d + 4 * LANES <= size; d += 4 * LANES) {
-        vec s[4];
-        for (int i = 0; i < 4; i++) s[i] = load(sums + d + i * LANES) * shrink;
-        for (long j = 0; j < count; j++)
-            for (int i = 0; i < 4; i++) s[i] += weights[j] * load(rows + j * row + d + i * LANES);
-        for (int i = 0; i < 4; i++) store(sums + d + i * LANES, s[i]);
+/* sums = sums * shrink + sum over j of weights[j] * row j, for `columns` vectors from column d on. */
+INLINE void add_columns(float *sums, float shrink, const float *weights, const float *rows, long row, long count,
+                        const int columns) {
+    vec s[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < columns; i++) s[i] = load(sums + i * LANES) * shrink;
+    for (long j = 0; j < count; j++) {
+#pragma GCC unroll 8
+        for (int i = 0; i < columns; i++) s[i] += weights[j] * load(rows + j * row + i * LANES);
     }
-    for (; d < size; d += LANES) {
+#pragma GCC unroll 8
+    for (int i = 0; i < columns; i++) store(sums + i * LANES, s[i]);
+}
+
+static void add_rows(float *sums, float shrink, const float *weights, const float *rows, long row, long count,
+                     long size) {
+    long d = 0;
+    for (; d + 8 * LANES <= size; d += 8 * LANES) add_columns(sums + d, shrink, weights, rows + d, row, count, 8);
+    for (; d + 4 * LANES <= size; d += 4 * LANES) add_columns(sums + d, shrink, weights, rows + d, row, count, 4);
+    for (; d + LANES <= size; d += LANES) add_columns(sums + d, shrink, weights, rows + d, row, count, 1);
+    if (d < size) {
         vec s = load(sums + d) * shrink;
         for (long j = 0; j < count; j++) s += weights[j] * load_part(rows + j * row + d, size - d);
         store(sums + d, s);
@@ -66,15 +76,16 @@ static void add_rows(float *sums, float shrink, const float *weights, const floa
 
 /* One query of one head meets the pairs [first, end), at most STRIP. */
 static void read_strip(const struct call *c, float *state, const float *q, long b, long h, long first, long end) {
-    float scores[STRIP + LANES];
+    float scores[STRIP];
     long count = end - first;
     const float *k = c->k + b * c->k_stride[0] + first * c->k_stride[1] + h * c->k_stride[2];
     const float *v = c->v + b * c->v_stride[0] + first * c->v_stride[1] + h * c->v_stride[2];
     score_rows(scores, q, k, c->k_stride[1], state[SCALE], count, c->size);
-    float top = state[LARGEST];
-    for (long j = 0; j < count; j++) top = scores[j] > top ? scores[j] : top;
-    for (long j = count; j < STRIP + LANES; j++) scores[j] = -INFINITY; /* weight 0 */
-    vec sum = {};
+    vec tops = splat(state[LARGEST]), sum = {};
+    for (long j = 0; j < count; j += LANES) tops = maximum(load(scores + j), tops);
+    float top = tops[0];
+    for (int i = 1; i < LANES; i++) top = tops[i] > top ? tops[i] : top;
+    for (long j = count; j % LANES; j++) scores[j] = -INFINITY; /* weight 0 */
     for (long j = 0; j < count; j += LANES) {
         vec weights = exp2_of(load(scores + j) - top);
         store(scores + j, weights);

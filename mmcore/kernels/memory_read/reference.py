@@ -10,7 +10,12 @@ from torch import Tensor
 
 
 def intervals(
-    starts: Tensor | None, window: int | None, delay: int, offset: int, shape: tuple[int, int, int], device: torch.device
+    starts: Tensor | None,
+    window: int | None,
+    delay: int,
+    offset: int,
+    shape: tuple[int, int, int],
+    device: torch.device,
 ) -> tuple[Tensor, Tensor]:
     """The first and last pair that each query reads, int64 [B, Q]; the memory is empty where first > last.
 
