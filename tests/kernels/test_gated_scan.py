@@ -52,7 +52,8 @@ def assert_close(got, want, tolerance=2e-5, name="keys", least=0.0):
 def check(form, raw, gates, decays, resets=None, tolerance=2e-5):
     """Keys and all gradients of `form`, for random upstream gradients, against the float64 loop."""
     upstream = torch.randn(raw.shape, generator=torch.Generator().manual_seed(9))
-    want, want_gradients = gradients(lambda *x: truth(*x, resets)[0], raw.double(), gates.double(), decays.double(), upstream)
+    doubles = raw.double(), gates.double(), decays.double()
+    want, want_gradients = gradients(lambda *x: truth(*x, resets)[0], *doubles, upstream)
     got, got_gradients = gradients(
         lambda *x: gated_scan(*x, resets=resets, implementation=form)[0], raw, gates, decays, upstream
     )

@@ -152,9 +152,11 @@ def test_gradcheck(form):
 def test_same_bits_from_run_to_run():
     parts = problem(3, 200, 5, 64)
     upstream = torch.randn(parts[0].shape)
-    runs = [
-        gradients(lambda *x: look_ahead(*x[:3], following=x[3], implementation="cpu"), parts, upstream) for _ in range(2)
-    ]
+
+    def run(raw, mix, scale, following):
+        return look_ahead(raw, mix, scale, following=following, implementation="cpu")
+
+    runs = [gradients(run, parts, upstream) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))
 
 

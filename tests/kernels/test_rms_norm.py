@@ -44,7 +44,8 @@ def test_output_and_gradients(form, shape):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 1e-3), (torch.bfloat16, 8e-3), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("weight_dtype", [None, torch.float32])
 def test_dtypes(form, dtype, tolerance, weight_dtype):
-    x, weight = torch.randn(4, 7, 48, dtype=dtype), torch.randn(48, dtype=torch.promote_types(weight_dtype or dtype, dtype))
+    x = torch.randn(4, 7, 48, dtype=dtype)
+    weight = torch.randn(48, dtype=torch.promote_types(weight_dtype or dtype, dtype))
     if form == "cpu" and dtype == torch.float64:
         with pytest.raises(ConfigError, match="fp32"):
             rms_norm(x, weight, EPS, form)

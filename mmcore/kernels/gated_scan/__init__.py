@@ -34,18 +34,18 @@ def gated_scan(
     zero key with zero gradient. Gradients flow to raw_keys, log_gates and log_decays.
     Raises ValueError for shapes that do not fit, and dispatch's errors for an implementation that cannot run.
     """
-    shape = raw_keys.shape
-    if log_gates.shape != shape[:3] or log_decays.shape != shape[:3]:
+    if raw_keys.dim() != 4 or log_gates.shape != raw_keys.shape[:3] or log_decays.shape != log_gates.shape:
         raise ValueError(
-            f"gated_scan got keys {tuple(shape)}, gates {tuple(log_gates.shape)} and decays {tuple(log_decays.shape)}: "
-            f"give [B, T, H, D], [B, T, H] and [B, T, H]"
+            f"gated_scan got keys {tuple(raw_keys.shape)}, gates {tuple(log_gates.shape)} and decays "
+            f"{tuple(log_decays.shape)}: give [B, T, H, D], [B, T, H] and [B, T, H]"
         )
-    if resets is not None and (resets.shape != shape[:2] or resets.dtype != torch.bool):
-        raise ValueError(f"gated_scan got resets {resets.dtype} {tuple(resets.shape)}: give bool {tuple(shape[:2])}")
-    if state is not None and (state[0].shape != (shape[0], *shape[2:]) or state[1].shape != (shape[0], shape[2])):
+    batch, time, heads, size = raw_keys.shape
+    if resets is not None and (resets.shape != (batch, time) or resets.dtype != torch.bool):
+        raise ValueError(f"gated_scan got resets {resets.dtype} {tuple(resets.shape)}: give bool {(batch, time)}")
+    if state is not None and (state[0].shape != (batch, heads, size) or state[1].shape != (batch, heads)):
         raise ValueError(
             f"gated_scan got a state of {tuple(state[0].shape)} and {tuple(state[1].shape)}: "
-            f"give [B, H, D] and [B, H] of keys {tuple(shape)}"
+            f"give {(batch, heads, size)} and {(batch, heads)}"
         )
     # The C form computes in fp32: fp64, which asks for more, goes to a PyTorch form by itself.
     double = raw_keys.dtype == torch.float64 and implementation == "auto"

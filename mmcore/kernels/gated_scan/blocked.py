@@ -2,7 +2,8 @@
 
 Within a chunk of C steps the vector u_i = kbar_i / exp(M_i) is a triangular product:
 
-    u_i = sum_{j <= i} exp(log_gate_j + S_ji - M_i) k~_j + exp(S_i + M_in - M_i) u_in,   S_ji = sum_{j < l <= i} log_decay_l
+    u_i = sum_{j <= i} exp(log_gate_j + S_ji - M_i) k~_j + exp(S_i + M_in - M_i) u_in
+    S_ji = sum_{j < l <= i} log_decay_l,   S_i the same from the chunk's first step
 
 so that only the chunks, T / C of them, follow one another in Python. C = 32 balances the triangles (B T H C numbers,
 half as many as the keys at D = 64) against the number of chunks.

@@ -15,7 +15,6 @@ from mmcore.errors import ConfigError
 from mmcore.kernels import native
 from mmcore.kernels.layout import threads_for, with_heads_together
 
-
 _FP32 = {torch.float32}
 _FORWARD = struct.Struct("5P7n")  # `Forward` in cpu.c
 
