@@ -48,7 +48,7 @@ demo: $(READY)
 	$(BIN)/mm pretrain recipes/quickstart.yaml --resume
 	$(BIN)/mm eval runs/quickstart --compressors
 	@echo
-	$(BIN)/mm chat runs/quickstart --prompt "def read" --max-new-tokens 120 --temperature 0.7
+	$(BIN)/mm chat runs/quickstart --prompt "def read" --max-new-tokens 120 --temperature 1.0 --top-p 0.95
 	@echo
 	@echo "Talk to it:  $(BIN)/mm chat runs/quickstart"
 

@@ -21,7 +21,7 @@ def recipe(name, *overrides):
 @pytest.mark.parametrize("name", NAMES)
 def test_loads_and_plans(name):
     loaded = recipe(name)
-    gpus = "64xH100" if loaded.training.batch_size % 64 == 0 else "8xH100"
+    gpus = next(f"{n}xH100" for n in (64, 4) if loaded.training.batch_size % n == 0)
     for machine in (planning.parse_machine(gpus), planning.parse_machine("cpu")):
         plan = planning.plan(loaded, machine)
         assert plan["parameters"]["total"] > 0 and plan["training"]["tokens"] > 0

@@ -52,8 +52,9 @@ class ContextualMemory(nn.Module):
         )
         return read.flatten(2)
 
-    def advance(self, y_BTd: Tensor, state: MemoryState, delay: int) -> Tensor:
-        """The same for the next T tokens of a conversation, whose past lies in `state`: [B, T, d] -> [B, T, d].
+    def advance(self, y_BTd: Tensor, state: MemoryState, delay: int, wanted: int) -> Tensor:
+        """The same for the next T tokens of a conversation, whose past lies in `state`, as far as the last `wanted` of
+        them read: [B, T, d] -> [B, wanted, d].
 
         The pair of the last token waits in the state for the token that completes it.
         """
@@ -61,8 +62,9 @@ class ContextualMemory(nn.Module):
         state.append(keys, self._heads(self.value_proj(y_BTd)), self._completed)
         stored_keys, stored_values = state.pairs()
         read = memory_read(
-            keys, stored_keys, stored_values, *self.bandwidth(), starts=state.starts(y_BTd.shape[1]),
-            window=self.window, delay=delay, offset=state.query_offset(), implementation=self.kernels,
+            keys[:, -wanted:], stored_keys, stored_values, *self.bandwidth(), starts=state.starts(wanted),
+            window=self.window, delay=delay, offset=state.query_offset() + y_BTd.shape[1] - wanted,
+            implementation=self.kernels,
         )
         return read.flatten(2)
 

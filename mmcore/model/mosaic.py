@@ -45,17 +45,22 @@ class TwoMemoryBlock(nn.Module):
 
     def forward(self, x_BTd: Tensor, packing: Packing, delay: int, without: frozenset[str] = frozenset()) -> Tensor:
         y = self.memory_norm(x_BTd)
-        nothing = torch.zeros_like(y) if without else None
-        short = nothing if "short_term" in without else self.short_term(y, packing, self.SHORT_DELAY)
-        long = nothing if "long_term" in without else self.long_term(y, packing, delay)
-        return self._finish(x_BTd, short, long, without)
 
-    def advance(self, x_BTd: Tensor, states: dict[str, AttentionState], delay: int, without: frozenset[str]) -> Tensor:
-        y = self.memory_norm(x_BTd)
-        nothing = torch.zeros_like(y) if without else None
-        short = nothing if "short_term" in without else self.short_term.advance(y, states["short_term"], self.SHORT_DELAY)
-        long = nothing if "long_term" in without else self.long_term.advance(y, states["long_term"], delay)
-        return self._finish(x_BTd, short, long, without)
+        def read(name: str, delay: int) -> Tensor:
+            return torch.zeros_like(y) if name in without else getattr(self, name)(y, packing, delay)
+
+        return self._finish(x_BTd, read("short_term", self.SHORT_DELAY), read("long_term", delay), without)
+
+    def advance(
+        self, x_BTd: Tensor, states: dict[str, AttentionState], delay: int, without: frozenset[str], wanted: int
+    ) -> Tensor:
+        """The next T tokens, as far as the last `wanted` of them are asked for: [B, T, d] -> [B, wanted, d]."""
+        y, x = self.memory_norm(x_BTd), x_BTd[:, -wanted:]
+
+        def read(name: str, delay: int) -> Tensor:
+            return torch.zeros_like(x) if name in without else getattr(self, name).advance(y, states[name], delay, wanted)
+
+        return self._finish(x, read("short_term", self.SHORT_DELAY), read("long_term", delay), without)
 
     def _finish(self, x_BTd: Tensor, short_BTd: Tensor, long_BTd: Tensor, without: frozenset[str]) -> Tensor:
         x = x_BTd + self.out_proj(torch.cat([short_BTd, long_BTd], dim=-1))

@@ -63,11 +63,12 @@ class Attention(nn.Module):
         queries, keys, values = self._project(y_BTd, 0)
         return self._read(queries, keys, values, packing.starts, delay, 0)
 
-    def advance(self, y_BTd: Tensor, state: AttentionState, delay: int) -> Tensor:
-        T = y_BTd.shape[1]
+    def advance(self, y_BTd: Tensor, state: AttentionState, delay: int, wanted: int) -> Tensor:
+        """The next T tokens, as far as the last `wanted` of them read: [B, T, d] -> [B, wanted, d]."""
         queries, keys, values = self._project(y_BTd, state.owner.length)
         state.append(keys, values)
-        return self._read(queries, *state.pairs(), state.starts(T), delay, state.query_offset())
+        offset = state.query_offset() + y_BTd.shape[1] - wanted
+        return self._read(queries[:, -wanted:], *state.pairs(), state.starts(wanted), delay, offset)
 
     def _project(self, y_BTd: Tensor, position: int) -> tuple[Tensor, Tensor, Tensor]:
         T = y_BTd.shape[1]
@@ -115,10 +116,13 @@ class LlamaBlock(nn.Module):
             x_BTd = x_BTd + self.self_attn(self.input_layernorm(x_BTd), packing, 0)
         return self._finish(x_BTd, without)
 
-    def advance(self, x_BTd: Tensor, states: dict[str, AttentionState], delay: int, without: frozenset[str]) -> Tensor:
+    def advance(
+        self, x_BTd: Tensor, states: dict[str, AttentionState], delay: int, without: frozenset[str], wanted: int
+    ) -> Tensor:
+        x = x_BTd[:, -wanted:]
         if "attention" not in without:
-            x_BTd = x_BTd + self.self_attn.advance(self.input_layernorm(x_BTd), states["attention"], 0)
-        return self._finish(x_BTd, without)
+            x = x + self.self_attn.advance(self.input_layernorm(x_BTd), states["attention"], 0, wanted)
+        return self._finish(x, without)
 
     def _finish(self, x_BTd: Tensor, without: frozenset[str]) -> Tensor:
         if "persistent" in without:
