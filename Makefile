@@ -52,11 +52,14 @@ demo: $(READY)
 	@echo
 	@echo "Talk to it:  $(BIN)/mm chat runs/quickstart"
 
+# One process a core, at most four, of one thread each: threads of several processes would wait for one another.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
 test: $(READY_TEST)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 test-quick: $(READY_TEST)
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 lint: $(READY_TEST)
 	$(BIN)/python -m pip install -q ruff && $(BIN)/ruff check .
