@@ -482,6 +482,7 @@ class TestTheProgram:
             screen.wait("forgotten")
             screen.type(f"/load {saved}\r")
             screen.wait("nothing was read again")
+            screen.wait(READY)  # before it, the terminal itself would take Ctrl-D
             screen.type("\x04")
             assert screen.status() == 0
         assert stat.S_IMODE(saved.stat().st_mode) == 0o600
@@ -521,7 +522,11 @@ class Terminal:
                 self.seen += os.read(self.master, 65536).decode(errors="replace")
         self.mark = at + len(text)
 
-    def status(self):
-        _, status = os.waitpid(self.pid, 0)
+    def status(self, seconds=60.0):
+        end = time.monotonic() + seconds
+        while not (found := os.waitpid(self.pid, os.WNOHANG))[0]:
+            assert time.monotonic() < end, "the program did not end"
+            time.sleep(0.05)
+        status = found[1]
         self.pid = 0
         return os.waitstatus_to_exitcode(status)
