@@ -290,7 +290,8 @@ def tokenizing_line(event: events.Tokenizing) -> str:
 
 def validation_line(event: events.Validated) -> str:
     bits = f" ({event.bits_per_byte:.4f} bits per byte)" if event.bits_per_byte is not None else ""
-    return f"step {event.step:,}: validation loss {event.loss:.4f}{bits} on {count(event.tokens)} tokens, {seconds(event.seconds)}"
+    where = f"on {count(event.tokens)} tokens, {seconds(event.seconds)}"
+    return f"step {event.step:,}: validation loss {event.loss:.4f}{bits} {where}"
 
 
 def started_line(event: events.Started) -> str:

@@ -306,14 +306,14 @@ def generate_batch(
     padding = [longest - len(row) for row in rows]
     device = model.classifier_weight.device
     state = model.new_state(len(rows), padding=torch.tensor(padding, device=device) if any(padding) else None)
-    tokens_BT = torch.tensor([[0] * pad + row for pad, row in zip(padding, rows)], device=device)
+    tokens_BT = torch.tensor([[0] * pad + row for pad, row in zip(padding, rows, strict=False)], device=device)
     for piece_BT in tokens_BT.split(chunk, dim=1):
         logits_BV = model.advance(piece_BT, state)
     answers: list[list[int]] = [[] for _ in rows]
     for count in range(max_new_tokens):
         points = [uniform(seed + i, len(row) + count) if temperature else 0.0 for i, row in enumerate(rows)]
         drawn = choose(logits_BV[:, : vocab_size or size], sampling, points)
-        for answer, token in zip(answers, drawn):
+        for answer, token in zip(answers, drawn, strict=False):
             if not answer or answer[-1] not in stops:
                 answer.append(token)
         if count + 1 == max_new_tokens or all(answer[-1] in stops for answer in answers):

@@ -146,5 +146,8 @@ class Ended:
     """Of this process, from the first step to the end."""
 
 
-Event = Preparing | Tokenizing | Notice | Started | StepDone | Validating | Validated | Saving | Saved | Stopping | Quitting | Ended
+Event = (
+    Preparing | Tokenizing | Notice | Started | StepDone | Validating | Validated | Saving | Saved | Stopping | Quitting
+    | Ended
+)
 Listener = Callable[[Event], None]

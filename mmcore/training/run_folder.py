@@ -117,7 +117,9 @@ class RunFolder:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.close()
-            raise ConfigError(f"another process is training in {self.path}: wait for it, or choose another checkpoint.folder") from None
+            raise ConfigError(
+                f"another process is training in {self.path}: wait for it, or choose another checkpoint.folder"
+            ) from None
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise

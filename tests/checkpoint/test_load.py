@@ -5,13 +5,11 @@ import os
 import pytest
 import torch
 
-
-from mmcore.model import build_model
-
 import mmcore
 from mmcore.checkpoint.formats import open_checkpoint, write_exported
 from mmcore.checkpoint.names import expected_tensors
 from mmcore.errors import CheckpointError, ConfigError, HardwareError
+from mmcore.model import build_model
 from tests.checkpoint.llama_reference import ReferenceLlama
 from tests.checkpoint.small import ALL, LLAMA, MOSAIC, TIED, save, weights
 from tests.helpers.real_data import DATA, needs_data

@@ -116,7 +116,7 @@ def test_rows_of_a_batch_stop_apart():
     stop = free[0][4]
     model = FakeModel()
     rows = generate_batch(model, prompts, max_new_tokens=30, temperature=1.0, stop_ids=[stop])
-    for row, all_of_it in zip(rows, free):
+    for row, all_of_it in zip(rows, free, strict=False):
         end = all_of_it.index(stop) + 1 if stop in all_of_it else 30
         assert row == all_of_it[:end]
 

@@ -150,7 +150,7 @@ def assert_close(case, form, dtype, tolerance, same=False):
     true_out, true_grads = truth(case, same)
     assert out.dtype == dtype and out.shape == true_out.shape
     torch.testing.assert_close(out.double(), true_out, rtol=tolerance, atol=tolerance)
-    for name, grad, true in zip(NAMES, grads, true_grads):
+    for name, grad, true in zip(NAMES, grads, true_grads, strict=False):
         # relative to the largest entry: a gradient is a sum whose terms cancel
         scale = max(1.0, true.abs().max().item()) if true.numel() else 1.0
         scale *= 30 if name in NAMES[3:] else 1  # one number from thousands of terms of both signs
@@ -200,7 +200,7 @@ def test_threads_change_nothing(name, threads, same):
         once, again = (run(CASES[name], "cpu", torch.float32, same) for _ in range(2))
     finally:
         torch.set_num_threads(before)
-    for a, b in zip([once[0], *once[1]], [again[0], *again[1]]):
+    for a, b in zip([once[0], *once[1]], [again[0], *again[1]], strict=False):
         assert torch.equal(a, b)
 
 
@@ -220,7 +220,7 @@ def test_large_bandwidths_stay_finite(form, queries):
     case = Case(queries, 100, offset=100 - queries, size=32)
     inputs, upstream = case.tensors()
     inputs = [t.float() for t in inputs]
-    for t, value in zip(inputs[3:], (22026.0, 22026.0, 1.0)):
+    for t, value in zip(inputs[3:], (22026.0, 22026.0, 1.0), strict=False):
         t.fill_(value)
     leaves = [t.requires_grad_() for t in inputs]
     out = memory_read(*leaves, **case.place(), implementation=form)
@@ -251,7 +251,7 @@ def test_pairs_that_no_query_reads_are_never_touched(queries):
         out = memory_read(*leaves, **case.place(), implementation="cpu")
         out.backward(upstream.float())
         results.append([out.detach(), *(t.grad for t in leaves)])
-    for clean, spoiled in zip(*results):
+    for clean, spoiled in zip(*results, strict=False):
         torch.testing.assert_close(clean, spoiled, rtol=0, atol=0)
 
 
@@ -301,7 +301,7 @@ def test_chunks_equal_the_whole(form):
     for cuts in ([0, 1, 8, 50, 90], list(range(91))):
         parts = [
             memory_read(q[:, a:b], k[:, :b], v[:, :b], *bandwidths, window=33, delay=2, offset=a, implementation=form)
-            for a, b in zip(cuts, cuts[1:])
+            for a, b in zip(cuts, cuts[1:], strict=False)
         ]
         torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=2e-6, atol=2e-6)
 

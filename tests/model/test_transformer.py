@@ -67,8 +67,7 @@ def test_long_short_attention_with_full_reach_is_two_attentions():
         q, k, v = (proj(y).view(1, 20, 4, 8).transpose(1, 2) for proj in (memory.q_proj, memory.k_proj, memory.v_proj))
         angles = torch.arange(20.0)[:, None] * 10_000.0 ** (-torch.arange(0, 8, 2) / 8)
         cos, sin = torch.cat([angles.cos()] * 2, -1).double(), torch.cat([angles.sin()] * 2, -1).double()
-        def turn(x):
-            return x * cos + torch.cat([-x[..., 4:], x[..., :4]], -1) * sin
-        expected = torch.nn.functional.scaled_dot_product_attention(turn(q), turn(k), v, is_causal=True)
+        q, k = (x * cos + torch.cat([-x[..., 4:], x[..., :4]], -1) * sin for x in (q, k))
+        expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         got = memory(y, packing(None), 0)
         assert torch.allclose(got, expected.transpose(1, 2).flatten(2), atol=1e-6)

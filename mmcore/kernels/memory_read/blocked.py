@@ -65,9 +65,10 @@ class _Read(torch.autograd.Function):
             with torch.enable_grad():
                 out = _read_block(*leaves, first, last, reach.start)
             grads = torch.autograd.grad(out, leaves, grad[:, block])
-            for total, part in zip((sums[0][:, block], sums[1][:, reach], sums[2][:, reach], *sums[3:]), grads):
+            totals = (sums[0][:, block], sums[1][:, reach], sums[2][:, reach], *sums[3:])
+            for total, part in zip(totals, grads, strict=True):
                 total += part
-        needed = (total if need else None for total, need in zip(sums, ctx.needs_input_grad))
+        needed = (total if need else None for total, need in zip(sums, ctx.needs_input_grad, strict=False))
         return *needed, None, None, None, None
 
 
