@@ -43,12 +43,14 @@ def chat(
       echo "Once upon a time" | mm chat runs/stories --temperature 0.7
     """
     from mmcli.terminal import tolerate_narrow_encodings
+    from mmcore.checkpoint.resolve import resolve_checkpoint
     from mmcore.errors import ConfigError
 
     tolerate_narrow_encodings()
     interactive = prompt is None and sys.stdin.isatty() and sys.stdout.isatty()
     if interactive and as_json:
         raise ConfigError("--json answers one prompt: give it with --prompt, or on standard input")
+    resolve_checkpoint(checkpoint, on_skip=lambda _: None, verify=False)  # before anybody types a prompt for nothing
     text = None if interactive else _given_text(prompt)
     from mmcli.chat_commands import Settings  # torch comes with it: a bad prompt is refused before
 

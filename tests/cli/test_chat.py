@@ -57,6 +57,7 @@ def tokenizer(request, base_tokenizer, chat_tokenizer):
 @pytest.fixture
 def loaded(monkeypatch, tokenizer):
     """`mm chat` opens a small stand-in model."""
+    monkeypatch.setattr("mmcore.checkpoint.resolve.resolve_checkpoint", lambda path, **_: path)
     monkeypatch.setattr(mmcore, "load_model", lambda path, **_: FakeModel(300), raising=False)
     monkeypatch.setattr(mmcore, "load_tokenizer", lambda path: tokenizer, raising=False)
 
@@ -452,6 +453,7 @@ class TestTheProgram:
     def test_bad_input(self, checkpoint, tmp_path):
         for arguments, data, message in (
             ((tmp_path / "nowhere",), b"hi", b"nowhere"),
+            ((tmp_path / "nowhere",), b"", b"there is no checkpoint at"),
             ((checkpoint,), b"\xff\xfe", b"standard input is not UTF-8"),
             ((checkpoint,), b"", b"the prompt is empty"),
             ((checkpoint, "--without", "medium_term"), b"hi", b"medium_term"),
