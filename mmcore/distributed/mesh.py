@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 from mmcore.errors import HardwareError
 
@@ -15,6 +16,8 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    control: Any = None
+    """The gloo group for messages between ranks (torch.distributed's default group where it is none)."""
 
     @property
     def is_first(self) -> bool:

@@ -7,7 +7,9 @@ from pathlib import Path
 from mmcore.checkpoint.formats.base import Checkpoint
 from mmcore.checkpoint.formats.folder import open_folder, write_exported
 from mmcore.checkpoint.formats.llama2c import open_llama2c
+from mmcore.checkpoint.integrity import ALONE
 from mmcore.checkpoint.resolve import resolve_checkpoint
+from mmcore.distributed.messages import Messages
 
 FORMATS = {
     "training": ("a step of a run: weights, optimizer, position in the data", "read"),
@@ -18,14 +20,16 @@ FORMATS = {
 """Name -> what it is, and what can be done with it."""
 
 
-def open_checkpoint(path: str | Path, *, verify: bool = True, allow_nonfinite: bool = False) -> Checkpoint:
+def open_checkpoint(path: str | Path, *, verify: bool = True, allow_nonfinite: bool = False,
+                    messages: Messages = ALONE) -> Checkpoint:  # fmt: skip
     """Open whatever `path` means (see resolve_checkpoint), without reading weights yet.
 
     verify=False leaves out the hashes of a training checkpoint, for one that was verified a moment ago.
-    allow_nonfinite=True hands out weights with NaN or infinity, to look at what went wrong. Raises
-    CheckpointError where the checkpoint is missing, damaged, or does not fit its configuration.
+    allow_nonfinite=True hands out weights with NaN or infinity, to look at what went wrong. messages: of ranks that
+    open it together, which share the reading for the hashes. Raises CheckpointError where the checkpoint is
+    missing, damaged, or does not fit its configuration.
     """
-    found = resolve_checkpoint(path, verify=verify)
+    found = resolve_checkpoint(path, verify=verify, messages=messages)
     if found.is_file():
         return open_llama2c(found, allow_nonfinite=allow_nonfinite)
     return open_folder(found, verify=False, allow_nonfinite=allow_nonfinite)
