@@ -79,6 +79,12 @@ def _chunk(length: int, count: int, place: int) -> tuple[int, int]:
     return min(length, each * place), min(length, each * (place + 1))
 
 
+def shape_of(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
+    """The shape of a tensor of a checkpoint, without reading it where the mapping knows."""
+    specs = getattr(tensors, "specs", None)
+    return tuple(tensors[name].shape) if specs is None else specs[name].shape
+
+
 def rows_of(tensors: Mapping[str, Tensor], name: str, start: int, stop: int) -> Tensor:
     """Rows start .. stop-1 of a tensor of a checkpoint, reading no more than those where the mapping can do so."""
     read = getattr(tensors, "rows", None)

@@ -8,12 +8,16 @@ it pickles, and what is pickled here would be run there.
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from mmcore.distributed.mesh import World
+from mmcore.errors import MMError
+
+T = TypeVar("T")
 
 
 class Messages:
@@ -40,6 +44,26 @@ class Messages:
         received = [torch.empty(max(sizes), dtype=torch.uint8) for _ in sizes]
         dist.all_gather(received, _padded(data, max(sizes)), group=self._group)
         return [_decoded(part, size) for part, size in zip(received, sizes, strict=True)]
+
+    def together(self, work: Callable[[], T]) -> T:
+        """What `work` returns here; where it raises an MMError on any rank, all ranks raise one.
+
+        For work that ranks do each for itself and that must not end on some of them only.
+        """
+        result, error = None, None
+        try:
+            result = work()
+        except MMError as caught:
+            if self.size == 1:
+                raise
+            error = caught
+        sentences = self.share(None if error is None else str(error))
+        if error is not None:
+            raise error
+        for rank, sentence in enumerate(sentences):
+            if sentence is not None:
+                raise MMError(f"rank {rank}: {sentence}")
+        return result
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all ranks at rank 0, and nothing elsewhere: for messages too long to send to everyone."""

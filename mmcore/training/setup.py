@@ -24,6 +24,7 @@ from mmcore.data.loader import make_batch
 from mmcore.data.packing import Samples
 from mmcore.data.tokenizer import Tokenizer
 from mmcore.distributed.mesh import World, world_from_environment
+from mmcore.distributed.messages import Messages
 from mmcore.distributed.parallelize import parallelize
 from mmcore.errors import CheckpointError, ConfigError
 from mmcore.kernels.allocator import keep_pages
@@ -69,7 +70,8 @@ def prepare_trainer(
     precision = checks.choose_precision(recipe.training.precision, device)
     run = RunFolder(recipe.run_folder)
     run.check_writable()
-    resumed = _find_start(recipe, run, start, tell)
+    messages = Messages(world)
+    resumed = _find_start(recipe, run, start, messages, tell)
     source = _source(recipe, run, stage) if resumed is None else None
     checks.check_memory(recipe, device)
     checks.check_disk(recipe)
@@ -85,20 +87,22 @@ def prepare_trainer(
         model = _build(recipe, device, source)
         trainer = Trainer(_job(recipe, stage, model, corpus, tokenizer, device, precision, world, tell), listeners)
         if resumed is not None:
-            trainer.restore(resumed)
+            messages.together(lambda: trainer.restore(resumed))
     _open_run_folder(trainer, run, tokenizer, corpus, start)
     return trainer
 
 
-def _find_start(recipe: Recipe, run: RunFolder, start: Start, tell: Listener) -> Path | None:
+def _find_start(
+    recipe: Recipe, run: RunFolder, start: Start, messages: Messages, tell: Listener
+) -> Path | None:
     """The checkpoint to resume from, or None to begin at step 1. Raises ConfigError, CheckpointError."""
     if start.overwrite:
         return None
     if not start.resume:
-        run.refuse_if_used()
+        messages.together(run.refuse_if_used)
         return None
     skipped: list[str] = []
-    newest = next(iterate_whole(run.path, skipped.append), None)
+    newest = next(iterate_whole(run.path, skipped.append, messages=messages), None)
     for sentence in skipped:
         tell(Notice(sentence))
     if newest is None and run.holds_checkpoints():
@@ -106,13 +110,18 @@ def _find_start(recipe: Recipe, run: RunFolder, start: Start, tell: Listener) ->
     if newest is None:
         tell(Notice(f"{run.path} holds no checkpoint yet: starting from the beginning"))
         return None
+    for sentence in messages.together(lambda: _changes(recipe, newest)):
+        tell(Notice(sentence))
+    return newest
+
+
+def _changes(recipe: Recipe, newest: Path) -> list[str]:
+    """What to say about a recipe that differs from the checkpoint's. Raises CheckpointError where it may not differ."""
     try:
         before = yaml.safe_load((newest / "recipe.yaml").read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError):
         raise CheckpointError(f"{newest} has no readable recipe.yaml: go on from it with `mm finetune` instead") from None
-    for sentence in check_same_recipe(before, recipe.as_dict(), newest):
-        tell(Notice(sentence))
-    return newest
+    return check_same_recipe(before, recipe.as_dict(), newest)
 
 
 def _source(recipe: Recipe, run: RunFolder, stage: str) -> Checkpoint | None:
