@@ -32,7 +32,7 @@ Pieces = Mapping[str, Mapping[str, tuple[int, int]]]
 _FILE = re.compile(r"(model|optimizer)-rank(\d{5})-of-(\d{5})\.safetensors")
 _DTYPES = {dtype_name(dtype): dtype for dtype in DTYPES.values()}
 _LIMIT = 1 << 30  # 8 B parameters over 512 ranks are a million pieces
-_LISTED = 5
+_LISTED = 2  # faults in a message; more are counted
 
 
 def stem(section: str, rank: int, size: int) -> str:

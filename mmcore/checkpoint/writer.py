@@ -340,8 +340,8 @@ class CheckpointWriter:
         if not faults or self._messages.size == 1:
             return own
         first = min(faults)
-        told = faults[first] if len(set(faults.values())) == 1 else f"rank {first}: {faults[first]}"
-        fault = CheckpointError(told)
+        alike = len(faults) == self._messages.size and len(set(faults.values())) == 1
+        fault = CheckpointError(faults[first] if alike else f"rank {first}: {faults[first]}")
         fault.__cause__ = own
         return fault
 
