@@ -29,6 +29,17 @@ def check(folder: Path, *, hashes: bool = True, messages: Messages = ALONE) -> R
     hashes=False compares only names and sizes; otherwise every byte is read, by all ranks together, in as many
     threads as pay, and so are the headers of a sharded checkpoint's files. All ranks raise, or none.
     """
+    records, problems = messages.each(lambda: _look(folder, hashes, messages))
+    problems = list(dict.fromkeys(fault for faults in messages.share(problems) for fault in faults))
+    if len(problems) == 1 and problems[0].startswith(f"{folder}{os.sep}"):
+        raise CheckpointError(problems[0])
+    if problems:
+        raise CheckpointError(f"{folder} is not whole: {'; '.join(problems)}")
+    return records
+
+
+def _look(folder: Path, hashes: bool, messages: Messages) -> tuple[Records, list[str]]:
+    """The records, and what this rank finds wrong. Does not raise: the other ranks wait for the answer."""
     records: Records = {}
     problems: list[str] = []
     try:
@@ -38,12 +49,7 @@ def check(folder: Path, *, hashes: bool = True, messages: Messages = ALONE) -> R
         problems += _faults(folder, records, hashes, messages)
     except CheckpointError as error:
         problems.append(str(error))
-    problems = list(dict.fromkeys(fault for faults in messages.share(problems) for fault in faults))
-    if len(problems) == 1 and problems[0].startswith(f"{folder}{os.sep}"):
-        raise CheckpointError(problems[0])
-    if problems:
-        raise CheckpointError(f"{folder} is not whole: {'; '.join(problems)}")
-    return records
+    return records, problems
 
 
 def _faults(folder: Path, records: Records, hashes: bool, messages: Messages) -> list[str]:

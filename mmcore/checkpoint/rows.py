@@ -1,8 +1,7 @@
 """Which rows of a tensor this rank holds, which of them it writes, and how it reads them back.
 
-A sharded tensor is cut along dimension 0, as FSDP2's fully_shard does it: over k ranks the first ones hold
-ceil(n / k) rows, one may hold fewer and the last ones none. Under hybrid sharding every group of ranks holds the
-same rows; each tensor is then written by one of the groups, and the tensors take turns.
+A sharded tensor is cut along dimension 0 (distributed/shards.py). Under hybrid sharding every group of ranks holds
+the same rows; each tensor is then written by one of the groups, and the tensors take turns.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mmcore.distributed.shards import is_sharded, local_rows
 from mmcore.errors import CheckpointError
 
 
@@ -34,26 +34,22 @@ def held(name: str, tensor: Tensor, rank: int = 0, size: int = 1) -> Rows:
 
     Raises CheckpointError for a tensor that is cut in another way than along its first dimension.
     """
-    if not hasattr(tensor, "device_mesh"):  # importing DTensor would cost a run of one process two seconds
+    if not is_sharded(tensor):
         return Rows(tensor.detach(), 0, _length(tensor), rank, size)
-    mesh, copies, copy, rows = tensor.device_mesh, 1, 0, (0, _length(tensor))
+    mesh, copies, copy, cut = tensor.device_mesh, 1, 0, False
     coordinate = mesh.get_coordinate()
-    cut = False
     for dimension, placement in enumerate(tensor.placements):
-        count, place = mesh.size(dimension), coordinate[dimension]
         if placement.is_replicate():
-            copies, copy = copies * count, copy * count + place
+            copies, copy = copies * mesh.size(dimension), copy * mesh.size(dimension) + coordinate[dimension]
         elif type(placement).__name__ == "Shard" and placement.dim == 0 and not cut:
-            rows, cut = _chunk(_length(tensor), count, place), True
+            cut = True
         else:
             raise CheckpointError(
                 f"{name} is laid out over the ranks as {tensor.placements}, and only whole rows can be saved: shard it "
                 f"along dimension 0 once"
             )
-    local = tensor.detach().to_local()
-    if tensor.ndim and local.shape[0] != rows[1] - rows[0]:
-        raise CheckpointError(f"{name} has {local.shape[0]} rows on this rank and not {rows[1] - rows[0]}: not saved")
-    return Rows(local, *rows, copy, copies)
+    local, start = local_rows(tensor.detach()) if cut else (tensor.detach().to_local(), 0)
+    return Rows(local, start, start + _length(local), copy, copies)
 
 
 def written(tensors: Mapping[str, Tensor], rank: int, size: int) -> dict[str, Rows]:
@@ -71,12 +67,6 @@ def written(tensors: Mapping[str, Tensor], rank: int, size: int) -> dict[str, Ro
 
 def _length(tensor: Tensor) -> int:
     return tensor.shape[0] if tensor.ndim else 1
-
-
-def _chunk(length: int, count: int, place: int) -> tuple[int, int]:
-    """Rows of the place-th of `count` parts, as torch.chunk cuts."""
-    each = -(-length // count)
-    return min(length, each * place), min(length, each * (place + 1))
 
 
 def shape_of(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:

@@ -41,7 +41,10 @@ def stem(section: str, rank: int, size: int) -> str:
 
 
 def index_bytes(specs: Mapping[str, Mapping[str, TensorSpec]], pieces: Iterable[Pieces]) -> bytes:
-    """shards.json, from the whole tensors of each section and what each rank wrote, in the order of the ranks."""
+    """shards.json, from the whole tensors of each section and what each rank wrote, in the order of the ranks.
+
+    Raises CheckpointError where the ranks' rows do not make up a tensor: nothing is published that cannot be read.
+    """
     ranks = list(pieces)
     values: dict[str, Any] = {"format": FORMAT, "ranks": len(ranks)}
     for section in SECTIONS:
@@ -53,8 +56,11 @@ def index_bytes(specs: Mapping[str, Mapping[str, TensorSpec]], pieces: Iterable[
             file = f"{stem(section, rank, len(ranks))}.safetensors"
             for name, (start, stop) in written[section].items():
                 entries[name]["pieces"].append({"file": file, "start": start, "stop": stop})
-        for entry in entries.values():
+        for name, entry in entries.items():
             entry["pieces"].sort(key=lambda piece: piece["start"])
+            edges = [0] + [edge for piece in entry["pieces"] for edge in (piece["start"], piece["stop"])]
+            if edges[0:-1:2] != edges[1::2] or edges[-1] != _rows(specs[section][name]):
+                raise CheckpointError(f"the ranks' rows of {name} do not make it up (edges {edges}): nothing was saved")
         values[section] = entries
     return (json.dumps(values, separators=(",", ":")) + "\n").encode()
 
@@ -99,10 +105,14 @@ def _tensor(folder: Path, section: str, ranks: int, entry: Any,
         if piece.start != end:
             raise ValueError(f"has pieces that {'overlap' if piece.start < end else 'leave a hole'} at row {end}")
         end = piece.stop
-    rows = shape[0] if shape else 1
-    if end != rows:
-        raise ValueError(f"has pieces of {end} rows and must have {rows}")
-    return TensorSpec(_DTYPES[dtype], tuple(shape)), cut
+    spec = TensorSpec(_DTYPES[dtype], tuple(shape))
+    if end != _rows(spec):
+        raise ValueError(f"has pieces of {end} rows and must have {_rows(spec)}")
+    return spec, cut
+
+
+def _rows(spec: TensorSpec) -> int:
+    return spec.shape[0] if spec.shape else 1
 
 
 def _piece(folder: Path, section: str, ranks: int, piece: Any, listed: Container[str]) -> Piece:

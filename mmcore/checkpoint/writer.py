@@ -37,11 +37,10 @@ from mmcore.checkpoint.rows import written
 from mmcore.checkpoint.staging import Staging
 from mmcore.checkpoint.tensorfile import TensorSpec
 from mmcore.distributed.mesh import World
-from mmcore.distributed.messages import Messages
+from mmcore.distributed.messages import GLANCE, Messages
 from mmcore.errors import CheckpointError
 
 _KEPT = "earlier checkpoints are untouched"
-_GLANCE = 0.02  # seconds between two looks at a save that is waited for
 
 
 @dataclass
@@ -177,7 +176,7 @@ class CheckpointWriter:
             if self._messages.size == 1 and self._save.thread is not None:
                 self._save.thread.join(self._patience)
             elif not self._save.idle:
-                time.sleep(_GLANCE)
+                time.sleep(GLANCE)
             path = self.poll() or path
             self._lose_patience(time.monotonic() > end)
         return path

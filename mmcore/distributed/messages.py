@@ -8,16 +8,20 @@ it pickles, and what is pickled here would be run there.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from mmcore.distributed.mesh import World
-from mmcore.errors import MMError
 
 T = TypeVar("T")
+
+GLANCE = 0.02
+"""Seconds between two looks at work that is waited for."""
 
 
 class Messages:
@@ -45,25 +49,19 @@ class Messages:
         dist.all_gather(received, _padded(data, max(sizes)), group=self._group)
         return [_decoded(part, size) for part, size in zip(received, sizes, strict=True)]
 
-    def together(self, work: Callable[[], T]) -> T:
-        """What `work` returns here; where it raises an MMError on any rank, all ranks raise one.
+    def each(self, work: Callable[[], T]) -> T:
+        """Do `work` on every rank; all return once all are done, however long that takes.
 
-        For work that ranks do each for itself and that must not end on some of them only.
+        Nobody waits inside a message, whose time is bounded: the ranks look at one another now and then. `work` runs in
+        a thread and must not talk to other ranks; what it raises is raised here, on the ranks where it does.
         """
-        result, error = None, None
-        try:
-            result = work()
-        except MMError as caught:
-            if self.size == 1:
-                raise
-            error = caught
-        sentences = self.share(None if error is None else str(error))
-        if error is not None:
-            raise error
-        for rank, sentence in enumerate(sentences):
-            if sentence is not None:
-                raise MMError(f"rank {rank}: {sentence}")
-        return result
+        if self.size == 1:
+            return work()
+        with ThreadPoolExecutor(1) as pool:
+            result = pool.submit(work)
+            while not self.all(result.done()):
+                time.sleep(GLANCE)
+        return result.result()
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all ranks at rank 0, and nothing elsewhere: for messages too long to send to everyone."""

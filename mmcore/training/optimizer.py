@@ -64,6 +64,7 @@ def optimizer_steps(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
     return {"*": most} | {name: count for name, count in steps.items() if count != most}
 
 
+@torch.no_grad()
 def load_optimizer(
     model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], steps: Mapping[str, int]
 ) -> None:

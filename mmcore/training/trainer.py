@@ -138,7 +138,7 @@ class Trainer:
 
     def _run(self, interrupts: Interrupts) -> None:
         def stopping() -> bool:
-            return agreed(interrupts.received is not None, self.job.world, self.job.device)
+            return agreed(interrupts.received is not None, self.job.world)
 
         self.model.train()
         self._peak = peak_flops(self.job.device, self.job.precision) * self.job.world.size
@@ -176,7 +176,10 @@ class Trainer:
         self.meter.start()
         micro_batches = next(batches)
         self.optimizer.zero_grad(set_to_none=True)
-        result = accumulate(self.model, micro_batches, delay, self.job.device, self.job.precision, self.job.world)
+        job = self.job
+        result = accumulate(
+            self.model, micro_batches, delay, job.device, job.precision, job.world, self.recipe.distributed
+        )
         if not result.is_finite:  # the sentence to come names the newest whole checkpoint
             self._published(self.writer.wait())
         require_finite(result, self.model, step, self._samples_of_step(), self.checkpoint, rate)
@@ -239,6 +242,7 @@ class Trainer:
             self.job.precision,
             stop=stopping,
             progress=lambda done: self._emit(events.Validating(done, total)),
+            world=self.job.world,
         )
         if found is None:
             return

@@ -29,7 +29,7 @@ from mmcore.distributed.mesh import World
 from mmcore.distributed.messages import Messages
 from mmcore.errors import CheckpointError
 from tests.checkpoint.sharded_model import Toy, writer
-from tests.helpers.ranks import run_ranks
+from tests.helpers.forked_ranks import run_ranks
 
 LAYOUTS = {1: {"one": False}, 2: {"two": False}, 3: {"three": False}, 4: {"four": False, "hybrid": True}}
 """Ranks -> names, and whether two groups of the ranks hold the same rows."""
