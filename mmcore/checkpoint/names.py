@@ -35,6 +35,8 @@ META_NAMES = {
 }
 """Hugging Face's Llama names -> Meta's."""
 
+EMBEDDING, CLASSIFIER = "model.embed_tokens.weight", "lm_head.weight"
+
 _IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 _LISTED = 20  # names of one kind in a message; more are counted
 
@@ -119,6 +121,12 @@ def check_tensors(config: ModelConfig, found: Mapping[str, tuple[int, ...]], ori
     if faults:
         raise CheckpointError(f"{origin} does not fit its config.json: {'; '.join(faults)}")
     return list(expected)
+
+
+def twin_of(config: ModelConfig, found: Mapping[str, tuple[int, ...]]) -> str | None:
+    """The classifier where a tied model's file holds it a second time: it is left out, and must equal the embedding."""
+    twice = config.tie_word_embeddings and CLASSIFIER in found and EMBEDDING in found
+    return CLASSIFIER if twice and found[CLASSIFIER] == found[EMBEDDING] else None
 
 
 def _listed(names: list[str]) -> str:
