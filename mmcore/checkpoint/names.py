@@ -101,13 +101,13 @@ def check_tensors(config: ModelConfig, found: Mapping[str, tuple[int, ...]], ori
     Raises one CheckpointError that lists all missing, unexpected and misshapen tensors, and further `problems`.
     Rotary tables that old Llama files carry are left out: they follow from the configuration.
     """
+    faults = list(problems)
     if config.num_hidden_layers > len(found):  # before a list of the layers is made
         raise CheckpointError(
             f"{origin}: config.json says {config.num_hidden_layers} layers and the files hold {len(found)} tensors: "
-            f"they do not belong together"
+            f"they do not belong together{''.join(f'; {problem}' for problem in faults)}"
         )
     expected = expected_tensors(config)
-    faults = list(problems)
     missing = [name for name in expected if name not in found]
     unexpected = [name for name in found if name not in expected and not _IGNORED.fullmatch(name)]
     misshapen = [

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmcore.checkpoint import disk, tensorfile, untrusted
 from mmcore.checkpoint.disk import FileRecord
@@ -58,9 +58,9 @@ def read_torch_file(path: Path) -> Any:
     Nothing in the file is run. Raises CheckpointError for anything else, damage included.
     """
     size = untrusted.require_regular(path)
-    _check_archive(path, size)
+    members = _members(path, size)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a stranger's description can fail in any way, all of which mean the same
         if "weights_only" in str(error) or "Unsupported" in str(error) or "WeightsUnpickler" in str(error):
             raise CheckpointError(
@@ -68,9 +68,11 @@ def read_torch_file(path: Path) -> Any:
                 f"the model's state_dict, or use safetensors"
             ) from None
         raise CheckpointError(f"{path} cannot be read as PyTorch's ({shown(_first(error))}): get it again") from None
+    _check_storages(path, content, members)
+    return content
 
 
-def _check_archive(path: Path, size: int) -> None:
+def _members(path: Path, size: int) -> list[zipfile.ZipInfo]:
     """The zip's directory: stored members, within the file, no name twice. Raises CheckpointError."""
     try:
         with zipfile.ZipFile(path) as archive:
@@ -100,6 +102,46 @@ def _check_archive(path: Path, size: int) -> None:
         problem = "is a zip, but none of PyTorch's: check the path"
     if problem:
         raise CheckpointError(f"{path} {problem}")
+    return members
+
+
+def _check_storages(path: Path, content: Any, members: list[zipfile.ZipInfo]) -> None:
+    """Every storage must be a whole member of the zip: torch takes what follows where a member is too short.
+
+    Torch does not say which member a storage is, but all are views of one mapping, which begins at a whole page.
+    """
+    storages = sorted({(storage.data_ptr(), storage.nbytes()) for storage in _storages(content) if storage.nbytes()})
+    if not storages:
+        return
+    places = _places(path, members)
+    first, size = storages[0]
+    bases = (first - offset for offset, length in places.items() if length == size and (first - offset) % 4096 == 0)
+    if not any(all(places.get(start - base) == length for start, length in storages) for base in bases):
+        raise CheckpointError(f"{path} is damaged: its tensors and its parts differ in size; get it again")
+
+
+def _places(path: Path, members: list[zipfile.ZipInfo]) -> dict[int, int]:
+    """Where each member's data begins in the file -> its bytes."""
+    places = {}
+    with open(path, "rb") as file:
+        for member in members:
+            file.seek(member.header_offset + 26)
+            name, extra = struct.unpack("<HH", file.read(4).ljust(4, b"\0"))
+            places[member.header_offset + 30 + name + extra] = member.file_size
+    return places
+
+
+def _storages(content: Any) -> Iterator[torch.UntypedStorage]:
+    """The storages of all plain tensors in nested dicts and lists, which may hold themselves."""
+    waiting, seen = [content], set()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, (Mapping, list, tuple, set)):
+            if id(value) not in seen:
+                seen.add(id(value))
+                waiting.extend(value.values() if isinstance(value, Mapping) else value)
+        elif type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided and not value.is_meta:
+            yield value.untyped_storage()
 
 
 def _first(error: Exception) -> str:
