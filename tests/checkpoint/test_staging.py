@@ -24,7 +24,6 @@ def source_in(folder):
     return write_exported(folder / "source", MOSAIC, weights())
 
 
-
 def interrupted(monkeypatch, source, target, shards, **options):
     """Convert until `shards` shards are finished, then press Ctrl-C; the staging folder that is left."""
     original, count = tensorfile._write_shard, 0
@@ -139,6 +138,7 @@ convert_checkpoint(sys.argv[1], sys.argv[2], max_shard_bytes=1500)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_gone_on_with(tmp_path, monkeypatch):
     """SIGKILL while shards are being written, twice."""
     source, target = source_in(tmp_path), tmp_path / "out"
