@@ -23,7 +23,7 @@ from mmcore.checkpoint.formats.base import Reopened
 from mmcore.checkpoint.formats.folder import tokenizer_files
 from mmcore.checkpoint.load import load_tokenizer
 from mmcore.checkpoint.resolve import resolve_checkpoint
-from mmcore.checkpoint.staging import staging_key
+from mmcore.checkpoint.resumable import staging_key
 from mmcore.checkpoint.tensorfile import LazyTensors, TensorSpec, dtype_name
 from mmcore.errors import CheckpointError, ConfigError, DataError
 

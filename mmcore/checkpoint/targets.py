@@ -20,7 +20,7 @@ from mmcore.checkpoint.formats.folder import check_export_dtype, copied, kept_wo
 from mmcore.checkpoint.formats.modelconfig import config_json, generation_config_json
 from mmcore.checkpoint.formats.torchfile import is_torch_file, write_torch_file
 from mmcore.checkpoint.names import CLASSIFIER, EMBEDDING, expected_tensors
-from mmcore.checkpoint.staging import resumable_folder
+from mmcore.checkpoint.resumable import resumable_folder
 from mmcore.checkpoint.tensorfile import TensorSpec
 from mmcore.errors import CheckpointError, ConfigError
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mmcore.checkpoint import disk, untrusted
 from mmcore.checkpoint.disk import FileRecord, NewFile
-from mmcore.checkpoint.staging import Staging
+from mmcore.checkpoint.resumable import Staging
 from mmcore.checkpoint.untrusted import shown
 from mmcore.errors import CheckpointError
 

@@ -16,7 +16,7 @@ from mmcore.checkpoint.formats.base import Checkpoint
 from mmcore.checkpoint.formats.modelconfig import config_json, generation_config_json, read_config
 from mmcore.checkpoint.formats.statedict import VOCABULARIES, find_state_dicts, open_state_dict
 from mmcore.checkpoint.names import CLASSIFIER, EMBEDDING, check_tensors, expected_tensors, twin_of
-from mmcore.checkpoint.staging import resumable_folder
+from mmcore.checkpoint.resumable import resumable_folder
 from mmcore.checkpoint.tensorfile import TensorSpec
 from mmcore.checkpoint.untrusted import shown
 from mmcore.config import ModelConfig
@@ -112,7 +112,7 @@ def write_exported(
     files: further files by name, as bytes or paths to copy, such as the code that transformers needs.
     extra: keys laid over config.json, such as bos_token_id. certify: called with the finished folder before it
     gets its name; the files that it returns are stored too, and where it raises nothing is left. key: what a killed
-    writer with the same key finished is not written again (staging.py). progress hears of the bytes written.
+    writer with the same key finished is not written again (resumable.py). progress hears of the bytes written.
     An existing `folder` is kept, or with force replaced once the new one is whole, provided that it holds a
     checkpoint and nothing else. Raises CheckpointError.
     """

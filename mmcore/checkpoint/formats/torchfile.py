@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mmcore.checkpoint import disk, tensorfile, untrusted
 from mmcore.checkpoint.disk import FileRecord
-from mmcore.checkpoint.staging import Staging
+from mmcore.checkpoint.resumable import Staging
 from mmcore.checkpoint.tensorfile import TensorSpec
 from mmcore.checkpoint.untrusted import shown
 from mmcore.errors import CheckpointError

@@ -13,7 +13,7 @@ import torch
 from mmcore.checkpoint import tensorfile
 from mmcore.checkpoint.convert import convert_checkpoint
 from mmcore.checkpoint.formats import open_checkpoint, write_exported
-from mmcore.checkpoint.staging import JOURNAL, resumable_folder, staging_key
+from mmcore.checkpoint.resumable import JOURNAL, resumable_folder, staging_key
 from mmcore.errors import CheckpointError
 from tests.checkpoint.small import MOSAIC, same, weights
 
