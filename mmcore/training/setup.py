@@ -35,6 +35,7 @@ from mmcore.model import LanguageModel, build_model
 from mmcore.model.accounting import training_flops_per_token
 from mmcore.model.layers import drawing_rows
 from mmcore.training import checks
+from mmcore.training.converted import read_converted
 from mmcore.training.events import Event, Listener, Notice, Preparing, Tokenizing
 from mmcore.training.memory import explain_memory
 from mmcore.training.metrics import JsonLines, TensorBoard, keep_lines_until
@@ -161,6 +162,9 @@ def _find_start(recipe: Recipe, run: RunFolder, start: Start, tell: Listener) ->
     if newest is None:
         tell(Notice(f"{run.path} holds no checkpoint yet: starting from the beginning"))
         return None
+    if read_converted(newest, recipe.model):
+        tell(Notice(f"{newest} holds weights that were converted: training begins with them at step 1"))
+        return newest
     try:
         before = yaml.safe_load((newest / "recipe.yaml").read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError):
