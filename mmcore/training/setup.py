@@ -36,6 +36,7 @@ from mmcore.model import LanguageModel, build_model
 from mmcore.model.accounting import training_flops_per_token
 from mmcore.model.layers import drawing_rows
 from mmcore.training import checks
+from mmcore.training.converted import read_converted
 from mmcore.training.events import Event, Listener, Notice, Preparing, Tokenizing
 from mmcore.training.memory import explain_memory
 from mmcore.training.metrics import JsonLines, TensorBoard, keep_lines_until
@@ -175,7 +176,9 @@ def _look_at_folder(run: RunFolder, start: Start) -> bool:
 
 
 def _changes(recipe: Recipe, newest: Path) -> list[str]:
-    """What to say about a recipe that differs from the checkpoint's. Raises CheckpointError where it may not differ."""
+    """What to say about going on from a checkpoint. Raises CheckpointError where the recipe cannot."""
+    if read_converted(newest, recipe.model):
+        return [f"{newest} holds weights that were converted: training begins with them at step 1"]
     try:
         before = yaml.safe_load((newest / "recipe.yaml").read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError):

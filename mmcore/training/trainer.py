@@ -26,6 +26,7 @@ from mmcore.distributed.mesh import World
 from mmcore.distributed.reduce import agreed
 from mmcore.errors import CheckpointError, DataError
 from mmcore.training import events
+from mmcore.training.converted import is_converted
 from mmcore.training.events import Event, Listener
 from mmcore.training.interrupt import Interrupts
 from mmcore.training.memory import explain_memory
@@ -306,6 +307,10 @@ class Trainer:
         """
         saved = load_state(checkpoint)
         state = saved.state
+        if is_converted(state):
+            load_weights(self.model, saved.model, checkpoint)
+            self.checkpoint = self.resumed_from = checkpoint
+            return
         if state["data_identity"] != self.job.data_identity:
             raise DataError(
                 f"the data changed since {checkpoint} was written, so its position in them means nothing: restore the "
