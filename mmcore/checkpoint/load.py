@@ -29,10 +29,10 @@ def load_model(
     Hugging Face Llama folder, a PyTorch state dict, a llama2.c file.
 
     dtype: of the weights; None keeps the file's; torch.int8 keeps the matrices in int8 with a scale for each row, for
-    inference (LanguageModel.quantize), and the rest as in the file. without: memories that read as
-    empty, such as ("long_term",). kernels: the implementation of every kernel. Peak memory is the model plus one tensor,
-    and for int8 the model in the file's dtype. Raises CheckpointError for a checkpoint that is damaged or does not fit, HardwareError for a device that is not there, ConfigError for
-    a memory that the model does not have.
+    inference (LanguageModel.quantize), and the rest as in the file. without: memories that read as empty, such as
+    ("long_term",). kernels: the implementation of every kernel. Peak memory is the model plus one tensor, and for int8
+    the model in the file's dtype. Raises CheckpointError for a checkpoint that is damaged or does not fit,
+    HardwareError for a device that is not there, ConfigError for a memory that the model does not have.
     """
     return model_from(open_checkpoint(path), dtype=dtype, device=device, without=without, kernels=kernels)
 
