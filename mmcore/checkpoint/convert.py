@@ -6,14 +6,16 @@ result's dtype allows. What was compared, the hashes of both sides, and the vers
 
 from __future__ import annotations
 
+import os
 import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import mmcore
-from mmcore.checkpoint import disk
+from mmcore.checkpoint import disk, hub, untrusted
 from mmcore.checkpoint.formats import Checkpoint, open_checkpoint, write_exported
 from mmcore.checkpoint.formats.folder import open_folder, tokenizer_files
 from mmcore.checkpoint.load import load_tokenizer, model_from
@@ -75,10 +77,10 @@ def convert_checkpoint(
         made.append(_compare(checkpoint, before, folder, target, tokens, dtype, command))
         return {CERTIFICATE: disk.json_bytes(asdict(made[0]))}
 
-    ids = {key: checkpoint.config_json.get(key) for key in ("bos_token_id", "eos_token_id")}
+    values, files = _hub(checkpoint)
     write_exported(
-        target, checkpoint.config, checkpoint.tensors, dtype=dtype, tokenizer_files=_tokenizer_files(checkpoint),
-        max_shard_bytes=max_shard_bytes, extra=ids, force=force, certify=certify,
+        target, checkpoint.config, checkpoint.tensors, dtype=dtype, tokenizer_files=files,
+        max_shard_bytes=max_shard_bytes, extra=values, force=force, certify=certify,
     )  # fmt: skip
     return made[0]
 
@@ -88,13 +90,19 @@ def probe_tokens(vocab_size: int) -> torch.Tensor:
     return (torch.arange(1, TOKENS + 1) * 2_654_435_761 % 2**32 % vocab_size)[None]
 
 
-def _tokenizer_files(checkpoint: Checkpoint) -> dict[str, bytes | Path]:
-    """A folder's files as they are; a llama2.c vocabulary as the sentencepiece model that it was made from."""
-    if checkpoint.tokenizer_path is None:
-        return {}
-    if checkpoint.tokenizer_path.is_dir():
-        return dict(tokenizer_files(checkpoint.tokenizer_path))
-    return dict(load_tokenizer(checkpoint.path).files())
+def _hub(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """What transformers needs beside the weights: keys for config.json, and files."""
+    path, given = checkpoint.tokenizer_path, {}
+    if path is not None and path.is_dir():
+        for name, file in {**tokenizer_files(path), "generation_config.json": path / "generation_config.json"}.items():
+            if os.path.lexists(file):
+                untrusted.require_regular(file)
+                given[name] = file.read_bytes()
+    tokenizer = None if path is None or hub.made_elsewhere(given) else load_tokenizer(checkpoint.path)
+    keys = ("model_type", "bos_token_id", "eos_token_id", "pad_token_id")
+    found = {key: checkpoint.config_json[key] for key in keys if checkpoint.config_json.get(key) is not None}
+    values = hub.hub_config({"bos_token_id": None, "eos_token_id": None} | found, tokenizer)
+    return values, hub.hub_files(values, tokenizer, given)
 
 
 @torch.no_grad()

@@ -124,8 +124,8 @@ def write_exported(
         _may_replace(folder, force)
         with disk.new_folder(folder) as temporary:
             disk.write_json(temporary / "config.json", values)
-            disk.write_json(temporary / "generation_config.json", generation_config_json(values))
-            copied(temporary, tokenizer_files or {})
+            further = {"generation_config.json": disk.json_bytes(generation_config_json(values))}
+            copied(temporary, further | dict(tokenizer_files or {}))
             tensorfile.write_tensors(temporary, "model", tensors, specs, max_shard_bytes)
             if certify is not None:
                 copied(temporary, certify(temporary))
