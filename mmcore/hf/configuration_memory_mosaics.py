@@ -3,6 +3,8 @@
 This file needs transformers alone, so that a folder which ships it can be used without any other package.
 """
 
+from typing import ClassVar
+
 from transformers import PreTrainedConfig
 
 
@@ -17,6 +19,11 @@ class MemoryMosaicConfig(PreTrainedConfig):
 
     model_type = "memory_mosaics_v2"
     keys_to_ignore_at_inference = ["past_key_values"]
+    AUTO_MAP: ClassVar[dict[str, str]] = {
+        "AutoConfig": "configuration_memory_mosaics.MemoryMosaicConfig",
+        "AutoModel": "modeling_memory_mosaics.MemoryMosaicModel",
+        "AutoModelForCausalLM": "modeling_memory_mosaics.MemoryMosaicForCausalLM",
+    }
 
     def __init__(
         self,
@@ -57,7 +64,7 @@ class MemoryMosaicConfig(PreTrainedConfig):
             bos_token_id=bos_token_id,
             eos_token_id=eos_token_id,
             tie_word_embeddings=tie_word_embeddings,
-            **kwargs,
+            **{"auto_map": dict(self.AUTO_MAP)} | kwargs,
         )
 
 

@@ -287,6 +287,17 @@ def sort_padding(attention_mask, x):
     return (None if in_order else order), (~real).sum(1)
 
 
+def labels_within_documents(labels, attention_mask, document_ids):
+    """`labels` without those that would be predicted from padding or from another document."""
+    if attention_mask is not None:
+        padding = attention_mask[:, -labels.shape[1] :].to(labels.device) == 0
+        labels = labels.masked_fill(F.pad(padding[:, :-1], (1, 0)), -100)
+    if document_ids is not None:
+        document_ids = document_ids.to(labels.device)
+        labels = labels.masked_fill(F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0)), -100)
+    return labels
+
+
 class MemoryMosaicForCausalLM(MemoryMosaicPreTrainedModel, GenerationMixin):
     """A Memory Mosaic with its classifier."""
 
@@ -315,8 +326,8 @@ class MemoryMosaicForCausalLM(MemoryMosaicPreTrainedModel, GenerationMixin):
         **kwargs,
     ):
         """Logits [B, T, V], or of the last `logits_to_keep` positions (an index tensor: of those); with `labels`
-        [B, T] (the input ids, -100 where nothing is to be learned) also the loss of predicting each from those before.
-        The other arguments are MemoryMosaicModel's."""
+        [B, T] (the input ids, -100 where nothing is to be learned) also the loss of predicting each from those before
+        it in its document. The other arguments are MemoryMosaicModel's."""
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -333,6 +344,7 @@ class MemoryMosaicForCausalLM(MemoryMosaicPreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, wanted])
         loss = None
         if labels is not None:
+            labels = labels_within_documents(labels, attention_mask, document_ids)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
