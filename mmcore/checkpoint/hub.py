@@ -55,7 +55,7 @@ def hub_files(
 
     values: its config.json. tokenizer: the model's. given: tokenizer files and generation_config.json of the source
     folder; where another program made them (`made_elsewhere`) they are kept as they are, and `tokenizer` is not needed.
-    Raises CheckpointError where a file of `given` is no JSON, or where the tokenizer cannot be told to transformers.
+    Raises CheckpointError where a file of `given` is no JSON.
     """
     given = dict(given or {})
     files: dict[str, bytes] = {}
@@ -105,13 +105,8 @@ def _padding_token(tokenizer: Tokenizer) -> str | None:
 
 def _tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     files = tokenizer.files()
-    if "tokenizer.json" not in files:
-        raise CheckpointError(
-            f"{tokenizer.origin} has no equal tokenizer.json, without which transformers cannot read it: only "
-            f"sentencepiece BPE with byte fallback and no normalization can be exported to hf"
-        )
     config = read_object(files, _TOKENIZER) | {"pad_token": _padding_token(tokenizer), "padding_side": "left"}
-    if tokenizer.bos_token is not None:
+    if tokenizer.bos_token is not None and "tokenizer.json" in files:
         files["tokenizer.json"] = with_begin_token(files["tokenizer.json"], tokenizer.bos_token, tokenizer.bos_id)
     config.pop("chat_template", None)  # it has a file of its own
     return files | {_TOKENIZER: _json({key: value for key, value in config.items() if value is not None})}
