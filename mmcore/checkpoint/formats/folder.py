@@ -135,8 +135,8 @@ def write_exported(
                 staging.path, "model", tensors, specs, max_shard_bytes, staging=staging, allow_nonfinite=allow_nonfinite
             )
             disk.write_json(staging.path / "config.json", values)
-            disk.write_json(staging.path / "generation_config.json", generation_config_json(values))
-            copied(staging.path, {**(tokenizer_files or {}), **(files or {})})
+            settings = {"generation_config.json": disk.json_bytes(generation_config_json(values))}
+            copied(staging.path, {**settings, **(tokenizer_files or {}), **(files or {})})
             if certify is not None:
                 copied(staging.path, certify(staging.path))
     return folder
