@@ -7,6 +7,7 @@ requests share read once (prefix.py) and every result kept in a journal.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import logging
 import os
@@ -24,6 +25,8 @@ from mmcore.generation.sampling import Sampling
 VERSION = "0.4.13"
 DEFAULT_ANSWER_TOKENS = 256
 """Tokens of an answer where a task names no number; the harness's."""
+FEWSHOT_SEED = 1234
+"""Of the examples that a task shows; the harness's own."""
 LEAST_SHARED = 16
 """Tokens that all contexts must begin with alike before a mark is left behind them."""
 
@@ -254,15 +257,20 @@ def run_online(name: str, lm: Any, limit: int | None = None) -> dict[str, Any]:
 
 
 def _evaluate(tasks: list[Any], lm: Any, limit: int | None, include_defaults: bool) -> dict[str, Any]:
-    import lm_eval
+    """The harness's evaluation. Its `simple_evaluate` would also seed every generator of the process and run git."""
+    from lm_eval.evaluator import evaluate
     from lm_eval.tasks import TaskManager
 
     for name in ("lm_eval", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    return lm_eval.simple_evaluate(
-        model=lm, tasks=tasks, limit=limit, task_manager=TaskManager(include_defaults=include_defaults),
-        bootstrap_iters=0, log_samples=True, confirm_run_unsafe_code=os.environ.get("HF_ALLOW_CODE_EVAL") == "1",
-    )
+    loaded = TaskManager(include_defaults=include_defaults).load(tasks)
+    for task in loaded["tasks"].values():
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=FEWSHOT_SEED)
+    allowed = os.environ.get("HF_ALLOW_CODE_EVAL") == "1"
+    with _quiet():
+        return evaluate(lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=0, confirm_run_unsafe_code=allowed)
 
 
 def _row(name: str, group: str, results: dict[str, Any], items: int) -> dict[str, Any]:
@@ -275,7 +283,7 @@ def _row(name: str, group: str, results: dict[str, Any], items: int) -> dict[str
     order = ("acc_norm", "acc", "exact_match")
     main = min(metrics, key=lambda key: next((i for i, word in enumerate(order) if key.startswith(word)), len(order)))
     percent = main.split(",")[0] in (*order, "f1", "pass@1")
-    return {"task": name, "group": group, "metric": main, "items": items,
+    return {"task": name, "group": group, "metric": main.split(",")[0], "items": items,
             "score": (100 if percent else 1) * metrics[main], "metrics": metrics}
 
 
@@ -305,3 +313,15 @@ def _sandboxed() -> Iterator[None]:
         yield
     finally:
         utils.env = before
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the harness's own progress bars: there is one for the whole."""
+    from lm_eval.api import task as module
+
+    before, module.tqdm = module.tqdm, functools.partial(module.tqdm, disable=True)
+    try:
+        yield
+    finally:
+        module.tqdm = before

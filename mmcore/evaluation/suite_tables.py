@@ -57,25 +57,26 @@ def shown(value: float | None, interval: list[float] | None = None) -> str:
 
 def _persistent(report: dict[str, Any]) -> list[Table]:
     models = columns(report, "persistent")
-    if not models:
-        return []
-    tasks = sorted({row["task"] for _, rows in models for row in rows}, key=lambda name: _order(name))
-    header = ["benchmark", "group", "metric", "items", *(name for name, _ in models)]
-    lines = []
-    for task in tasks:
-        found = [next((row for row in rows if row["task"] == task), None) for _, rows in models]
-        first = next(row for row in found if row)
-        lines.append([task, first["group"], first["metric"], f"{first['items']:,}",
-                      *(shown(row and row["score"]) for row in found)])
-    for group, what in ((PERSISTENT, "mean of the 13 that rest on persistent knowledge"),
-                        (CONTEXTUAL, "mean of the 6 that rest on the context")):
-        scores = group_scores(models, group)
-        count = max((len(found) for found in scores), default=0)
-        if count:
-            of = 13 if group == PERSISTENT else 6
-            lines.append([f"{what} ({count} of {of} measured)", group, "", "", *(shown(mean(found)) for found in scores)])
-    return [Table("persistent", "Benchmarks, percent", header, lines,
-                  "Through lm-evaluation-harness, each benchmark by its main metric. The two groups are the paper's.")]
+    found = []
+    for group, title, of in (
+        (PERSISTENT, "Benchmarks that rest on persistent knowledge", 13),
+        (CONTEXTUAL, "Benchmarks that rest on their context", 6),
+        (OWN, "Own benchmarks", None),
+    ):
+        tasks = sorted({row["task"] for _, rows in models for row in rows if row["group"] == group}, key=_order)
+        if not tasks:
+            continue
+        lines = []
+        for task in tasks:
+            mine = [next((row for row in rows if row["task"] == task), None) for _, rows in models]
+            first = next(row for row in mine if row)
+            lines.append([task, f"{first['items']:,}", first["metric"], *(shown(row and row["score"]) for row in mine)])
+        means = [mean(scores) for scores in group_scores(models, group)]
+        lines.append(["mean", f"{len(tasks)} of {of}" if of else f"{len(tasks)}", "", *map(shown, means)])
+        note = f"The paper's group of {of}. " if of else ""
+        found.append(Table("persistent", f"{title}, percent", ["benchmark", "items", "metric", *(name for name, _ in models)],
+                           lines, f"{note}Through lm-evaluation-harness, each benchmark by its main metric."))
+    return found
 
 
 def group_scores(models: list[tuple[str, list[dict[str, Any]]]], group: str) -> list[list[float]]:
@@ -159,7 +160,7 @@ def _in_context(report: dict[str, Any]) -> list[Table]:
             lines = [[name, *(cell(rows[count]) if count in rows else "-" for count in shots)] for name, rows in chosen]
             note = (f"{first['classes']} classes, chance {first['chance']:.1f} %, {first['items']:,} queries. " + (
                 "Wilson intervals of 95 %, which take no account of the choice of the best." if what.startswith("best")
-                else "Intervals of 95 % by a bootstrap over the queries."))
+                else "Wilson intervals of 95 %, a query counted once."))
             found.append(Table("in_context", f"{task}, {kind} labels: accuracy, {what}, percent", header, lines, note))
     return found
 

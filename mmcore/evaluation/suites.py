@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import hashlib
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -117,7 +116,7 @@ def run_suites(
     for task in material.classifications:  # too many shots are refused before hours of work
         draw_shots(task, max(shown), settings.seed)
     variants = [(subject, without) for subject in subjects for without in _variants(subject, settings.without)]
-    notes = _notes(subjects, settings, lengths, material)
+    notes = _notes(subjects, settings, lengths, material) + list(persistent.notes if persistent else ())
     results: list[dict[str, Any]] = []
     begun = time.perf_counter()
     with Journal(folder) as journal:
@@ -290,8 +289,3 @@ def _persistent_job(
         return harness.measure(tasks, model, tokenizer, journal, identity, settings.limit, tick)
 
     return Job("persistent", "benchmarks", tasks.cost(settings.limit), run)
-
-
-def digest_of(report: dict[str, Any]) -> str:
-    """A hash of a report's results."""
-    return hashlib.sha256(repr(report["results"]).encode()).hexdigest()

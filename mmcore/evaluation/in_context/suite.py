@@ -13,7 +13,7 @@ from typing import Any
 
 from mmcore.evaluation.in_context.datasets import Classification, Example
 from mmcore.evaluation.in_context.prompts import FORMS, Form, draw_shots, head, label_names, opened, terminator
-from mmcore.evaluation.intervals import bootstrap, wilson
+from mmcore.evaluation.intervals import wilson
 from mmcore.evaluation.journal import Journal, key_of
 from mmcore.evaluation.reading import Reader
 
@@ -77,9 +77,9 @@ def measure(
     task: Classification, kind: str, shots: int, most: int, reader: Reader, journal: Journal, identity: Any,
     seed: int = 0, tick: Tick | None = None,
 ) -> dict[str, Any]:
-    """Accuracy in percent with so many shots, as a row of plain values: each form with Wilson's interval, their mean
-    with a bootstrap over the queries, and the best form, whose interval is Wilson's and takes no account of having
-    been chosen."""
+    """Accuracy in percent with so many shots, as a row of plain values: each form, their mean, and the best form, with
+    Wilson's intervals. That of the mean counts a query once, whatever the number of forms; that of the best takes no
+    account of its having been chosen."""
     queries = pick_queries(task, most, seed)
     rows: list[list[bool]] = []
     forms = []
@@ -90,7 +90,7 @@ def measure(
         low, high = wilson(sum(right), len(right))
         forms.append({"form": form.name, "score": 100 * sum(right) / len(right), "interval": [100 * low, 100 * high]})
     best = max(forms, key=lambda form: form["score"])
-    low, high = bootstrap(rows, seed=seed)
+    low, high = wilson(sum(map(sum, zip(*rows, strict=True))) / len(rows), len(queries))
     mean = sum(form["score"] for form in forms) / len(forms)
     return {
         "task": task.name, "labels": kind, "shots": shots, "classes": len(task.labels), "items": len(queries),
