@@ -21,4 +21,6 @@ def wilson(hits: float, count: int, level: float = LEVEL) -> tuple[float, float]
     middle = share + z * z / (2 * count)
     spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     scale = 1 + z * z / count
-    return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
+    low = (middle - spread) / scale if hits > 0 else 0.0  # exactly: the difference of equals leaves a rest
+    high = (middle + spread) / scale if hits < count else 1.0
+    return max(0.0, low), min(1.0, high)

@@ -253,7 +253,7 @@ class Oracle:
         if "Question: Question" in prompt:
             entry = re.search(r"Question: Question (\d+)\?", prompt)[1]
             return f" It is second {entry}-4, of course"
-        keys = re.split(r", and |, ", re.search(r".* for (.*?) mentioned in the provided text (?:is|are)$", prompt)[1])
+        keys = re.split(r", and |, ", re.search(r" for (.*) mentioned", prompt[-300:].split("?")[-1])[1])
         return " " + ", ".join(value for key in keys for value in re.findall(rf"for {key} is: (\S+)\.", prompt))
 
 
