@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,14 +37,11 @@ _Shape = _structure(
 )
 
 
-@functools.cache
-def _library() -> ctypes.CDLL:
-    library = native.load(Path(__file__).with_name("cpu.c"))
-    library.mm_mosaic_step.argtypes = [_ADDRESS] * 7 + [_INT, ctypes.c_int]
-    library.mm_mosaic_step.restype = None
-    library.mm_mosaic_step_scratch.argtypes = [_ADDRESS, ctypes.c_int]
-    library.mm_mosaic_step_scratch.restype = _INT
-    return library
+_C = native.functions(
+    Path(__file__).with_name("cpu.c"),
+    mm_mosaic_step=[_ADDRESS] * 7 + [_INT, ctypes.c_int],
+    mm_mosaic_step_scratch=(_INT, [_ADDRESS, ctypes.c_int]),
+)
 
 
 class Step:
@@ -66,7 +62,7 @@ class Step:
     def __call__(self, x: Tensor, memories: Sequence[Any], position: int) -> Tensor:
         threads = torch.get_num_threads()
         if threads not in self._scratch:
-            self._scratch[threads] = torch.empty(_library().mm_mosaic_step_scratch(ctypes.byref(self._shape), threads))
+            self._scratch[threads] = torch.empty(_C.mm_mosaic_step_scratch(ctypes.byref(self._shape), threads))
         for memory, fields in zip(memories, self._memories, strict=True):
             store = memory.store
             store.reserve(1, memory.pending_key)
@@ -77,7 +73,7 @@ class Step:
             fields.used, fields.first = store.used, store.first
             store.used += 1
         logits = torch.empty(self._shape.vocabulary)
-        _library().mm_mosaic_step(
+        _C.mm_mosaic_step(
             ctypes.byref(self._shape), self._layers, self._norm, self._classifier, x.data_ptr(), logits.data_ptr(),
             self._scratch[threads].data_ptr(), position, threads,
         )

@@ -15,6 +15,10 @@ from torch import Tensor
 
 from mmcore.kernels import native
 
+_C = native.functions(
+    Path(__file__).with_name("cpu.c"),
+    mm_thin_linear=[ctypes.c_void_p] + [ctypes.c_int64] * 3 + [ctypes.c_void_p] * 4 + [ctypes.c_int] * 2,
+)
 _READABLE = (torch.float32, torch.bfloat16)
 
 
@@ -53,14 +57,6 @@ def prepare(x: Tensor, weights: Sequence[Tensor], most_rows: int) -> Prepared | 
 
 
 @functools.cache
-def _function() -> ctypes._CFuncPtr:
-    function = native.load(Path(__file__).with_name("cpu.c")).mm_thin_linear
-    function.argtypes = [ctypes.c_void_p] + [ctypes.c_int64] * 3 + [ctypes.c_void_p] * 4 + [ctypes.c_int] * 2
-    function.restype = None
-    return function
-
-
-@functools.cache
 def _arrays(count: int) -> tuple[type, type]:
     return ctypes.c_void_p * count, ctypes.c_int64 * count
 
@@ -74,7 +70,7 @@ def thin_linears(x: Tensor, call: Prepared) -> list[Tensor]:
     results = torch.empty(*lead, total) if rows == 1 else torch.empty(rows * total)
     scratch = torch.empty(rows * width) if widened else x
     pointers, sizes = _arrays(len(outs))
-    _function()(
+    _C.mm_thin_linear(
         x.data_ptr(), rows, width, len(outs), pointers(*addresses), sizes(*outs),
         results.data_ptr(), scratch.data_ptr(), widened, torch.get_num_threads(),
     )
