@@ -44,7 +44,8 @@ def linear_cross_entropy(
     elif hidden.dtype != weight.dtype:
         weight = weight.to(hidden.dtype)
     with torch.autocast(kind, enabled=False):
-        if kind == "cpu":  # on a GPU the count would make the host wait
+        # On a GPU the count would make the host wait, and a traced graph cannot hold a shape that hangs on it.
+        if kind == "cpu" and not torch.compiler.is_compiling():
             kept = labels != IGNORED
             if int(kept.sum()) < (1 - _WORTH_GATHERING) * labels.numel():
                 rows = kept.nonzero().squeeze(1)
@@ -65,7 +66,8 @@ def _check(hidden: Tensor, weight: Tensor, labels: Tensor, reduction: str) -> No
         raise ValueError(
             f"linear_cross_entropy: labels are {labels.dtype} {list(labels.shape)}: they must be int64 [{len(hidden)}]"
         )
-    if labels.device.type == "cpu" and labels.numel():  # a GPU reports it itself, later
+    # A GPU reports it itself, later.
+    if labels.device.type == "cpu" and labels.numel() and not torch.compiler.is_compiling():
         low, high = torch.aminmax(torch.where(labels == IGNORED, 0, labels))
         if low < 0 or high >= len(weight):
             bad = int(low if low < 0 else high)

@@ -10,9 +10,7 @@ from torch import Tensor
 from mmcore.errors import HardwareError
 from mmcore.kernels import dispatch
 from mmcore.kernels.thin_linear import cpu, reference
-
-MOST_ROWS = 16
-"""Rows of x up to which the compiled kernel is used; a library's matrix product is better with more."""
+from mmcore.kernels.thin_linear.cpu import MOST_ROWS
 
 _TABLE = {"cpu": cpu.thin_linears, "blocked": reference.library_linears, "reference": reference.thin_linears}
 
@@ -38,6 +36,8 @@ def thin_linears(x: Tensor, weights: Sequence[Tensor], *, implementation: str = 
     function = dispatch.choose("thin_linear", _TABLE, implementation, x.device)
     if function is not cpu.thin_linears:
         return function(x, weights)
+    if torch.compiler.is_compiling():
+        return [cpu.traced(x, weight) for weight in weights]
     call = cpu.prepare(x, weights, MOST_ROWS)
     if not isinstance(call, str):
         return cpu.thin_linears(x, call)

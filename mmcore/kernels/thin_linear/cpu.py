@@ -11,15 +11,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from mmcore.kernels import native
+from mmcore.kernels import native, registry
 
 _C = native.functions(
     Path(__file__).with_name("cpu.c"),
     mm_thin_linear=[ctypes.c_void_p] + [ctypes.c_int64] * 3 + [ctypes.c_void_p] * 4 + [ctypes.c_int] * 2,
 )
 _READABLE = (torch.float32, torch.bfloat16)
+
+
+MOST_ROWS = 16
+"""Rows of x up to which the compiled kernel is used; a library's matrix product is better with more."""
 
 
 class Prepared(NamedTuple):
@@ -78,3 +83,16 @@ def thin_linears(x: Tensor, call: Prepared) -> list[Tensor]:
         return [results] if len(outs) == 1 else list(results.split(outs, -1))
     parts = results.split([rows * out for out in outs])
     return [part.view(*lead, out) for part, out in zip(parts, outs, strict=True)]
+
+
+def _run(x: Tensor, weight: Tensor) -> Tensor:
+    call = prepare(x, (weight,), MOST_ROWS)
+    return thin_linears(x, call)[0] if not isinstance(call, str) else F.linear(x, weight.to(x.dtype))
+
+
+def _fake(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+traced = registry.operator("thin_linear_cpu(Tensor x, Tensor weight) -> Tensor", _run, _fake)
+"""One product as an operator, for torch.compile; calls that are not traced do without."""
