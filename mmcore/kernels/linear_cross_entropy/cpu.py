@@ -11,7 +11,6 @@ from torch import Tensor
 from mmcore.kernels import native
 from mmcore.kernels.linear_cross_entropy import blocked
 
-
 _C = native.functions(
     Path(__file__).with_name("cpu.c"),
     mm_softmax_rows=[ctypes.c_void_p] * 3 + [ctypes.c_int64] * 3 + [ctypes.c_int] * 2,
