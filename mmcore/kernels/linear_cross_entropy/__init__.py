@@ -9,8 +9,15 @@ from mmcore.kernels import dispatch
 from mmcore.kernels.linear_cross_entropy import blocked, cpu, reference
 from mmcore.kernels.linear_cross_entropy.blocked import IGNORED
 
-_TABLE = {"cpu": cpu.linear_cross_entropy, "blocked": blocked.linear_cross_entropy,
-          "reference": reference.linear_cross_entropy}
+
+def _triton(*arguments):
+    """Imported with its first use: Triton takes half a second."""
+    from mmcore.kernels.linear_cross_entropy import triton
+
+    return triton.linear_cross_entropy(*arguments)
+
+
+_TABLE = {"cpu": cpu.linear_cross_entropy, "triton": _triton, "blocked": blocked.linear_cross_entropy, "reference": reference.linear_cross_entropy}
 _REDUCTIONS = ("mean", "sum", "none")
 
 # From this share of ignored labels on, the rows that count are gathered first. Conversations have half of their

@@ -22,6 +22,9 @@ Step = Callable[[Tensor, Tensor, bool], Tensor]
 STEPS: dict[str, Step] = {}
 """The row operations by name: an operator's arguments are tensors, numbers and text."""
 
+TAKE_HALF: set[str] = set()
+"""Those that read 16-bit logits as they are and compute in fp32; the others are given fp32."""
+
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, reduction: str) -> Tensor:
     """As in `mmcore.kernels.linear_cross_entropy`."""
@@ -67,8 +70,9 @@ def chunk_rows(vocabulary: int, device: torch.device) -> int:
 class _Chunks:
     """The products of the chunks of one call, with the buffer they share."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, step: Step) -> None:
-        self.hidden, self.weight, self.step = hidden, weight, step
+    def __init__(self, hidden: Tensor, weight: Tensor, step: str) -> None:
+        self.hidden, self.weight, self.step = hidden, weight, STEPS[step]
+        self.widen = step not in TAKE_HALF
         self.rows = min(chunk_rows(len(weight), hidden.device), max(1, len(hidden)))
         self.statistics = torch.promote_types(hidden.dtype, torch.float32)
         self.buffer = hidden.new_empty(self.rows, len(weight))
@@ -81,7 +85,8 @@ class _Chunks:
     def losses(self, labels: Tensor, start: int, stop: int, with_gradient: bool) -> tuple[Tensor, Tensor]:
         """Losses of the rows, and their logits turned into softmax - onehot (or scratch without the gradient)."""
         logits = torch.mm(self.hidden[start:stop], self.weight.T, out=self.buffer[: stop - start])
-        logits = logits.to(self.statistics)  # the buffer itself, unless the inputs are half precision
+        if self.widen:
+            logits = logits.to(self.statistics)  # the buffer itself, unless the inputs are half precision
         return self.step(logits, labels[start:stop], with_gradient), logits
 
     def add_to_weight(self, grad_logits: Tensor, start: int, stop: int) -> None:
@@ -106,7 +111,7 @@ class _Chunks:
 
 
 def _run_total(hidden, weight, labels, step, for_hidden: bool, for_weight: bool):
-    chunks = _Chunks(hidden, weight, STEPS[step])
+    chunks = _Chunks(hidden, weight, step)
     total = torch.zeros((), dtype=chunks.statistics, device=hidden.device)
     grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if for_hidden else hidden.new_empty(0)
     for start, stop in chunks.spans():
@@ -142,7 +147,7 @@ def _total_gradients(ctx, upstream, *_):
 
 
 def _run_rows(hidden, weight, labels, step):
-    chunks = _Chunks(hidden, weight, STEPS[step])
+    chunks = _Chunks(hidden, weight, step)
     losses = torch.empty(len(hidden), dtype=chunks.statistics, device=hidden.device)
     for start, stop in chunks.spans():
         losses[start:stop] = chunks.losses(labels, start, stop, False)[0]
@@ -165,7 +170,7 @@ def _rows_gradients(ctx, upstream):
 
 
 def _run_rows_backward(upstream, hidden, weight, labels, step, for_hidden: bool, for_weight: bool):
-    chunks = _Chunks(hidden, weight, STEPS[step])
+    chunks = _Chunks(hidden, weight, step)
     grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if for_hidden else hidden.new_empty(0)
     for start, stop in chunks.spans():
         _, grad_logits = chunks.losses(labels, start, stop, True)
