@@ -169,11 +169,10 @@ def _certify(source: Checkpoint, hashes: dict[str, str], path: Path, target: Pat
     agreement = certificate.compare(source, result, dtype, meter.add)
     optimizer = _compare_training(source, path) if to == "train" else None
     trace, rounded = agreement.result, certificate.is_rounded(_specs(source).values(), dtype)
-    share = certificate.rounding_share(dtype, source.config.num_hidden_layers) if rounded else 0.0
-    if not agreement.largest_difference <= share * trace.largest:
+    if not agreement.largest_difference <= agreement.tolerance:
         raise CheckpointError(
             f"the result's logits differ from the source's by {agreement.largest_difference:.3g}, more than "
-            f"{share * trace.largest:.3g}: choose another dtype; nothing was written"
+            f"{agreement.tolerance:.3g}: choose another dtype; nothing was written"
         )
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     files = [file for file in files if not file.name.startswith(".")]
@@ -191,7 +190,7 @@ def _certify(source: Checkpoint, hashes: dict[str, str], path: Path, target: Pat
         tokens=certificate.probe_tokens(source.config).shape[1],
         largest_logit=trace.largest if trace.finite else None,
         largest_difference=agreement.largest_difference,
-        tolerance=share * trace.largest,
+        tolerance=agreement.tolerance,
         logits_sha256=trace.sha256,
         samples=trace.samples,
         optimizer=optimizer,
@@ -239,7 +238,7 @@ class Verification:
     files: int
     """Whose hashes are the recorded ones."""
     logits: str
-    """equal: to the last bit; close: within 1e-4 of the largest, as other machines and versions compute them."""
+    """equal: to the last bit; close: within 1e-5 of the largest, as other machines and versions compute them."""
     largest_difference: float
     """Of the recorded logits; 0 where they are equal."""
     source: str

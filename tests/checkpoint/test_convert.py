@@ -84,7 +84,7 @@ def test_a_run_becomes_an_exported_folder(tmp_path, config):
 def test_narrow_dtypes_are_within_their_tolerance(tmp_path, dtype):
     save(tmp_path / "run", 5)
     certificate = json.loads(run(tmp_path / "run", tmp_path / "out", "--dtype", dtype, "--json"))
-    assert 0 < certificate["largest_difference"] <= certificate["tolerance"] < 0.04 * certificate["largest_logit"]
+    assert 0 < certificate["largest_difference"] <= certificate["tolerance"] < 0.1 * certificate["largest_logit"]
     assert certificate["rounded"]
 
 
