@@ -3,10 +3,11 @@
 Every tensor of the result must be the source's, rounded to the result's dtype, bit for bit; and both must compute
 the same logits on the same tokens, layer by layer (layerwise.py). Where nothing is rounded the logits must be equal
 to the last bit. Where weights are rounded, how much the logits may change depends on the model: a mosaic whose
-bandwidths are sharp amplifies a rounded key a hundred times more than a Llama does. So it is measured: the source is
-run once more with every weight made larger or smaller, at random, by the largest error that rounding can make, and
-the result may differ by twice as much as that (TOLERANCE). A digest of the result's logits and some of their values are kept,
-so that the result can be checked again later without its source.
+bandwidths are sharp amplifies a rounded key a hundred times more than a Llama does. So it is measured: the source
+is run once more with every weight made larger or smaller, at random, by the largest error that rounding can make,
+and the result may differ by twice as much as that (TOLERANCE).
+
+A digest of the result's logits and some of their values are kept, so that it can be checked again without its source.
 """
 
 from __future__ import annotations

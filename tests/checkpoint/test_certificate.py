@@ -9,9 +9,10 @@ import torch
 
 from mmcore.checkpoint import certificate, disk
 from mmcore.checkpoint.certificate import compare, is_rounded, path_of, read_certificate, require_same
-from mmcore.checkpoint.convert import convert_checkpoint, verify_conversion
+from mmcore.checkpoint.convert import convert_checkpoint
 from mmcore.checkpoint.formats import open_checkpoint, write_exported
 from mmcore.checkpoint.tensorfile import TensorSpec
+from mmcore.checkpoint.verify import verify_conversion
 from mmcore.errors import CheckpointError
 from tests.checkpoint.small import ALL, LLAMA, MOSAIC, save, weights
 
