@@ -1,7 +1,8 @@
 """What a recipe will cost on given machines, from formulas alone: nothing is allocated and torch is not imported.
 
 Memory assumes what the trainer does: fp32 master weights, gradients and AdamW moments, cut over all GPUs or over those
-of a node (distributed.sharding), bf16 products on GPUs, fp32 on CPUs. Speed assumes a utilization (MFU) that is stated with its reason.
+of a node (distributed.sharding), bf16 products on GPUs, fp32 on CPUs. Speed assumes a utilization (MFU) that is stated
+with its reason.
 """
 
 from __future__ import annotations
@@ -129,7 +130,7 @@ def plan(recipe: Recipe, machine: Machine) -> dict:
 
     Raises ConfigError where the batch does not divide over the devices or the recipe says no length.
     """
-    training, model = recipe.training, recipe.model
+    training, model, precision = recipe.training, recipe.model, _precision(recipe, machine)
     rank_batch, odd = divmod(training.batch_size, machine.count)
     if odd or not rank_batch:
         raise ConfigError(
@@ -150,7 +151,7 @@ def plan(recipe: Recipe, machine: Machine) -> dict:
         "training_flops_per_token": accounting.training_flops_per_token(model, training.sequence_length),
         "machine": {
             "device": machine.device, "count": machine.count, "memory_bytes": machine.memory_bytes,
-            "precision": _precision(recipe, machine), "peak_flops": machine.peaks.get(peak_name(_precision(recipe, machine))),
+            "precision": precision, "peak_flops": machine.peaks.get(peak_name(precision)),
         },
         "batch": {
             "sequence_length": training.sequence_length, "batch_size": training.batch_size,

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -23,8 +22,9 @@ from mmcore.distributed.reduce import agreed, total
 from mmcore.distributed.shards import whole
 from mmcore.distributed.together import all_or_none, in_turn, on_first
 from mmcore.errors import ConfigError, DataError
+from mmcore.training.events import StepDone, Validated
 from mmcore.training.optimizer import build_optimizer
-from mmcore.training.setup import build
+from mmcore.training.setup import build, prepare_trainer
 from mmcore.training.step import accumulate, clip
 from mmcore.training.validation import held_out_loss
 
@@ -168,8 +168,8 @@ def part_of(world: World, ranks: int, copies: int = 1) -> World | None:
     return dataclasses.replace(world, size=ranks, local_size=ranks, mesh=mesh, control=control)
 
 
-def run_all(work: dict[str, tuple[Scenario, int, int]]) -> tuple[dict[str, Result], dict[str, Any]]:
-    """On one of four ranks: every (scenario, ranks, copies), whose results rank 0 returns, and `talk`."""
+def run_all(work: dict[str, tuple[Scenario, int, int]], runs: dict[str, dict]) -> tuple[dict, dict, dict]:
+    """On one of four ranks: every (scenario, ranks, copies), whose results rank 0 returns, `talk`, and whole `runs`."""
     world = start_world(torch.device("cpu"), DistributedConfig(timeout_seconds=60))
     try:
         worlds = {key: part_of(world, *key) for key in sorted({(ranks, copies) for _, ranks, copies in work.values()})}
@@ -178,9 +178,10 @@ def run_all(work: dict[str, tuple[Scenario, int, int]]) -> tuple[dict[str, Resul
             inside = worlds[ranks, copies]
             if inside is not None:
                 found[name] = train(scenario, inside)
-        return (found if world.is_first else {}), talk(world)
+        heard = talk(world)
     finally:
         stop_world(world)
+    return (found if world.is_first else {}), heard, {stage: trained(stage, values) for stage, values in runs.items()}
 
 
 def talk(world: World) -> dict[str, Any]:
@@ -214,4 +215,20 @@ def talk(world: World) -> dict[str, Any]:
     heard["silent"] = told(lambda: together._await(patient, "never", 3))
     heard["sum"] = total(torch.tensor(float(world.rank + 1)), world).item()
     heard["agreed"] = (agreed(world.rank == 1, world), agreed(False, world))
+    return heard
+
+
+def trained(stage: str, values: dict[str, Any]) -> list[tuple]:
+    """A run from a recipe's values, as `mm` makes it: (step, loss, gradient norm) and validation losses, as told to the
+    listeners of this rank."""
+    heard: list[tuple] = []
+
+    def listen(event: Any) -> None:
+        if isinstance(event, StepDone):
+            heard.append((event.step, event.loss, event.gradient_norm))
+        elif isinstance(event, Validated):
+            heard.append((event.step, event.loss))
+
+    outcome = prepare_trainer(build_recipe(values), stage=stage, listeners=[listen]).fit()
+    assert outcome.status == "done"
     return heard

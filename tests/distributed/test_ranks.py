@@ -6,6 +6,7 @@ Seen over all fp32 scenarios: losses 2e-7 apart (relative), gradients 5e-7 (of t
 three updates of 1e-2 at most 3e-5, where AdamW's quotient of two small numbers magnifies roundings.
 """
 
+import copy
 import functools
 
 import numpy as np
@@ -13,8 +14,9 @@ import pytest
 
 from mmcore.distributed.mesh import World
 from mmcore.model.layers import DRAWN_ROWS
-from tests.distributed.scenarios import VOCABULARY, WIDTH, Scenario, run_all, train
+from tests.distributed.scenarios import VOCABULARY, WIDTH, Scenario, run_all, train, trained
 from tests.helpers.ranks import run_ranks
+from tests.helpers.tiny_run import tiny_values
 
 LLAMA = {"model_type": "llama"}
 TIED = {"tie_word_embeddings": True}
@@ -47,9 +49,26 @@ WORK = {
 FP32 = [name for name in WORK if name != "bf16"]
 
 
+def runs(folder, run, **distributed):
+    """Two runs as recipes' values, the second going on from the first."""
+    values = tiny_values(folder, steps=3, micro_batch_size=1, validation_every=2)
+    values["checkpoint"]["folder"] = str(folder / run)
+    values["distributed"] = distributed
+    further = copy.deepcopy(values)
+    further["training"] |= {"init_from": str(folder / run), "steps": 1}
+    further["checkpoint"]["folder"] = str(folder / f"{run} further")
+    return {"pretrain": values, "finetune": further}
+
+
 @pytest.fixture(scope="module")
-def launched():
-    return run_ranks(run_all, 4, WORK, per_node=2)
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def launched(folder):
+    asked = runs(folder, "ranks", sharding="hybrid", activation_checkpointing="selective", deterministic=True)
+    return run_ranks(run_all, 4, WORK, asked, per_node=2)
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +164,7 @@ def test_copies_are_summed_once_a_step(results):
 
 
 def test_what_ranks_hear_of_one_another(launched):
-    heard = [talk for _, talk in launched]
+    heard = [talk for _, talk, _ in launched]
     assert [h["first"] for h in heard] == [{"made by": 0}] * 4
     times = [h["turn"] for h in heard]  # two nodes of two: rank 0, then rank 2, and 1 after 0, 3 after 2
     assert times[0] < times[1] and times[0] < times[2] < times[3]
@@ -157,3 +176,15 @@ def test_what_ranks_hear_of_one_another(launched):
     assert all(h["silent"].startswith("HardwareError: rank 3 has been silent for 0.8 s") for h in heard)
     assert [h["sum"] for h in heard] == [10.0] * 4
     assert [h["agreed"] for h in heard] == [(True, False)] * 4
+
+
+def test_whole_runs_are_those_of_one_process(launched, folder):
+    """Data prepared by one rank for all, two nodes of two that share a copy each, checkpoints, and fine-tuning."""
+    told = [runs for _, _, runs in launched]
+    assert told[1:] == [{"pretrain": [], "finetune": []}] * 3, "only rank 0 talks"
+    for stage, values in runs(folder, "alone").items():
+        expected = trained(stage, values)
+        assert len(told[0][stage]) == len(expected) == {"pretrain": 5, "finetune": 2}[stage]
+        for found, wanted in zip(told[0][stage], expected, strict=True):
+            assert found == pytest.approx(wanted, rel=1e-5)
+    assert (folder / "ranks" / "checkpoints" / "step-000003" / "manifest.json").is_file()
