@@ -189,7 +189,8 @@ def _kept_bytes_per_token(config: ModelConfig, compute_bytes: int) -> int:
     """Bytes a token that one block keeps for its backward pass.
 
     Both norms' inputs; what the projections read, one tensor for each norm; raw and finished keys and values of a
-    mosaic's memories, or queries, keys, values of attention; what W_o reads; gate, up and their product in the persistent memory; and a few scalars a head.
+    mosaic's memories, or queries, keys, values of attention; what W_o reads; gate, up and their product in the
+    persistent memory; and a few scalars a head.
     """
     d, heads, inner = config.hidden_size, config.num_attention_heads, config.intermediate_size
     width = heads * config.head_size  # grouped keys and values are repeated to this width before the read

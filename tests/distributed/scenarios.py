@@ -170,15 +170,15 @@ def part_of(world: World, ranks: int, copies: int = 1) -> World | None:
 
 def run_all(work: dict[str, tuple[Scenario, int, int]], runs: dict[str, dict]) -> tuple[dict, dict, dict]:
     """On one of four ranks: every (scenario, ranks, copies), whose results rank 0 returns, `talk`, and whole `runs`."""
-    world = start_world(torch.device("cpu"), DistributedConfig(timeout_seconds=60))
+    world = start_world(torch.device("cpu"), DistributedConfig(timeout_seconds=240))
     try:
+        heard = talk(world)
         worlds = {key: part_of(world, *key) for key in sorted({(ranks, copies) for _, ranks, copies in work.values()})}
         found = {}
         for name, (scenario, ranks, copies) in work.items():
             inside = worlds[ranks, copies]
             if inside is not None:
                 found[name] = train(scenario, inside)
-        heard = talk(world)
     finally:
         stop_world(world)
     return (found if world.is_first else {}), heard, {stage: trained(stage, values) for stage, values in runs.items()}
@@ -191,8 +191,9 @@ def talk(world: World) -> dict[str, Any]:
     order: list[float] = []
     in_turn(world, lambda: order.append(time.time()))
     heard["turn"] = order[0]
-    patient = dataclasses.replace(world, timeout_seconds=0.8)
-    heard["slow"] = on_first(patient, lambda: time.sleep(2.5))  # three times what a message may take
+    patient = dataclasses.replace(world, timeout_seconds=2.0)
+    agreed(False, world)  # all begin together
+    heard["slow"] = on_first(patient, lambda: time.sleep(4.0))  # twice what a message may take
 
     def fail(error: Exception) -> None:
         raise error

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import ProcessException
 
 
 def free_port() -> int:
@@ -33,7 +34,7 @@ def run_ranks(
         files = [Path(folder) / str(rank) for rank in range(ranks)]
         try:
             mp.spawn(_start, (work, ranks, per_node or ranks, free_port(), files, seconds, arguments), nprocs=ranks)
-        except mp.ProcessException as error:  # one that lost its connection may be named first: tell of the one that failed first
+        except ProcessException as error:  # names one that lost its connection, perhaps, and not the one that failed first
             failed = sorted(Path(folder).glob("*.failed"), key=lambda path: path.stat().st_mtime_ns)
             raise AssertionError(failed[0].read_text() if failed else str(error)) from None
         return [pickle.loads(file.read_bytes()) for file in files]
