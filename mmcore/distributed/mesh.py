@@ -133,7 +133,7 @@ def _meeting_point(timeout_seconds: float) -> Store:
 
 
 def _mesh_shape(distributed: DistributedConfig, world: World) -> tuple[int, ...]:
-    """[ranks], or [copies, ranks that share one] where sharding is hybrid."""
+    """[ranks], or [copies, ranks that share one] where sharding is hybrid and there are several copies."""
     if distributed.sharding == "full":
         return (world.size,)
     share = distributed.shard_size or world.local_size
@@ -141,7 +141,7 @@ def _mesh_shape(distributed: DistributedConfig, world: World) -> tuple[int, ...]
         raise ConfigError(
             f"distributed.shard_size {share} does not divide {world.size} ranks: choose a divisor, or sharding=full"
         )
-    return (world.size // share, share)
+    return (world.size,) if share == world.size else (world.size // share, share)
 
 
 def stop_world(world: World) -> None:

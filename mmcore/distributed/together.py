@@ -111,7 +111,7 @@ def _await(world: World, key: str, rank: int) -> Any:
             beats, heard = now, time.monotonic()
         elif time.monotonic() - heard > world.timeout_seconds:
             raise errors.HardwareError(
-                f"rank {rank} has been silent for {world.timeout_seconds:g} s: look at its log, and start again with --resume"
+                f"rank {rank} has been silent for {world.timeout_seconds:g} s: look at its log, and go on with --resume"
             )
     outcome = json.loads(world.store.get(key))
     if "value" not in outcome:

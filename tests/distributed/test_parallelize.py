@@ -65,7 +65,7 @@ def test_settings_that_make_no_sense(values, words):
 
 
 @pytest.mark.parametrize(("size", "local", "share", "shape"), [
-    (64, 8, None, (8, 8)), (8, 8, 4, (2, 4)), (8, 8, None, (1, 8)), (4, 2, 1, (4, 1)),
+    (64, 8, None, (8, 8)), (8, 8, 4, (2, 4)), (8, 8, None, (8,)), (4, 2, 1, (4, 1)),
 ])
 def test_hybrid_sharding_cuts_over_a_node_unless_told_otherwise(size, local, share, shape):
     world = World(size=size, local_size=local)
