@@ -7,7 +7,7 @@
     rows.py        which rows of a tensor a rank holds, writes and reads
     sharded.py     shards.json: which rows lie in which file of a checkpoint of several ranks
     integrity.py   whether a training checkpoint is whole, found out by all ranks together
-    staging.py     the copy in memory from which a checkpoint is written while training goes on
+    host_copy.py   the copy in memory from which a checkpoint is written while training goes on
     writer.py      saving, by one rank or many, in the background
     retention.py   which checkpoints stay
     contents.py    what a training checkpoint holds beside its tensors

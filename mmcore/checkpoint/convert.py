@@ -133,7 +133,7 @@ def _files_read(checkpoint: Checkpoint, to: str) -> list[Path]:
     files = list(checkpoint.weight_files)
     if to == "train" and checkpoint.format == "training":
         names = manifest.read_manifest(checkpoint.path)[1]
-        files += [checkpoint.path / name for name in names if name.startswith(("optimizer", "trainer", "recipe"))]
+        files += [checkpoint.path / name for name in names if name.startswith(("optimizer", "trainer", "recipe", "shards"))]
     return files
 
 
