@@ -99,7 +99,7 @@ def _prepare(
         checks.check_memory(recipe, device, world)
     on_first(world, lambda: checks.check_disk(recipe))
 
-    known = resumed if resumed is not None else source.tokenizer_path if source is not None else None
+    known = _known_tokenizer(recipe, resumed, source)
     tokenizer, corpus = in_turn(world, lambda: _data(recipe, known, tell))
     _agree_on_data(corpus, world)
     if device.type == "cpu":
@@ -114,6 +114,21 @@ def _prepare(
                 trainer.restore(resumed)
     on_first(world, lambda: _open_run_folder(trainer, run, tokenizer, corpus, start))
     return trainer
+
+
+def _known_tokenizer(recipe: Recipe, resumed: Path | None, source: Checkpoint | None) -> Path | None:
+    """Where the tokenizer is that the first weights belong to; None for a fresh run, and where only the recipe knows.
+
+    Raises ConfigError where weights come from elsewhere and nobody says which tokenizer is theirs.
+    """
+    if resumed is not None:
+        source = open_checkpoint(resumed, verify=False)
+    if source is None:
+        return None
+    found = source.path if source.files else source.tokenizer_path
+    if found is None and recipe.tokenizer.path is None:
+        raise ConfigError(f"{source.path} has no tokenizer: name its own with --set tokenizer.path=")
+    return found
 
 
 def use_deterministic_algorithms(seed: int) -> None:

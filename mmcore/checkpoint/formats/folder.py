@@ -15,7 +15,7 @@ from mmcore.checkpoint import disk, integrity, manifest, sharded, tensorfile, un
 from mmcore.checkpoint.formats.base import Checkpoint
 from mmcore.checkpoint.formats.modelconfig import config_json, generation_config_json, read_config
 from mmcore.checkpoint.formats.statedict import VOCABULARIES, find_state_dicts, open_state_dict
-from mmcore.checkpoint.names import CLASSIFIER, EMBEDDING, check_tensors, expected_tensors, twin_of
+from mmcore.checkpoint.names import EMBEDDING, check_tensors, expected_tensors, twin_of
 from mmcore.checkpoint.resumable import resumable_folder
 from mmcore.checkpoint.tensorfile import TensorSpec
 from mmcore.checkpoint.untrusted import shown
@@ -135,8 +135,8 @@ def write_exported(
                 staging.path, "model", tensors, specs, max_shard_bytes, staging=staging, allow_nonfinite=allow_nonfinite
             )
             disk.write_json(staging.path / "config.json", values)
-            disk.write_json(staging.path / "generation_config.json", generation_config_json(values))
-            copied(staging.path, {**(tokenizer_files or {}), **(files or {})})
+            settings = {"generation_config.json": disk.json_bytes(generation_config_json(values))}
+            copied(staging.path, {**settings, **(tokenizer_files or {}), **(files or {})})
             if certify is not None:
                 copied(staging.path, certify(staging.path))
     return folder
