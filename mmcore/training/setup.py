@@ -32,11 +32,13 @@ from mmcore.model.accounting import training_flops_per_token
 from mmcore.training import checks
 from mmcore.training.events import Event, Listener, Notice, Preparing, Tokenizing
 from mmcore.training.memory import explain_memory
-from mmcore.training.metrics import JsonLines, TensorBoard, keep_lines_until
+from mmcore.training.metrics import HealthLines, JsonLines, TensorBoard, keep_lines_until
+from mmcore.training.profile import Profile
 from mmcore.training.run_folder import RunFolder, check_same_recipe, disk_errors
 from mmcore.training.step import IGNORED
 from mmcore.training.tokenizers import find_tokenizer
 from mmcore.training.trainer import Job, Trainer, load_weights
+from mmcore.training.wandb_log import WandB, check_installed
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,17 @@ class Start:
 
 
 def prepare_trainer(
-    recipe: Recipe, *, stage: str = "pretrain", start: Start | None = None, listeners: Iterable[Listener] = ()
+    recipe: Recipe,
+    *,
+    stage: str = "pretrain",
+    start: Start | None = None,
+    listeners: Iterable[Listener] = (),
+    profile: tuple[int, int] | None = None,
 ) -> Trainer:
     """A trainer for `recipe`, its run folder written, at step 0 or where the run left off.
 
     stage: pretrain, or finetune (weights and tokenizer of training.init_from; see finetune.py for its recipe).
+    profile: the first and the last step to trace into the run's folder.
     Raises an MMError for every mistake that can be known before the first step.
     """
     start, listeners = start or Start(), list(listeners)
@@ -65,6 +73,7 @@ def prepare_trainer(
 
     world = world_from_environment()
     checks.check_recipe(recipe)
+    check_installed(recipe)
     device = checks.choose_device(recipe.training.device)
     precision = checks.choose_precision(recipe.training.precision, device)
     run = RunFolder(recipe.run_folder)
@@ -87,6 +96,8 @@ def prepare_trainer(
         if resumed is not None:
             trainer.restore(resumed)
     _open_run_folder(trainer, run, tokenizer, corpus, start)
+    if profile is not None:
+        trainer.listeners.append(Profile(run.path / "profile", *profile, world, device, tell))
     return trainer
 
 
@@ -226,7 +237,10 @@ def _open_run_folder(trainer: Trainer, run: RunFolder, tokenizer: Tokenizer, cor
         tokenizer.save(run.tokenizer)
         if trainer.step == 0 and run.tensorboard.exists():
             shutil.rmtree(run.tensorboard)
-    keep_lines_until(run.metrics, trainer.step)
+    for path in (run.metrics, run.health):
+        keep_lines_until(path, trainer.step)
     every = trainer.recipe.training.log_every
-    writers = [JsonLines(run.metrics, every), TensorBoard(run.tensorboard, every, trainer.step)]
+    writers = [JsonLines(run.metrics, every), HealthLines(run.health), TensorBoard(run.tensorboard, every, trainer.step)]
+    if trainer.recipe.training.wandb is not None:
+        writers.append(WandB(trainer.recipe, every))
     trainer.listeners = [*writers, *trainer.listeners]
