@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Sequence
 
@@ -25,7 +26,7 @@ from mmcli.launch import REQUEUE, Launch
 _LOUD = "LOGLEVEL" in os.environ
 os.environ.setdefault("LOGLEVEL", "CRITICAL")  # the agent's own lines would break into the live view
 
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec  # noqa: E402
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState  # noqa: E402
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent  # noqa: E402
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException  # noqa: E402
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure  # noqa: E402
@@ -40,6 +41,10 @@ FINAL = (2, REQUEUE, 128 + signal.SIGINT)
 """Exit statuses that starting again would not change: a user's mistake, a run that was asked to stop."""
 
 
+LEAVING_SECONDS = 20.0
+"""How long the ranks of a run that ends may follow one another."""
+
+
 class Agent(LocalElasticAgent):
     """Starts, watches and restarts this node's ranks."""
 
@@ -48,6 +53,7 @@ class Agent(LocalElasticAgent):
         self.asked: signal.Signals | None = None
         """The signal that asks the run to stop."""
         self._told: set[int] = set()
+        self._first_left: float | None = None
 
     def forward(self, number: int, _frame: object) -> None:
         """The handler of FORWARDED: every rank gets the signal; where none runs, the launcher ends."""
@@ -74,7 +80,10 @@ class Agent(LocalElasticAgent):
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         if self.asked is not None:
             self._tell_ranks()  # those that were being started when the signal came
-        if any(process.poll() not in (None, 0) for process in self._processes()):
+        codes = [process.poll() for process in self._processes()]
+        if any(code in FINAL for code in codes) and None in codes and self._may_still_leave():
+            return RunResult(state=WorkerState.HEALTHY)
+        if any(codes):
             self._kill_stopped()
         result = super()._monitor_workers(worker_group)
         if result.is_failed():
@@ -82,6 +91,11 @@ class Agent(LocalElasticAgent):
                 self._remaining_restarts = 0
             self._say(result)
         return result
+
+    def _may_still_leave(self) -> bool:
+        """Ranks that end together do not end at the very same time; those still at it are not disturbed."""
+        self._first_left = self._first_left or time.monotonic()
+        return time.monotonic() - self._first_left < LEAVING_SECONDS
 
     def _kill_stopped(self) -> None:
         for process in self._processes():

@@ -26,6 +26,21 @@ class Backbone(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
 
 
+class Classifier(Linear):
+    """Activations -> logits over the vocabulary, or at once the loss: [..., d] -> [..., V]."""
+
+    def __init__(self, config: ModelConfig, kernels: str) -> None:
+        super().__init__(config.hidden_size, config.vocab_size)
+        self.kernels = kernels
+
+    def loss(self, hidden: Tensor, labels: Tensor, reduction: str) -> Tensor:
+        """Cross-entropy in nats of labels int64 [N] from activations [N, d], without N x V logits.
+
+        A method of the module that owns the weight, so that sharding can gather the weight around the call.
+        """
+        return linear_cross_entropy(hidden, self.weight, labels, reduction=reduction, implementation=self.kernels)
+
+
 class LanguageModel(nn.Module):
     """Tokens -> logits. A block has `forward(x, packing, delay, without)`, `advance(x, states, delay, without, wanted)`,
     `new_states(owner)`, `init_weights(name, depth, seed)`, and the class attributes MEMORIES, what can be removed, and
@@ -36,7 +51,7 @@ class LanguageModel(nn.Module):
         self.config = config
         self.kernels = kernels
         self.model = Backbone(config, layers, kernels)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self.lm_head = Classifier(config, kernels)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.knocked_out: frozenset[str] = frozenset()
@@ -70,9 +85,11 @@ class LanguageModel(nn.Module):
         return self.lm_head.weight
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
-        """[B, T] -> [B, T, d]; on a CPU activations are at least fp32, whatever the weights are kept in."""
+        """[B, T] -> [B, T, d]; on a CPU and under autocast the residual stream is at least fp32, whatever the weights
+        are kept in."""
         x = self.model.embed_tokens(tokens_BT)
-        return x.float() if x.is_cpu and x.dtype in (torch.bfloat16, torch.float16) else x
+        wide = x.is_cpu or torch.is_autocast_enabled(x.device.type)
+        return x.float() if wide and x.dtype in (torch.bfloat16, torch.float16) else x
 
     def hidden(self, tokens: Tensor, documents: Tensor | None = None, delay: int | None = None) -> Tensor:
         """Activations after the last norm, [B, T, d], for tokens int64 [B, T] and document ids int [B, T].
@@ -99,10 +116,7 @@ class LanguageModel(nn.Module):
         A scalar, or [B, T] with reduction="none".
         """
         hidden = self.hidden(tokens, documents, delay)
-        loss = linear_cross_entropy(
-            hidden.flatten(0, 1), self.classifier_weight, labels.flatten(), reduction=reduction,
-            implementation=self.kernels,
-        )
+        loss = self.lm_head.loss(hidden.flatten(0, 1), labels.flatten(), reduction)
         return loss.view(labels.shape) if reduction == "none" else loss
 
     def new_state(self, batch_size: int = 1, padding: Tensor | None = None) -> DecodingState:

@@ -14,11 +14,17 @@ from torch import Tensor, nn
 from mmcore.config import ModelConfig
 from mmcore.kernels import mosaic_step
 from mmcore.kernels.mosaic_step import LayerWeights
+from mmcore.kernels.recompute import cheap
 from mmcore.model.documents import Packing
 from mmcore.model.language_model import LanguageModel
 from mmcore.model.layers import Linear, PersistentMemory, RMSNorm, draw_normal, fan_in_sigma
 from mmcore.model.memories import ContextualMemory
 from mmcore.model.state import AttentionState, DecodingState, MemoryState
+
+
+@cheap
+def _side_by_side(short_BTd: Tensor, long_BTd: Tensor) -> Tensor:
+    return torch.cat([short_BTd, long_BTd], dim=-1)
 
 
 class TwoMemoryBlock(nn.Module):
@@ -63,7 +69,7 @@ class TwoMemoryBlock(nn.Module):
         return self._finish(x, read("short_term", self.SHORT_DELAY), read("long_term", delay), without)
 
     def _finish(self, x_BTd: Tensor, short_BTd: Tensor, long_BTd: Tensor, without: frozenset[str]) -> Tensor:
-        x = x_BTd + self.out_proj(torch.cat([short_BTd, long_BTd], dim=-1))
+        x = x_BTd + self.out_proj(_side_by_side(short_BTd, long_BTd))
         return x if "persistent" in without else x + self.persistent(self.persistent_norm(x))
 
     def new_states(self, owner: DecodingState) -> dict[str, AttentionState]:

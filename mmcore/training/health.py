@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from mmcore.data.loader import make_batch
+from mmcore.distributed.parallelize import reshard
 from mmcore.kernels.memory_read.reference import bandwidth, intervals
 from mmcore.model.documents import Packing
 from mmcore.model.memories import ContextualMemory
@@ -49,6 +50,7 @@ def measure(model: nn.Module, samples: Any, device: torch.device, precision: str
     model.eval()
     with contextlib.ExitStack() as closing:
         closing.callback(model.train, was_training)
+        closing.callback(reshard, model)
         for name, module in names:
             closing.callback(module.register_forward_hook(_looking(name, found)).remove)
         closing.enter_context(torch.no_grad())
