@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from mmcore.config import ModelConfig
 from mmcore.errors import ConfigError
 from mmcore.kernels.linear_cross_entropy import linear_cross_entropy
+from mmcore.kernels.thin_linear import MOST_ROWS
 from mmcore.model.documents import packing
-from mmcore.model.layers import Linear, RMSNorm, draw_normal, fan_in_sigma
+from mmcore.model.layers import Int8Linear, Linear, RMSNorm, draw_normal, fan_in_sigma
 from mmcore.model.state import DecodingState
 
 
@@ -82,7 +83,16 @@ class LanguageModel(nn.Module):
     @property
     def classifier_weight(self) -> Tensor:
         """W_c, [V, d]."""
-        return self.lm_head.weight
+        return self.lm_head.exact if isinstance(self.lm_head, Int8Linear) else self.lm_head.weight
+
+    def quantize(self) -> LanguageModel:
+        """Keep every matrix but the embedding in int8, for inference (layers.Int8Linear): a quarter of fp32's bytes to
+        read for a token. What is left (norms, scalars, embedding) is as it was."""
+        for module in list(self.modules()):
+            for name, child in list(module.named_children()):
+                if isinstance(child, Linear):
+                    setattr(module, name, Int8Linear(child.weight))
+        return self
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
         """[B, T] -> [B, T, d]; on a CPU and under autocast the residual stream is at least fp32, whatever the weights
@@ -127,9 +137,9 @@ class LanguageModel(nn.Module):
         return state
 
     def _whole_step(self, state: DecodingState) -> Callable | bool:
-        """A compiled form of one row's step, where the architecture has one and it can run here, else False."""
+        """A compiled form of a step of a few rows, where the architecture has one and it can run here, else False."""
         block = type(self.model.layers[0])
-        fits = state.batch_size == 1 and state.padding is None and self.kernels in ("auto", "cpu")
+        fits = state.batch_size <= MOST_ROWS and self.kernels in ("auto", "cpu")
         return block.whole_step(self) if fits and hasattr(block, "whole_step") else False
 
     @torch.no_grad()
@@ -140,10 +150,10 @@ class LanguageModel(nn.Module):
         """
         if state.whole_step is None:
             state.whole_step = self._whole_step(state)
-        if state.whole_step and tokens.shape == (1, 1) and state.length and not self.knocked_out:
-            logits = state.whole_step(self.embed(tokens), tuple(state.memories.values()), state.length)[None]
+        if state.whole_step and tokens.shape[1] == 1 and state.length and not self.knocked_out:
+            logits = state.whole_step(self.embed(tokens), tuple(state.memories.values()), state.length, state.padding)
             state.length += 1
-            return logits if last_only else logits[None]
+            return logits if last_only else logits[:, None]
         x, T, last = self.embed(tokens), tokens.shape[1], len(self.model.layers) - 1
         for depth, layer in enumerate(self.model.layers):
             states = {name: state.memories[f"layers.{depth}.{name}"] for name in layer.READS}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmcore.kernels.mosaic_step import Matrix
 from mmcore.kernels.recompute import cheap
 from mmcore.kernels.rms_norm import rms_norm
 from mmcore.kernels.swiglu import swiglu
@@ -33,8 +34,43 @@ class Linear(nn.Linear):
             return thin_linear(x, self.weight)
         return F.linear(x, self.weight)
 
+    def matrix(self) -> Matrix:
+        """The weight as kernels take it."""
+        return Matrix(self.weight)
+
     def reset_parameters(self) -> None:
         """Left unset: `init_weights` draws every parameter, also after a build on the meta device."""
+
+
+class Int8Linear(nn.Module):
+    """A projection whose weight is kept in int8, each row with an fp32 scale, for inference: [..., in] -> [..., out].
+
+    Row o of the weight w becomes round(127 w / max|w|) with the scale max|w| / 127: no entry moves by more than half a
+    scale. Activations are never rounded.
+    """
+
+    weight: Tensor
+    scale: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        exact = weight.detach().float()
+        scale = exact.abs().amax(dim=1) / 127
+        steps = torch.where(scale > 0, scale, torch.ones_like(scale))
+        self.register_buffer("weight", (exact / steps[:, None]).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return thin_linear(x, self.weight, self.scale)
+
+    def matrix(self) -> Matrix:
+        """The weight as kernels take it."""
+        return Matrix(self.weight, self.scale)
+
+    @property
+    def exact(self) -> Tensor:
+        """The weight that the products are with, fp32 [out, in]."""
+        return self.weight * self.scale[:, None]
 
 
 class RMSNorm(nn.Module):

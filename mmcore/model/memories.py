@@ -99,7 +99,7 @@ class ContextualMemory(nn.Module):
 
     def step_weights(self, delay: int) -> MemoryWeights:
         """This memory's weights as the compiled step takes them."""
-        matrices = (proj.weight for proj in (self.key_proj, self.value_proj, self.gate_proj, self.decay_proj))
+        matrices = (proj.matrix() for proj in (self.key_proj, self.value_proj, self.gate_proj, self.decay_proj))
         return MemoryWeights(*matrices, self.value_mix, self.value_scale(), *self.bandwidth(), self.window, delay)
 
     def _heads(self, x_BTd: Tensor) -> Tensor:

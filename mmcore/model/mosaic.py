@@ -101,20 +101,20 @@ class MosaicBlock(TwoMemoryBlock):
         persistent = self.persistent
         return LayerWeights(
             self.memory_norm.weight, self.short_term.step_weights(self.SHORT_DELAY), self.long_term.step_weights(delay),
-            self.out_proj.weight, self.persistent_norm.weight, persistent.gate_proj.weight, persistent.up_proj.weight,
-            persistent.down_proj.weight,
+            self.out_proj.matrix(), self.persistent_norm.weight, persistent.gate_proj.matrix(), persistent.up_proj.matrix(),
+            persistent.down_proj.matrix(),
         )
 
     @staticmethod
     def whole_step(model: LanguageModel) -> Callable | bool:
-        """The compiled step of a whole mosaic at batch 1, or False where it cannot run."""
-        matrices = [weight for weight in model.parameters() if weight.ndim == 2]
-        if mosaic_step.why_not(matrices):
-            return False
+        """The compiled step of a whole mosaic for a few rows, or False where it cannot run."""
         config = model.config
         layers = [layer.step_weights(config.long_term_delay) for layer in model.model.layers]
+        classifier = model.lm_head.matrix()
+        if mosaic_step.why_not(layers, classifier):
+            return False
         return mosaic_step.mosaic_step(
-            layers, model.model.norm.weight, model.classifier_weight, config.num_attention_heads, config.rms_norm_eps
+            layers, model.model.norm.weight, classifier, config.num_attention_heads, config.rms_norm_eps
         )
 
 
