@@ -11,6 +11,7 @@ It is PyTorch's LocalElasticAgent (rendezvous, watching, restarts) with what a t
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -24,7 +25,9 @@ import psutil
 from mmcli.launch import REQUEUE, Launch
 
 _LOUD = "LOGLEVEL" in os.environ
-os.environ.setdefault("LOGLEVEL", "CRITICAL")  # the agent's own lines would break into the live view
+if not _LOUD:  # the agent's own lines would break into the live view
+    os.environ["LOGLEVEL"] = "CRITICAL"
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
 
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState  # noqa: E402
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent  # noqa: E402
@@ -75,7 +78,15 @@ class Agent(LocalElasticAgent):
     def _start_workers(self, worker_group: WorkerGroup) -> dict:
         if self.asked is not None:
             raise SignalException(f"{self.asked.name} before the ranks were started", self.asked)
+        self._name_start(worker_group)
         return super()._start_workers(worker_group)
+
+    def _name_start(self, worker_group: WorkerGroup) -> None:
+        """Give this start of the ranks a name that all nodes know: the store they meet in is that of the last start."""
+        store = worker_group.store  # of this rendezvous alone
+        if worker_group.group_rank == 0:
+            store.set("mm-start", uuid.uuid4().hex)
+        os.environ["MM_START"] = store.get("mm-start").decode()
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         if self.asked is not None:
@@ -108,10 +119,10 @@ class Agent(LocalElasticAgent):
         if failure.exitcode in FINAL and (rank == 0 or failure.exitcode != 2):
             return  # rank 0 has said it
         how = f"was killed by {failure.signal_name()}" if failure.exitcode < 0 else f"ended with status {failure.exitcode}"
-        known = "<N/A>" not in str(failure.message) and failure.exitcode > 0
-        why = f": {failure.message}" if known else ""
+        told = rank == 0 or failure.exitcode < 0 or "<N/A>" in str(failure.message)
+        why = "" if told else f": {failure.message}"
         left = self._remaining_restarts
-        then = f"; starting all ranks again from the newest checkpoint ({left} left)" if left else ""
+        then = f"; starting all ranks again from the newest checkpoint (may do so {left - 1} more times)" if left else ""
         print(f"mm: rank {rank} {how}{why}{then}", file=sys.stderr, flush=True)
 
 

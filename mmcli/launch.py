@@ -8,19 +8,22 @@ a rank like any other. No torch here.
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
 import json
 import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, NoReturn, TextIO
 
 import typer
 
-from mmcore.errors import ConfigError
+from mmcore.errors import ConfigError, MMError
 
 REQUEUE = 75
 """Exit status (EX_TEMPFAIL) of a run that SIGTERM, SIGUSR1 or SIGUSR2 stopped after it was saved: run it again."""
@@ -149,7 +152,7 @@ def log_path(run_folder: Path, rank: int) -> Path:
     return run_folder / "logs" / f"rank-{rank:05d}.log"
 
 
-def open_log(run_folder: Path, here: Rank):
+def open_log(run_folder: Path, here: Rank) -> TextIO:
     """This rank's log, for text to be appended, with a line that says when and where it began.
 
     All but rank 0 write their standard output and errors there from now on, whoever writes them.
@@ -163,12 +166,30 @@ def open_log(run_folder: Path, here: Rank):
     began = time.strftime("%Y-%m-%d %H:%M:%S%z")
     host = os.uname().nodename
     print(f"--- {began} rank {here.rank} of {here.size}, pid {os.getpid()} on {host}, start {here.restarts + 1}", file=log)
+    faulthandler.enable(log)
     if here.rank:
         sys.stdout.flush()
         sys.stderr.flush()
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     return log
+
+
+@contextlib.contextmanager
+def failures_to(log: TextIO, here: Rank) -> Iterator[None]:
+    """Put the traceback of a failure of ours into the log, and one line on it on rank 0's terminal: where one rank
+    fails the others follow, each with a traceback of what it was waiting for. Leaves with status 1."""
+    try:
+        yield
+    except MMError:
+        raise
+    except Exception as error:
+        traceback.print_exc(file=log)
+        sentence = f"{' '.join(f'{type(error).__name__}: {error}'.split())}; the traceback is in {log.name}"
+        report_failure(sentence)
+        if here.rank == 0:
+            print(f"mm: rank 0: {sentence}", file=sys.stderr, flush=True)
+        raise typer.Exit(1) from None
 
 
 def report_failure(text: str) -> None:

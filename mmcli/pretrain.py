@@ -134,8 +134,8 @@ def train(command: Command, read: Callable[[], Recipe], asked: launch.Launch | N
     here = launch.Rank.here()
     try:
         outcome = _train_here(command, read, here)
-    except BaseException as error:
-        launch.report_failure(str(error) if isinstance(error, MMError) else f"{type(error).__name__}: {error}")
+    except MMError as error:
+        launch.report_failure(str(error))
         raise
     if outcome.status == "interrupted" and outcome.signal is not None:
         import signal
@@ -158,6 +158,7 @@ def _train_here(command: Command, read: Callable[[], Recipe], here: launch.Rank)
         if here.size > 1:
             log = closing.enter_context(launch.open_log(recipe.run_folder, here))
             views.append(PlainView(title, go_on, log))
+            closing.enter_context(launch.failures_to(log, here))
         from mmcore.training.setup import Start, prepare_trainer
 
         start = Start(command.resume, command.overwrite)

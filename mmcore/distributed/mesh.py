@@ -95,6 +95,7 @@ def start_world(device: torch.device, distributed: DistributedConfig | None = No
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
         store.set_timeout(timeout)
+        store = dist.PrefixStore(f"start-{_start_key()}", store)
         options: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
         dist.init_process_group(
             "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl",
@@ -114,6 +115,15 @@ def start_world(device: torch.device, distributed: DistributedConfig | None = No
         store=dist.PrefixStore("mm", store),
         timeout_seconds=distributed.timeout_seconds,
     )
+
+
+def _start_key() -> str:
+    """Tells this start of the ranks from earlier ones.
+
+    torchrun gives ranks that it starts again the same store (pytorch#135712), where addresses of dead processes lie.
+    MM_START is set by mm's own launcher, the same on every node; the count of torchrun's may differ between nodes.
+    """
+    return os.environ.get("MM_START") or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
 
 def _mesh_shape(distributed: DistributedConfig, world: World) -> tuple[int, ...]:
