@@ -83,7 +83,7 @@ def look(memory: ContextualMemory, y_BTd: Tensor, packing: Packing, delay: int) 
         "bandwidth_slope": slope,
         "bandwidth_exponent": exponent,
         "value_scale": memory.value_scale(),
-        "value_mix": memory.value_mix,
+        "value_mix": memory.value_mix.float().clone(),  # the gathered one is gone once the block has run
         "log_gate": memory.gate_proj(y_1Td)[0, at].float(),
         "decay": (-memory.decay_proj(y_1Td)[0, at].float().abs()).exp(),
         "entropy": entropies(keys_THD, at, first_T[at], last_T[at], base, slope, exponent).mean(0),

@@ -29,20 +29,26 @@ def prepare(folder: Path, shared: Path, *, every: int = 5, distributed: dict | N
 
 
 class Run:
-    """A started run, its output in a file, its ranks known by the first lines of their logs."""
+    """A started run, its output in a file, its ranks known by the first lines of their logs.
 
-    def __init__(self, folder: Path, *options: str, ranks: int = 2, torchrun: bool = False, environment: dict | None = None):
+    torchrun: start it with torchrun rather than mm's launcher; fault: with a fault of inject.py, also by torchrun.
+    """
+
+    def __init__(self, folder: Path, *options: str, ranks: int = 2, restarts: int = 3, torchrun: bool = False, fault: str = ""):
         self.folder, self.ranks = folder, ranks
         self.output = folder / "output.txt"
         self.begun = self._starts()
-        mm = ["-m", "mmcli", "pretrain", str(folder / "tiny.yaml"), *options]
-        if torchrun:
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *mm]
+        words = ["pretrain", str(folder / "tiny.yaml"), *options]
+        torchrun_options = ["--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}"]
+        if torchrun or fault:
+            module = "tests.distributed.inject" if fault else "mmcli"
+            command = [sys.executable, "-m", "torch.distributed.run", *torchrun_options, "-m", module, *words]
         else:
-            command = [sys.executable, *mm, "--gpus", "0", "--ranks", str(ranks)]
+            asked = ["--gpus", "0", "--ranks", str(ranks), "--max-restarts", str(restarts)]
+            command = [sys.executable, "-m", "mmcli", *words, *asked]
         path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-        inherited |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | (environment or {})
+        inherited |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "MM_FAULT": fault or "none:0:0"}
         with self.output.open("ab") as file:
             self.process = subprocess.Popen(command, stdout=file, stderr=file, env=inherited, cwd=folder)
 
