@@ -18,6 +18,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, NoReturn, TextIO
 
@@ -146,6 +147,19 @@ class Rank:
     def launched(self) -> bool:
         """Whether torchrun started this process."""
         return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def begun_since_launch(run_folder: Path) -> bool:
+    """Whether the run folder was written since the launcher began: then ranks that are started again must not
+    --overwrite what they wrote before."""
+    import psutil
+
+    try:
+        written = json.loads((run_folder / "environment.json").read_text(encoding="utf-8"))["started"]
+        began = datetime.strptime(written, "%Y-%m-%dT%H:%M:%S%z").timestamp()
+    except (OSError, ValueError, KeyError):
+        return False
+    return began >= int(psutil.Process(os.getppid()).create_time())
 
 
 def log_path(run_folder: Path, rank: int) -> Path:

@@ -162,7 +162,7 @@ def _train_here(command: Command, read: Callable[[], Recipe], here: launch.Rank)
         from mmcore.training.setup import Start, prepare_trainer
 
         start = Start(command.resume, command.overwrite)
-        if here.restarts:
+        if here.restarts and not (command.overwrite and not launch.begun_since_launch(recipe.run_folder)):
             start = Start(resume=True)
         return prepare_trainer(
             recipe, stage=command.name, start=start, listeners=[*views, FailureReport()], profile=command.profile

@@ -108,9 +108,10 @@ class Faults:
 
         own, whole: this rank's samples and those of the step. Every rank must call it.
         """
-        found = texts(what_is_not_finite(result, model, own, whole) or "", self._world)
-        rank, text = next(((rank, text) for rank, text in enumerate(found) if text), (None, ""))
-        if rank is None:
+        found = list(enumerate(texts(what_is_not_finite(result, model, own, whole) or "", self._world)))
+        # A rank's loss is its own; gradients are already summed, and all ranks have their share of what one has spoilt
+        rank, text = next((f for f in found if "loss is" in f[1]), next((f for f in found if f[1]), (0, "")))
+        if not text:
             return f"the loss is {result.loss}, the gradient norm {result.gradient_norm}, though every part is finite"
         return f"{text} (rank {rank})" if self._world.size > 1 else text
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -123,6 +124,15 @@ def test_a_rank_knows_itself_and_how_its_run_goes_on(monkeypatch, tmp_path):
     assert command.to_go_on() == f"torchrun ... -m mmcli pretrain {tmp_path / 'a.yaml'} --resume"
     monkeypatch.setenv(launch.GO_ON, "mm pretrain a.yaml --gpus 8 --resume")
     assert command.to_go_on() == "mm pretrain a.yaml --gpus 8 --resume"
+
+
+def test_ranks_started_again_do_not_overwrite_what_they_wrote(tmp_path, monkeypatch):
+    assert not launch.begun_since_launch(tmp_path)
+    for started, since in (("2020-01-01T00:00:00+0000", False), (time.strftime("%Y-%m-%dT%H:%M:%S%z"), True)):
+        (tmp_path / "environment.json").write_text(json.dumps({"started": started}))
+        assert launch.begun_since_launch(tmp_path) == since
+    (tmp_path / "environment.json").write_text("{")
+    assert not launch.begun_since_launch(tmp_path)
 
 
 def test_failures_are_left_for_the_launcher(monkeypatch, tmp_path):
