@@ -59,7 +59,7 @@ class PlainView:
             case events.Validated():
                 self.say(validation_line(event))
             case events.Saved():
-                self.say(f"step {event.step:,}: saved {shown_path(event.path)} in {seconds(event.seconds)}")
+                self.say(saved_line(event))
             case events.Stopping():
                 self.say(f"{event.signal_name}: finishing this step and saving (Ctrl-C quits at once)")
             case events.Quitting():
@@ -309,6 +309,12 @@ def rolled_back_line(event: events.RolledBack) -> str:
         f"step {event.spike_step:,}: loss {event.loss:.4f} is a spike above {event.smoothed_loss:.4f}: back at step "
         f"{event.step:,}, samples {first:,} to {stop - 1:,} are left out (roll-back {event.count})"
     )
+
+
+def saved_line(event: events.Saved) -> str:
+    """Where a checkpoint lies, and what it cost."""
+    stalled = f", training stood still for {seconds(event.stalled_seconds)}" if event.stalled_seconds < event.seconds else ""
+    return f"step {event.step:,}: saved {shown_path(event.path)} in {seconds(event.seconds)}{stalled}"
 
 
 def started_line(event: events.Started) -> str:

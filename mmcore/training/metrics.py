@@ -12,10 +12,12 @@ from pathlib import Path
 
 import torch
 
-from mmcore.training.events import Ended, Event, Health, RolledBack, Saving, Skipped, StepDone, Validated
+from mmcore.training.events import Ended, Event, Health, RolledBack, Saved, Saving, Skipped, StepDone, Validated
 from mmcore.training.run_folder import disk_errors
 
-_KINDS = {StepDone: "step", Validated: "validation", Skipped: "skipped", RolledBack: "rollback"}
+_KINDS = {
+    StepDone: "step", Validated: "validation", Saved: "checkpoint", Skipped: "skipped", RolledBack: "rollback"
+}  # fmt: skip
 """The events of metrics.jsonl, and what their lines are called."""
 
 
@@ -47,9 +49,9 @@ class Smoothed:
 
 def as_line(event: Event) -> dict:
     """The event as one flat JSON object: `kind` first, then the event's fields; a number that is not finite, which
-    JSON cannot hold, is null."""
-    fields = dataclasses.asdict(event).items()
-    finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in fields}
+    JSON cannot hold, is null, and a path its last part."""
+    fields = {k: v.name if isinstance(v, Path) else v for k, v in dataclasses.asdict(event).items()}
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
     return {"kind": _KINDS[type(event)]} | finite
 
 
@@ -69,7 +71,7 @@ def numbers(line: dict) -> dict[str, float]:
 
 
 class JsonLines:
-    """Appends steps and validations to metrics.jsonl; before a checkpoint they are forced to the disk, so that
+    """Appends steps, validations and checkpoints to metrics.jsonl; before a checkpoint they are forced to the disk, so that
     a checkpoint never knows of a step that the file has lost."""
 
     def __init__(self, path: Path, log_every: int):
