@@ -302,3 +302,13 @@ def test_progress_in_a_log():
     progress("mosaic: qa_1 at 4,096", 0.0, 100.0)
     progress("mosaic: qa_1 at 4,096", 25.0, 100.0)
     assert len(lines) == 1 and lines[0].startswith("mosaic: qa_1 at 4,096: 25% of all done, about ") and lines[0].endswith(" s left")
+
+
+def test_tasks_choose_among_suites(place, capsys, tmp_path):
+    """With --suite all, a suite none of whose tasks is asked for is left out."""
+    assert run(["eval", "mosaic", "--suite", "all", "--data", "data/mine.csv", "--tasks", "mine", "--limit", "1", "--shots", "1",
+                "--out", str(tmp_path / "out"), "--json"]) == 0
+    (result,) = json.loads(capsys.readouterr().out)["results"]
+    assert "in_context" in result and "new_knowledge" not in result and "persistent" not in result
+    assert "none of the tasks mine belongs to new-knowledge" in complaint(
+        capsys, "mosaic", "--suite", "new-knowledge", "--data", "data/mine.csv", "--tasks", "mine")
