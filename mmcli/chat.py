@@ -29,7 +29,7 @@ def chat(
     without: Annotated[str | None, typer.Option(
         help="Memories to knock out: long_term, short_term, persistent; several with commas.",
     )] = None,
-    dtype: Annotated[str | None, typer.Option(help="Number format of the weights: float32, bfloat16, float16.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Format of the weights: float32, bfloat16, float16, int8.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object: text, ids, statistics.")] = False,
 ) -> None:
@@ -43,12 +43,14 @@ def chat(
       echo "Once upon a time" | mm chat runs/stories --temperature 0.7
     """
     from mmcli.terminal import tolerate_narrow_encodings
+    from mmcore.checkpoint.resolve import resolve_checkpoint
     from mmcore.errors import ConfigError
 
     tolerate_narrow_encodings()
     interactive = prompt is None and sys.stdin.isatty() and sys.stdout.isatty()
     if interactive and as_json:
         raise ConfigError("--json answers one prompt: give it with --prompt, or on standard input")
+    resolve_checkpoint(checkpoint, on_skip=lambda _: None, verify=False)  # before anybody types a prompt for nothing
     text = None if interactive else _given_text(prompt)
     from mmcli.chat_commands import Settings  # torch comes with it: a bad prompt is refused before
 
@@ -91,9 +93,9 @@ def _open(
     from mmcore.generation.engine import generate
 
     formats = {"float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
-               "float16": torch.float16, "fp16": torch.float16}
+               "float16": torch.float16, "fp16": torch.float16, "int8": torch.int8}
     if dtype is not None and dtype not in formats:
-        raise ConfigError(f"--dtype is {dtype!r}: choose float32, bfloat16 or float16")
+        raise ConfigError(f"--dtype is {dtype!r}: choose float32, bfloat16, float16 or int8")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     memories = tuple(name.strip() for name in without.split(",")) if without else ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,12 +26,13 @@ def load_model(
     kernels: str = "auto",
 ) -> LanguageModel:
     """A model in eval mode from any readable checkpoint: a run folder, a training checkpoint, an exported or
-    Hugging Face Llama folder, a llama2.c file.
+    Hugging Face Llama folder, a PyTorch state dict, a llama2.c file.
 
-    dtype: of the weights; None keeps the file's. without: memories that read as empty, such as ("long_term",).
-    kernels: the implementation of every kernel. Peak memory is the model plus one tensor. Raises CheckpointError
-    for a checkpoint that is damaged or does not fit, HardwareError for a device that is not there, ConfigError for
-    a memory that the model does not have.
+    dtype: of the weights; None keeps the file's; torch.int8 keeps the matrices in int8 with a scale for each row, for
+    inference (LanguageModel.quantize), and the rest as in the file. without: memories that read as empty, such as
+    ("long_term",). kernels: the implementation of every kernel. Peak memory is the model plus one tensor, and for int8
+    the model in the file's dtype. Raises CheckpointError for a checkpoint that is damaged or does not fit,
+    HardwareError for a device that is not there, ConfigError for a memory that the model does not have.
     """
     return model_from(open_checkpoint(path), dtype=dtype, device=device, without=without, kernels=kernels)
 
@@ -48,7 +50,9 @@ def model_from(
     where = _device(device)
     with torch.device("meta"):
         model = build_model(checkpoint.config, kernels)
-    _fill(model, checkpoint, dtype or checkpoint.dtype, where)
+    _fill(model, checkpoint, checkpoint.dtype if dtype in (None, torch.int8) else dtype, where)
+    if dtype is torch.int8:
+        model.quantize()
     model.without(tuple(without))
     ends = checkpoint.config_json.get("eos_token_id")
     model.stop_ids = frozenset() if ends is None else frozenset([ends] if isinstance(ends, int) else ends)
@@ -102,6 +106,13 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
     # the weights' hashes say nothing about the tokenizer: sizes are enough here
     checkpoint = open_checkpoint(path, verify=False)
+    if checkpoint.files:
+        with tempfile.TemporaryDirectory() as folder:
+            for name, content in checkpoint.files.items():
+                (Path(folder) / name).write_bytes(content)
+            tokenizer = load(folder)
+        tokenizer.origin = f"the tokenizer of {checkpoint.path}"
+        return tokenizer
     if checkpoint.tokenizer_path is None:
         raise CheckpointError(f"{checkpoint.path} has no tokenizer: put its tokenizer.json or tokenizer.model there")
     return load(checkpoint.tokenizer_path)

@@ -55,10 +55,11 @@ def whole_checkpoints(run_folder: str | Path, on_skip: Report | None = None) -> 
 
 
 def resolve_checkpoint(path: str | Path, on_skip: Report | None = None, *, verify: bool = True) -> Path:
-    """The checkpoint that `path` means: its folder, or a llama2.c file.
+    """The checkpoint that `path` means: its folder, or a file of llama2.c's or PyTorch's.
 
     path: a run folder (its newest whole checkpoint, on_skip hearing of those passed over), a training
-    checkpoint (verified), an exported or Hugging Face folder, or a llama2.c .bin. Raises CheckpointError.
+    checkpoint (verified), an exported or Hugging Face folder, a llama2.c .bin, or PyTorch's .pt, .pth, .bin. Raises
+    CheckpointError.
     """
     path = Path(path)
     try:
@@ -69,8 +70,11 @@ def resolve_checkpoint(path: str | Path, on_skip: Report | None = None, *, verif
 
 def _resolve(path: Path, on_skip: Report | None, verify: bool) -> Path:
     if path.is_file():
-        if path.suffix != ".bin":
-            raise CheckpointError(f"{path} is a file: give the folder it lies in (only llama2.c's .bin is a file)")
+        if path.suffix not in (".bin", ".pt", ".pth"):
+            raise CheckpointError(
+                f"{path} is a file: give the folder it lies in (only llama2.c's .bin and PyTorch's .pt, .pth and .bin are "
+                f"files)"
+            )
         return path
     if not path.is_dir():
         raise CheckpointError(f"there is no checkpoint at {path}: check the path")
@@ -84,7 +88,7 @@ def _resolve(path: Path, on_skip: Report | None, verify: bool) -> Path:
         except CheckpointError as error:
             raise CheckpointError(f"{error}; give the run's folder to use its newest whole checkpoint") from error
         return path
-    if os.path.lexists(path / "config.json"):
+    if any(os.path.lexists(path / name) for name in ("config.json", "params.json")):
         return path
     raise CheckpointError(
         f"{path} holds no checkpoint: it has neither config.json nor a folder checkpoints; give a run folder, a "

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mmcore.checkpoint import disk, untrusted
 from mmcore.checkpoint.disk import FileRecord, NewFile
+from mmcore.checkpoint.resumable import Staging
 from mmcore.checkpoint.untrusted import shown
 from mmcore.errors import CheckpointError
 
@@ -41,6 +42,9 @@ _EXPONENTS = {
     torch.float16: (np.uint16, np.uint16(0x1F << 10)),
 }
 """dtype -> a word of its size, and the bits of its exponent."""
+WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""What weights may be, the widest first."""
+
 _PIECE = 1 << 16
 _HEADER_LIMIT = 100_000_000  # the library's own limit
 
@@ -64,22 +68,38 @@ class LazyTensors(Mapping[str, Tensor]):
     """Tensors that are read when they are asked for. NaN and infinity are refused unless allowed."""
 
     def __init__(self, readers: Mapping[str, Callable[[], Tensor]], specs: Mapping[str, TensorSpec], origin: Path,
-                 allow_nonfinite: bool = False):  # fmt: skip
+                 allow_nonfinite: bool = False, twins: Mapping[str, str] | None = None):  # fmt: skip
+        """twins: name -> another name in `readers` whose tensor must be the same; the other is not part of the mapping."""
         self._readers, self.specs, self.origin, self._allow_nonfinite = readers, specs, origin, allow_nonfinite
+        self._twins = dict(twins or {})
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = self._readers[name]()
+        if name in self._twins and not same_bits(tensor, self._readers[self._twins[name]]()):
+            raise CheckpointError(
+                f"{self.origin}: its config.json ties {self._twins[name]} to {name}, but the two differ: correct "
+                f"tie_word_embeddings"
+            )
         if not self._allow_nonfinite and not is_finite(tensor):
             raise CheckpointError(
-                f"{self.origin}: tensor {shown(name)} holds NaN or infinity: go back to an earlier checkpoint"
+                f"{self.origin}: tensor {shown(name)} holds NaN or infinity: go back to an earlier checkpoint, or "
+                f"convert it as it is with --allow-nan"
             )
         return tensor
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._readers)
+        return iter(self.specs)
 
     def __len__(self) -> int:
-        return len(self._readers)
+        return len(self.specs)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one dtype are equal bit for bit (NaN equals itself, and -0 is not 0)."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    word = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.dtype.itemsize]
+    return torch.equal(a.contiguous().view(word), b.contiguous().view(word))
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -197,11 +217,15 @@ def find_tensors(folder: Path, stem: str, listed: Container[str] | None = None) 
     return found
 
 
-def lazy_tensors(files: TensorFiles, names: list[str], origin: Path, allow_nonfinite: bool = False) -> LazyTensors:
-    """The named tensors of a folder, mapped from disk when they are asked for."""
+def lazy_tensors(files: TensorFiles, names: list[str], origin: Path, allow_nonfinite: bool = False,
+                 twins: Mapping[str, str] | None = None) -> LazyTensors:  # fmt: skip
+    """The named tensors of a folder, mapped from disk when they are asked for; twins: see LazyTensors."""
     handles: dict[Path, Any] = {}
-    readers = {name: partial(_read, handles, files.places[name], name, files.specs[name]) for name in names}
-    return LazyTensors(readers, {name: files.specs[name] for name in names}, origin, allow_nonfinite)
+    readers = {
+        name: partial(_read, handles, files.places[name], name, files.specs[name])
+        for name in [*names, *(twins or {}).values()]
+    }
+    return LazyTensors(readers, {name: files.specs[name] for name in names}, origin, allow_nonfinite, twins)
 
 
 def _read(handles: dict[Path, Any], path: Path, name: str, spec: TensorSpec) -> Tensor:
@@ -232,13 +256,23 @@ def plan_shards(specs: Mapping[str, TensorSpec], limit: int) -> list[list[str]]:
     return shards
 
 
-def write_tensors(folder: Path, stem: str, tensors: Mapping[str, Tensor], specs: Mapping[str, TensorSpec],
-                  limit: int = SHARD_BYTES) -> dict[str, FileRecord]:  # fmt: skip
+def write_tensors(
+    folder: Path,
+    stem: str,
+    tensors: Mapping[str, Tensor],
+    specs: Mapping[str, TensorSpec],
+    limit: int = SHARD_BYTES,
+    *,
+    staging: Staging | None = None,
+    allow_nonfinite: bool = False,
+) -> dict[str, FileRecord]:
     """Write tensors as `<stem>.safetensors`, or as shards and an index where they exceed `limit` bytes.
 
     Each tensor is fetched from the mapping once, converted to its spec's dtype, checked, written and dropped.
+    staging: what an earlier attempt finished is kept, and told of each file that is finished now.
     Returns the records of the files, all of which are on the disk. Raises OSError, and CheckpointError for a
-    tensor that is not finite (or no longer so in the dtype asked for) or has another shape than its spec.
+    tensor that is not finite (unless allowed) or no longer so in the dtype asked for, or has another shape than its
+    spec.
     """
     shards = plan_shards(specs, limit)
     files = [f"{stem}.safetensors"]
@@ -246,13 +280,13 @@ def write_tensors(folder: Path, stem: str, tensors: Mapping[str, Tensor], specs:
         files = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     records = {}
     for file, names in zip(files, shards, strict=True):
-        # wider dtypes first: every tensor then starts at a multiple of its element size, as mapping needs
-        names = sorted(names, key=lambda name: -specs[name].dtype.itemsize)
-        with NewFile(folder / file) as out:
-            out.write(_header({name: specs[name] for name in names}))
-            for name in names:
-                out.write(_bytes_of(name, tensors[name], specs[name]))
-            records[file] = out.close()
+        kept = staging.finished(folder / file) if staging is not None else None
+        chosen = {name: specs[name] for name in names}
+        records[file] = kept or _write_shard(folder / file, tensors, chosen, staging, allow_nonfinite)
+        if kept is not None:
+            staging.progress(sum(spec.nbytes for spec in chosen.values()))
+        elif staging is not None:
+            staging.finish(folder / file, records[file])
     if len(shards) > 1:
         total = sum(spec.nbytes for spec in specs.values())
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
@@ -260,6 +294,19 @@ def write_tensors(folder: Path, stem: str, tensors: Mapping[str, Tensor], specs:
         values = {"metadata": {"total_size": total}, "weight_map": weight_map}
         records[index] = disk.write_json(folder / index, values)
     return records
+
+
+def _write_shard(path: Path, tensors: Mapping[str, Tensor], specs: Mapping[str, TensorSpec], staging: Staging | None,
+                 allow_nonfinite: bool) -> FileRecord:  # fmt: skip
+    # wider dtypes first: every tensor then starts at a multiple of its element size, as mapping needs
+    names = sorted(specs, key=lambda name: -specs[name].dtype.itemsize)
+    with NewFile(path) as out:
+        out.write(_header({name: specs[name] for name in names}))
+        for name in names:
+            out.write(bytes_of(name, tensors[name], specs[name], allow_nonfinite))
+            if staging is not None:
+                staging.progress(specs[name].nbytes)
+        return out.close()
 
 
 def _header(specs: Mapping[str, TensorSpec]) -> bytes:
@@ -273,20 +320,25 @@ def _header(specs: Mapping[str, TensorSpec]) -> bytes:
     return len(data).to_bytes(8, "little") + data
 
 
-def _bytes_of(name: str, tensor: Tensor, spec: TensorSpec) -> memoryview:
+def bytes_of(name: str, tensor: Tensor, spec: TensorSpec, allow_nonfinite: bool = False) -> memoryview:
+    """The bytes of a tensor in its spec's dtype. Raises CheckpointError for another shape, and for NaN or infinity.
+
+    With allow_nonfinite only what conversion itself makes infinite is refused.
+    """
     if tuple(tensor.shape) != spec.shape:
         raise CheckpointError(f"tensor {name} is {list(tensor.shape)} and not {list(spec.shape)}: nothing was saved")
     given = tensor.detach()
     tensor = given.to("cpu", spec.dtype).contiguous()
     if not is_finite(tensor):
-        if is_finite(given):
+        if is_finite(given) or not torch.equal(torch.isfinite(given).cpu(), torch.isfinite(tensor)):
             raise CheckpointError(
                 f"tensor {name} overflows in {dtype_name(spec.dtype)}: choose bfloat16 or float32; nothing was saved"
             )
-        raise CheckpointError(
-            f"tensor {name} holds NaN or infinity and is never saved: go back to the last checkpoint with a lower "
-            f"learning rate"
-        )
+        if not allow_nonfinite:
+            raise CheckpointError(
+                f"tensor {name} holds NaN or infinity and is never saved: go back to the last checkpoint with a lower "
+                f"learning rate"
+            )
     if tensor.numel() == 0:
         return memoryview(b"")
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmcore.kernels.mosaic_step import Matrix
+from mmcore.kernels.recompute import cheap
 from mmcore.kernels.rms_norm import rms_norm
 from mmcore.kernels.swiglu import swiglu
 from mmcore.kernels.thin_linear import thin_linear
@@ -18,16 +23,41 @@ class Linear(nn.Linear):
     """A projection without bias: [..., in] -> [..., out].
 
     Without gradients on a CPU, few rows take the bandwidth-bound kernel, and bf16 weights (half the bytes of a
-    decoding step) meet fp32 activations.
+    decoding step) meet fp32 activations. `quantize` leaves a quarter of the bytes.
     """
+
+    scale: Tensor | None
+    """fp32 [out], the scales of the rows of an int8 weight; None for any other."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, bias=False)
+        self.register_buffer("scale", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_cpu and not torch.is_grad_enabled():
-            return thin_linear(x, self.weight)
+        if self.scale is not None or (x.is_cpu and not torch.is_grad_enabled()):
+            return thin_linear(x, self.weight, self.scale)
         return F.linear(x, self.weight)
+
+    def matrix(self) -> Matrix:
+        """The weight as kernels take it."""
+        return Matrix(self.weight, self.scale)
+
+    def exact_weight(self) -> Tensor:
+        """The weight that the products are with, [out, in]; of int8, made anew in fp32."""
+        return self.weight if self.scale is None else self.weight * self.scale[:, None]
+
+    def quantize(self) -> None:
+        """Keep the weight in int8 with an fp32 scale for each row, for inference. Activations are never rounded.
+
+        Row o of the weight w becomes round(127 w / max|w|) with the scale max|w| / 127: no entry moves by more than half
+        a scale.
+        """
+        exact = self.weight.detach().float()
+        scale = exact.abs().amax(dim=1) / 127
+        steps = torch.where(scale > 0, scale, torch.ones_like(scale))
+        del self.weight
+        self.register_buffer("weight", (exact / steps[:, None]).round().to(torch.int8))
+        self.scale = scale
 
     def reset_parameters(self) -> None:
         """Left unset: `init_weights` draws every parameter, also after a build on the meta device."""
@@ -43,7 +73,18 @@ class RMSNorm(nn.Module):
         self.kernels = kernels
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps, implementation=self.kernels)
+        return _normalized(x, self.weight, eps=self.eps, kernels=self.kernels)
+
+
+@cheap
+def _normalized(x: Tensor, weight: Tensor, *, eps: float, kernels: str) -> Tensor:
+    """RMSNorm's equation. Under autocast the result is cast at once: each projection would make a copy of its own."""
+    y = rms_norm(x, weight, eps, implementation=kernels)
+    kind = y.device.type
+    return y.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else y
+
+
+_gated = cheap(swiglu)
 
 
 class PersistentMemory(nn.Module):
@@ -57,7 +98,7 @@ class PersistentMemory(nn.Module):
         self.kernels = kernels
 
     def forward(self, y: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(y), self.up_proj(y), implementation=self.kernels))
+        return self.down_proj(_gated(self.gate_proj(y), self.up_proj(y), implementation=self.kernels))
 
     @torch.no_grad()
     def init_weights(self, name: str, depth: int, seed: int) -> None:
@@ -69,15 +110,54 @@ class PersistentMemory(nn.Module):
 def draw_normal(name: str, weight: Tensor, sigma: float, seed: int) -> None:
     """Fill `weight` from a normal of deviation `sigma`, cut off at 3 sigma.
 
-    The draw depends on the seed and the parameter's name alone, not on the order of drawing.
+    The draw depends on the seed, the parameter's name and the row alone: not on the order of drawing, the device, or
+    which rows a process holds (`drawing_rows`).
     """
-    nn.init.trunc_normal_(weight, std=sigma, a=-3 * sigma, b=3 * sigma, generator=named_generator(name, seed, weight))
+    _draw(name, weight, seed, lambda rows, generator: nn.init.trunc_normal_(
+        rows, std=sigma, a=-3 * sigma, b=3 * sigma, generator=generator))  # fmt: skip
 
 
-def named_generator(name: str, seed: int, like: Tensor) -> torch.Generator:
-    """A generator on `like`'s device, seeded by the parameter's name and the run's seed."""
+def draw_uniform(name: str, weight: Tensor, seed: int) -> None:
+    """Fill `weight` uniformly from [0, 1), drawn as in `draw_normal`."""
+    _draw(name, weight, seed, lambda rows, generator: rows.uniform_(0, 1, generator=generator))
+
+
+DRAWN_ROWS = 64
+"""Rows drawn from one generator. A process draws at most two of these blocks in vain for each of its tensors; seeding
+costs 10 us a block, 20 ms for the largest vocabularies."""
+
+RowsHeld = Callable[[Tensor], tuple[Tensor, int]]
+_rows_held: ContextVar[RowsHeld] = ContextVar("rows_held", default=lambda weight: (weight, 0))
+
+
+@contextlib.contextmanager
+def drawing_rows(rows_held: RowsHeld) -> Iterator[None]:
+    """Draw into what `rows_held` says that this process has of a parameter: the rows, and the number of the first."""
+    token = _rows_held.set(rows_held)
+    try:
+        yield
+    finally:
+        _rows_held.reset(token)
+
+
+def _draw(name: str, weight: Tensor, seed: int, fill: Callable[[Tensor, torch.Generator], Tensor]) -> None:
+    """Block by block on the CPU, whose generator is the same everywhere; a GPU's depends on its model."""
+    held, first = _rows_held.get()(weight)
+    total, end = weight.shape[0], first + held.shape[0]
+    if end == first:
+        return
+    for block in range(first // DRAWN_ROWS, -(-end // DRAWN_ROWS)):
+        start, stop = block * DRAWN_ROWS, min(total, (block + 1) * DRAWN_ROWS)
+        drawn = torch.empty((stop - start, *weight.shape[1:]), dtype=held.dtype, device="cpu")
+        fill(drawn, named_generator(f"{name}/{block}" if block else name, seed))
+        low, high = max(start, first), min(stop, end)
+        held[low - first : high - first].copy_(drawn[low - start : high - start])
+
+
+def named_generator(name: str, seed: int) -> torch.Generator:
+    """A generator seeded by a parameter's name and the run's seed."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    return torch.Generator(device=like.device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def fan_in_sigma(width: int, depth: int = 0) -> float:

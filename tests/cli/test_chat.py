@@ -57,6 +57,7 @@ def tokenizer(request, base_tokenizer, chat_tokenizer):
 @pytest.fixture
 def loaded(monkeypatch, tokenizer):
     """`mm chat` opens a small stand-in model."""
+    monkeypatch.setattr("mmcore.checkpoint.resolve.resolve_checkpoint", lambda path, **_: path)
     monkeypatch.setattr(mmcore, "load_model", lambda path, **_: FakeModel(300), raising=False)
     monkeypatch.setattr(mmcore, "load_tokenizer", lambda path: tokenizer, raising=False)
 
@@ -179,7 +180,7 @@ class TestOneShot:
         (["--prompt", "x", "--temperature", "-1"], "temperature is -1.0: it must be a number, 0"),
         (["--prompt", "x", "--top-p", "2"], "top_p is 2.0: it must lie above 0"),
         (["--prompt", "x", "--max-new-tokens", "0"], "max_new_tokens is 0"),
-        (["--prompt", "x", "--dtype", "int3"], "--dtype is 'int3': choose float32, bfloat16 or float16"),
+        (["--prompt", "x", "--dtype", "int3"], "--dtype is 'int3': choose float32, bfloat16, float16 or int8"),
         (["--prompt", "a\udc80"], "half of a surrogate pair"),
     ])
     def test_bad_input_is_one_line(self, loaded, capsys, arguments, message):
@@ -452,6 +453,7 @@ class TestTheProgram:
     def test_bad_input(self, checkpoint, tmp_path):
         for arguments, data, message in (
             ((tmp_path / "nowhere",), b"hi", b"nowhere"),
+            ((tmp_path / "nowhere",), b"", b"there is no checkpoint at"),
             ((checkpoint,), b"\xff\xfe", b"standard input is not UTF-8"),
             ((checkpoint,), b"", b"the prompt is empty"),
             ((checkpoint, "--without", "medium_term"), b"hi", b"medium_term"),

@@ -17,7 +17,12 @@ def _triton(*arguments):
     return triton.linear_cross_entropy(*arguments)
 
 
-_TABLE = {"cpu": cpu.linear_cross_entropy, "triton": _triton, "blocked": blocked.linear_cross_entropy, "reference": reference.linear_cross_entropy}
+_TABLE = {
+    "cpu": cpu.linear_cross_entropy,
+    "triton": _triton,
+    "blocked": blocked.linear_cross_entropy,
+    "reference": reference.linear_cross_entropy,
+}
 _REDUCTIONS = ("mean", "sum", "none")
 
 # From this share of ignored labels on, the rows that count are gathered first. Conversations have half of their

@@ -29,7 +29,15 @@ from mmcore.kernels import registry, tuning
 from mmcore.kernels.memory_read import triton_few
 from mmcore.kernels.memory_read.triton_backward import run_backward
 from mmcore.kernels.memory_read.triton_parts import (
-    LOG2E, configs, constants, count_power, interval, load_rows, plain, spans, store_rows,
+    LOG2E,
+    configs,
+    constants,
+    count_power,
+    interval,
+    load_rows,
+    plain,
+    spans,
+    store_rows,
 )  # fmt: skip
 
 

@@ -10,7 +10,15 @@ import triton.language as tl
 
 from mmcore.kernels import tuning
 from mmcore.kernels.memory_read.triton_parts import (
-    LOG2E, configs, constants, count_power, interval, load_rows, plain, spans, store_rows,
+    LOG2E,
+    configs,
+    constants,
+    count_power,
+    interval,
+    load_rows,
+    plain,
+    spans,
+    store_rows,
 )  # fmt: skip
 
 EXTENT = 32 if tuning.INTERPRETED else 128

@@ -14,7 +14,14 @@ from torch import Tensor
 
 from mmcore.kernels import tuning
 from mmcore.kernels.memory_read.triton_parts import (
-    LOG2E, constants, count_power, interval, load_rows, plain, spans, store_rows,
+    LOG2E,
+    constants,
+    count_power,
+    interval,
+    load_rows,
+    plain,
+    spans,
+    store_rows,
 )  # fmt: skip
 
 FEW = 16
