@@ -12,11 +12,12 @@ import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import mmcore
-from mmcore.checkpoint import certificate, manifest, targets
+from mmcore.checkpoint import certificate, hub, manifest, targets, untrusted
 from mmcore.checkpoint.certificate import AGAIN, Certificate
 from mmcore.checkpoint.formats import Checkpoint, open_checkpoint
 from mmcore.checkpoint.formats.base import Reopened
@@ -87,14 +88,17 @@ def convert_checkpoint(
     def certify(result: Path) -> bytes:
         if _stamps(files) != before:
             raise CheckpointError(f"{checkpoint.path} was changed while it was converted: convert it again")
-        made.append(_certify(checkpoint, hashes, result, target, to, dtype, command, meter))
+        made.append(_certify(checkpoint, hashes, result, target, to, dtype, command, meter, beside.notes))
         return certificate.to_bytes(made[0])
 
+    tokenizer, beside = _tokenizer_files(checkpoint), _Beside({}, {}, [])
+    if to == "hf":
+        beside = _beside(checkpoint, tokenizer)
     meter.begin("writing", written + (_moments_bytes(checkpoint) if to == "train" else 0))
     targets.TARGETS[to](targets.Job(
         source=checkpoint, target=target, dtype=dtype, max_shard_bytes=max_shard_bytes, force=force,
-        allow_nonfinite=allow_nonfinite, key=staging_key(decides), files=_tokenizer_files(checkpoint), extra_files={},
-        progress=meter.add, certify=certify,
+        allow_nonfinite=allow_nonfinite, key=staging_key(decides), files=tokenizer, extra_files=beside.files,
+        extra_config=beside.config, progress=meter.add, certify=certify,
     ))  # fmt: skip
     return made[0]
 
@@ -161,8 +165,44 @@ def _tokenizer_files(checkpoint: Checkpoint) -> dict[str, bytes | Path]:
     return dict(load_tokenizer(checkpoint.path).files())
 
 
+@dataclass(frozen=True)
+class _Beside:
+    """What an exported folder holds for transformers beside its weights (hub.py)."""
+
+    config: dict[str, Any]
+    """Keys laid over config.json."""
+    files: dict[str, bytes | Path]
+    notes: list[str]
+
+
+def _beside(checkpoint: Checkpoint, files: dict[str, bytes | Path]) -> _Beside:
+    """`files` are the tokenizer's, as the source has them; one that only another program can read stays as it is."""
+    given = {}
+    settings = checkpoint.path / "generation_config.json"
+    settings = {settings.name: settings} if checkpoint.path.is_dir() and os.path.lexists(settings) else {}
+    for name, file in {**settings, **files}.items():
+        if isinstance(file, Path):
+            untrusted.require_regular(file)
+        given[name] = file if isinstance(file, bytes) else file.read_bytes()
+    tokenizer, notes = None, []
+    if files and not hub.made_elsewhere(given):
+        try:
+            tokenizer = load_tokenizer(checkpoint.path)
+        except DataError as error:
+            notes.append(f"the tokenizer's files were copied as they are, for {error}")
+    values = hub.hub_config({"bos_token_id": None, "eos_token_id": None} | checkpoint.config_json, tokenizer)
+    found: dict[str, bytes | Path] = {**hub.hub_files(values, tokenizer, given)}
+    if tokenizer is None:
+        found = {**files, **found}
+    if "tokenizer.model" in found and "tokenizer.json" not in found and tokenizer is not None:
+        notes.append("the sentencepiece model has no equal tokenizer.json, so AutoTokenizer cannot read it: only BPE with "
+                     "byte fallback and without normalization has one")
+    keys = ("auto_map", "bos_token_id", "eos_token_id")
+    return _Beside({key: values[key] for key in keys if key in values}, found, notes)
+
+
 def _certify(source: Checkpoint, hashes: dict[str, str], path: Path, target: Path, to: str, dtype: torch.dtype,
-             command: str, meter: _Meter) -> Certificate:  # fmt: skip
+             command: str, meter: _Meter, notes: list[str]) -> Certificate:  # fmt: skip
     """Read the result back, compare, and write down what was found. Raises CheckpointError where the two disagree."""
     result = _open(path, allow_nonfinite=True, verify=False)
     meter.begin("comparing", sum(spec.nbytes for spec in _specs(result).values()))
@@ -197,7 +237,7 @@ def _certify(source: Checkpoint, hashes: dict[str, str], path: Path, target: Pat
         optimizer=optimizer,
         versions={"mm": mmcore.__version__, "torch": torch.__version__, "python": platform.python_version()},
         command=command,
-        notes=_notes(source, to, optimizer, trace.finite),
+        notes=_notes(source, to, optimizer, trace.finite) + notes,
     )
 
 

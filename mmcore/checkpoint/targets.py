@@ -44,7 +44,9 @@ class Job:
     files: Mapping[str, bytes | Path]
     """The tokenizer's."""
     extra_files: Mapping[str, bytes | Path]
-    """What an exported folder holds beside: the code that transformers needs."""
+    """What an exported folder holds beside the weights: tokenizer, settings and code as transformers needs them."""
+    extra_config: Mapping[str, Any]
+    """Keys laid over an exported folder's config.json."""
     progress: Callable[[int], None]
     """Hears of the bytes written."""
     certify: Callable[[Path], bytes]
@@ -63,10 +65,9 @@ class Job:
 
 def write_hf(job: Job) -> None:
     """An exported folder (contract 1); the baseline becomes a LlamaForCausalLM."""
-    ends = {key: job.source.config_json.get(key) for key in ("bos_token_id", "eos_token_id")}
     write_exported(
-        job.target, job.source.config, job.source.tensors, dtype=job.dtype, tokenizer_files=job.files,
-        files=job.extra_files, max_shard_bytes=job.max_shard_bytes, extra=ends, force=job.force, key=job.key,
+        job.target, job.source.config, job.source.tensors, dtype=job.dtype, files=job.extra_files,
+        max_shard_bytes=job.max_shard_bytes, extra=job.extra_config, force=job.force, key=job.key,
         progress=job.progress, allow_nonfinite=job.allow_nonfinite,
         certify=lambda folder: {certificate.NAME: job.certify(folder)},
     )  # fmt: skip

@@ -8,6 +8,8 @@ the padding is a document of its own that no query reads.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,6 +69,16 @@ class Store:
             return self.keys, self.values
         return self.keys[:, : self.used], self.values[:, : self.used]
 
+    def mark(self, room: int) -> tuple[Any, ...]:
+        """Where the store is, for `rewind`; with space for `room` more pairs, so that going on from the mark again and
+        again never moves the old ones. Pairs behind a mark are only ever added, so nothing is copied."""
+        if self.keys is not None:
+            self.reserve(room, self.keys)
+        return self.first, self.used, self.keys, self.values
+
+    def rewind(self, mark: tuple[Any, ...]) -> None:
+        self.first, self.used, self.keys, self.values = mark
+
 
 class AttentionState:
     """Keys and values of one attention layer for B rows; a query also reads its own pair, so nothing waits."""
@@ -80,6 +92,12 @@ class AttentionState:
 
     def pairs(self) -> tuple[Tensor, Tensor]:
         return self.store.pairs()
+
+    def mark(self, room: int) -> tuple[Any, ...]:
+        return (self.store.mark(room),)
+
+    def rewind(self, mark: tuple[Any, ...]) -> None:
+        self.store.rewind(mark[0])
 
     def query_offset(self) -> int | Tensor:
         """Slot at which the first of the newest queries stands."""
@@ -138,6 +156,18 @@ class MemoryState(AttentionState):
         # The newest pair that is complete belongs to the token before the query's.
         return super().query_offset() if self.store.clock is None else self.store.clock
 
+    def mark(self, room: int) -> tuple[Any, ...]:
+        scan = None if self.scan is None else tuple(part.clone() for part in self.scan)
+        pending = (self.pending_key, self.pending_raw)
+        return *super().mark(room), scan, *(None if part is None else part.clone() for part in pending)
+
+    def rewind(self, mark: tuple[Any, ...]) -> None:
+        store, scan, key, raw = mark
+        self.store.rewind(store)
+        # Copies again: the compiled step writes in place, and the mark may be needed once more.
+        self.scan = None if scan is None else tuple(part.clone() for part in scan)
+        self.pending_key, self.pending_raw = (None if part is None else part.clone() for part in (key, raw))
+
     def resets(self, count: int) -> Tensor | None:
         """bool [B, count]: where the new tokens begin a row."""
         if self.owner.padding is None:
@@ -158,6 +188,14 @@ class MemoryState(AttentionState):
         super().load(tensors, length - 1)  # the newest token's pair still waits
         self.scan = (tensors["scan_vector"].clone(), tensors["scan_log_scale"].clone())
         self.pending_key, self.pending_raw = tensors["pending_key"].clone(), tensors["pending_raw"].clone()
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A moment of a DecodingState; see there."""
+
+    length: int
+    memories: dict[str, tuple[Any, ...]]
 
 
 class DecodingState:
@@ -188,6 +226,17 @@ class DecodingState:
             if parts:  # a memory that was knocked out has none
                 memory.load(parts, length)
         self.length = length
+
+    def mark(self, room: int = 0) -> Mark:
+        """The present moment, to `rewind` to as often as wanted; the next `room` tokens then move no stored pair.
+        Costs a few vectors for each memory, whatever the length."""
+        return Mark(self.length, {name: memory.mark(room) for name, memory in self.memories.items()})
+
+    def rewind(self, mark: Mark) -> None:
+        """Forget what was read after `mark`. Marks made later than it are void from then on."""
+        self.length = mark.length
+        for name, memory in self.memories.items():
+            memory.rewind(mark.memories[name])
 
     @property
     def bytes(self) -> int:
