@@ -96,8 +96,8 @@ def start_world(device: torch.device, distributed: DistributedConfig | None = No
     timeout = timedelta(seconds=distributed.timeout_seconds)
     options: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
     try:
-        # A process may start and stop several worlds: each has keys of its own
-        store = dist.PrefixStore(f"mm/{next(_starts)}", _meeting_point(distributed.timeout_seconds))
+        # A process may start and stop several worlds, and torchrun ranks several times: each has keys of its own
+        store = dist.PrefixStore(f"mm/{_start_key()}/{next(_starts)}", _meeting_point(distributed.timeout_seconds))
         dist.init_process_group(
             "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl",
             store=dist.PrefixStore("groups", store), rank=world.rank, world_size=world.size, timeout=timeout, **options,
@@ -130,6 +130,15 @@ def _meeting_point(timeout_seconds: float) -> Store:
     store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
     store.set_timeout(timeout)
     return store
+
+
+def _start_key() -> str:
+    """Tells this start of the ranks from earlier ones.
+
+    torchrun gives ranks that it starts again the same store (pytorch#135712), where addresses of dead processes lie.
+    MM_START is set by mm's own launcher, the same on every node; the count of torchrun's may differ between nodes.
+    """
+    return os.environ.get("MM_START") or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
 
 def _mesh_shape(distributed: DistributedConfig, world: World) -> tuple[int, ...]:

@@ -172,7 +172,7 @@ class HarnessModel(_TemplateLM or object):
             if token == self.end or token in self.model.stop_ids:
                 break
             drawn.append(token)
-            text = self.tokens.decode(drawn, continues=True)
+            text = self.tokens.decode(drawn)  # as a text of its own, which is how the harness's model decodes
             if any(stop in text for stop in until):
                 break
         for stop in until:

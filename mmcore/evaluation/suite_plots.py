@@ -122,10 +122,12 @@ def _by_shots(models: list[tuple[str, list[dict[str, Any]]]]) -> Any:
     figure, axes = _panels(len(panels))
     for axis, (task, kind) in zip(axes, panels, strict=True):
         for index, (name, rows) in enumerate(models):
-            mine = sorted((row for row in rows if (row["task"], row["labels"]) == (task, kind)), key=lambda row: row["shots"])
+            mine = [row for row in rows if (row["task"], row["labels"]) == (task, kind)]
+            mine.sort(key=lambda row: row["shots"])
             shots = [row["shots"] for row in mine]
             low, high = zip(*(row["best"]["interval"] for row in mine), strict=True) if mine else ((), ())
-            axis.plot(shots, [row["best"]["score"] for row in mine], marker="o", markersize=3.5, color=_colour(index), label=name)
+            best = [row["best"]["score"] for row in mine]
+            axis.plot(shots, best, marker="o", markersize=3.5, color=_colour(index), label=name)
             axis.fill_between(shots, low, high, color=_colour(index), alpha=0.12, linewidth=0)
             axis.plot(shots, [row["mean"] for row in mine], linestyle="none", marker=".", markersize=4, color=_colour(index))
             if mine:

@@ -40,7 +40,8 @@ def tables(report: dict[str, Any]) -> list[Table]:
 
 def columns(report: dict[str, Any], suite: str) -> list[tuple[str, list[dict[str, Any]]]]:
     """(name, rows of a suite) of each result that has any."""
-    return [(name, result[suite]) for name, result in zip(labels(report), report["results"], strict=True) if result.get(suite)]
+    named = zip(labels(report), report["results"], strict=True)
+    return [(name, result[suite]) for name, result in named if result.get(suite)]
 
 
 def mean(values: Iterable[float]) -> float | None:
@@ -74,8 +75,9 @@ def _persistent(report: dict[str, Any]) -> list[Table]:
         means = [mean(scores) for scores in group_scores(models, group)]
         lines.append(["mean", f"{len(tasks)} of {of}" if of else f"{len(tasks)}", "", *map(shown, means)])
         note = f"The paper's group of {of}. " if of else ""
-        found.append(Table("persistent", f"{title}, percent", ["benchmark", "items", "metric", *(name for name, _ in models)],
-                           lines, f"{note}Through lm-evaluation-harness, each benchmark by its main metric."))
+        header = ["benchmark", "items", "metric", *(name for name, _ in models)]
+        found.append(Table("persistent", f"{title}, percent", header, lines,
+                           f"{note}Through lm-evaluation-harness, each benchmark by its main metric."))
     return found
 
 

@@ -110,7 +110,7 @@ def test_opcheck(form):
 @needs_compiler
 def test_opcheck_of_thin_linear():
     for rows, dtype in ((3, torch.float32), (40, torch.float32), (3, torch.bfloat16)):
-        opcheck(thin_cpu.traced, (torch.randn(rows, 6), torch.randn(5, 6).to(dtype)))
+        opcheck(thin_cpu.traced, (torch.randn(rows, 6), torch.randn(5, 6).to(dtype), None))
 
 
 def test_tensors_without_data_pass_through():

@@ -131,12 +131,12 @@ def memory_read(queries, keys, values, base, slope, exponent, starts, window, de
 
 _read = registry.operator(
     "memory_read_blocked(Tensor queries, Tensor keys, Tensor values, Tensor base, Tensor slope, Tensor exponent, "
-    "Tensor? starts, int? window, int delay, int offset) -> Tensor",
+    "Tensor? starts, int? window, SymInt delay, SymInt offset) -> Tensor",
     _run, _fake, keep=_keep, backward=_gradients,
 )  # fmt: skip
 _read_backward = registry.operator(
     "memory_read_blocked_backward(Tensor grad, Tensor queries, Tensor keys, Tensor values, Tensor base, Tensor slope, "
-    "Tensor exponent, Tensor? starts, int? window, int delay, int offset, Tensor out)"
+    "Tensor exponent, Tensor? starts, int? window, SymInt delay, SymInt offset, Tensor out)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _run_backward, _fake_backward,
 )  # fmt: skip

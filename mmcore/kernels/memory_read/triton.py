@@ -178,12 +178,12 @@ def _fake_backward(grad, keys, values, base, slope, exponent, queries, starts, w
 
 _read = registry.operator(
     "memory_read_triton(Tensor keys, Tensor values, Tensor base, Tensor slope, Tensor exponent, Tensor? queries, "
-    "Tensor? starts, int? window, int delay, int offset) -> (Tensor, Tensor)",
+    "Tensor? starts, int? window, SymInt delay, SymInt offset) -> (Tensor, Tensor)",
     _run, _fake, keep=_keep, backward=_gradients,
 )  # fmt: skip
 _read_backward = registry.operator(
     "memory_read_triton_backward(Tensor grad, Tensor keys, Tensor values, Tensor base, Tensor slope, Tensor exponent, "
-    "Tensor? queries, Tensor? starts, int? window, int delay, int offset, Tensor out, Tensor statistics)"
+    "Tensor? queries, Tensor? starts, int? window, SymInt delay, SymInt offset, Tensor out, Tensor statistics)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     run_backward, _fake_backward,
 )  # fmt: skip

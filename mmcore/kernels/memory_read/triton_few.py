@@ -24,8 +24,7 @@ from mmcore.kernels.memory_read.triton_parts import (
     store_rows,
 )  # fmt: skip
 
-FEW = 16
-"""Up to so many queries: as many rows as a product on tensor cores has at least."""
+FEW = 16  # as many rows as a product on tensor cores has at least; FEW_ON_GPU of __init__.py
 
 
 @triton.jit
