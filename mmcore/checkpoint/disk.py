@@ -21,7 +21,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -243,6 +243,35 @@ def recover(parent: Path, wanted: Callable[[str], bool], spare: Path | None = No
             sync_folder(parent)
         else:
             remove_folder(path)
+
+
+class Hold:
+    """Keeps a finished folder from being purged by another process while this object lives.
+
+    Holds nothing where the file system has no locks, or where the folder is gone: who reads it then says so.
+    """
+
+    def __init__(self, folder: Path):
+        self._descriptor = -1
+        with suppress(OSError):
+            self._descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            fcntl.flock(self._descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+    def __del__(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+
+
+def remove_unless_held(path: Path) -> bool:
+    """Remove a folder unless a living process holds it; whether it is gone. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        if _try_lock(descriptor) is False:
+            return False
+        remove_folder(path)
+        return True
+    finally:
+        os.close(descriptor)
 
 
 def lock_folder(path: Path) -> int | None:

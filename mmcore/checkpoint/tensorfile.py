@@ -10,8 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Container, Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +67,25 @@ class LazyTensors(Mapping[str, Tensor]):
     """Tensors that are read when they are asked for. NaN and infinity are refused unless allowed."""
 
     def __init__(self, readers: Mapping[str, Callable[[], Tensor]], specs: Mapping[str, TensorSpec], origin: Path,
-                 allow_nonfinite: bool = False, twins: Mapping[str, str] | None = None):  # fmt: skip
-        """twins: name -> another name in `readers` whose tensor must be the same; the other is not part of the mapping."""
+                 allow_nonfinite: bool = False, twins: Mapping[str, str] | None = None,
+                 hold: object = None):  # fmt: skip
+        """twins: name -> another name in `readers` whose tensor must be the same; the other is not part of the mapping.
+        hold: whatever keeps the files there, let go with this mapping."""
         self._readers, self.specs, self.origin, self._allow_nonfinite = readers, specs, origin, allow_nonfinite
-        self._twins = dict(twins or {})
+        self._twins, self._hold = dict(twins or {}), hold
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor = self._readers[name]()
-        if name in self._twins and not same_bits(tensor, self._readers[self._twins[name]]()):
+        return self._checked(name, lambda reader: reader())
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows start .. stop-1 of a tensor; of a safetensors file only those are read."""
+        return self._checked(
+            name, lambda reader: reader.rows(start, stop) if isinstance(reader, Stored) else reader()[start:stop]
+        )
+
+    def _checked(self, name: str, read: Callable[[Callable[[], Tensor]], Tensor]) -> Tensor:
+        tensor = read(self._readers[name])
+        if name in self._twins and not same_bits(tensor, read(self._readers[self._twins[name]])):
             raise CheckpointError(
                 f"{self.origin}: its config.json ties {self._twins[name]} to {name}, but the two differ: correct "
                 f"tie_word_embeddings"
@@ -153,7 +163,7 @@ def _specs_of(header: dict[str, Any], data_bytes: int) -> dict[str, TensorSpec]:
         dtype, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(dtype, str) or dtype not in DTYPES:
             raise ValueError(f"{shown(name)} has the unknown dtype {shown(str(dtype))}")
-        if not _sizes(shape) or not _sizes(span) or len(span) != 2 or len(shape) > 8:
+        if not are_sizes(shape) or not are_sizes(span) or len(span) != 2 or len(shape) > 8:
             raise ValueError(f"{shown(name)} has a wrong shape or place")
         spec = TensorSpec(DTYPES[dtype], tuple(shape))
         if span[1] - span[0] != spec.nbytes:
@@ -170,8 +180,18 @@ def _specs_of(header: dict[str, Any], data_bytes: int) -> dict[str, TensorSpec]:
     return specs
 
 
-def _sizes(values: Any) -> bool:
+def are_sizes(values: Any) -> bool:
+    """Whether `values` is a list of whole numbers that can be sizes or places."""
     return isinstance(values, list) and all(type(v) is int and 0 <= v < 1 << 62 for v in values)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows start .. stop-1 of a tensor, which a file holds under the tensor's name."""
+
+    path: Path
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)
@@ -180,7 +200,15 @@ class TensorFiles:
 
     specs: dict[str, TensorSpec]
     places: dict[str, Path]
+    """Of the tensors that lie in one file whole."""
     problems: list[str]
+    pieces: dict[str, tuple[Piece, ...]] = field(default_factory=dict)
+    """Of the tensors that are cut into rows, in the order of the rows."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All files that hold tensors."""
+        return tuple(sorted({*self.places.values(), *(piece.path for cut in self.pieces.values() for piece in cut)}))
 
 
 def find_tensors(folder: Path, stem: str, listed: Container[str] | None = None) -> TensorFiles:
@@ -218,26 +246,68 @@ def find_tensors(folder: Path, stem: str, listed: Container[str] | None = None) 
 
 
 def lazy_tensors(files: TensorFiles, names: list[str], origin: Path, allow_nonfinite: bool = False,
-                 twins: Mapping[str, str] | None = None) -> LazyTensors:  # fmt: skip
-    """The named tensors of a folder, mapped from disk when they are asked for; twins: see LazyTensors."""
+                 twins: Mapping[str, str] | None = None, hold: object = None) -> LazyTensors:  # fmt: skip
+    """The named tensors of a folder, mapped from disk when they are asked for; twins and hold: see LazyTensors."""
     handles: dict[Path, Any] = {}
     readers = {
-        name: partial(_read, handles, files.places[name], name, files.specs[name])
+        name: Stored(handles, files.places.get(name), files.pieces.get(name, ()), name, files.specs[name])
         for name in [*names, *(twins or {}).values()]
     }
-    return LazyTensors(readers, {name: files.specs[name] for name in names}, origin, allow_nonfinite, twins)
+    return LazyTensors(readers, {name: files.specs[name] for name in names}, origin, allow_nonfinite, twins, hold)
 
 
-def _read(handles: dict[Path, Any], path: Path, name: str, spec: TensorSpec) -> Tensor:
-    try:
-        if path not in handles:
-            handles[path] = safe_open(path, framework="pt", device="cpu")
-        tensor = handles[path].get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"cannot read {shown(name)} from {path}: {shown(str(error))}") from error
-    if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
-        raise CheckpointError(f"{path} changed while it was read: {shown(name)} is no longer {list(spec.shape)}")
-    return tensor
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in safetensors: whole in `place`, whose header was read before, or in `pieces`."""
+
+    handles: dict[Path, Any]
+    """Open files, shared by the tensors of a folder."""
+    place: Path | None
+    pieces: tuple[Piece, ...]
+    name: str
+    spec: TensorSpec
+
+    def __call__(self) -> Tensor:
+        if self.place is None:
+            return self.rows(0, self.spec.shape[0] if self.spec.shape else 1)
+        return self._take(self.place, self.spec.shape, lambda file: file.get_tensor(self.name))
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows start .. stop-1, each piece read once and no further than needed."""
+        if not self.spec.shape:
+            return self() if self.place else self._slice(self.pieces[0].path, (), slice(None))
+        if self.place is not None:
+            return self._slice(self.place, self.spec.shape, slice(start, stop))
+        parts = []
+        for piece in self.pieces:
+            first, last = max(start, piece.start), min(stop, piece.stop)
+            if first < last:
+                shape = (piece.stop - piece.start, *self.spec.shape[1:])
+                parts.append(self._slice(piece.path, shape, slice(first - piece.start, last - piece.start)))
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat(parts) if parts else torch.empty(0, *self.spec.shape[1:], dtype=self.spec.dtype)
+
+    def _slice(self, path: Path, shape: tuple[int, ...], rows: slice) -> Tensor:
+        if not shape or 0 in shape or (rows.start == 0 and rows.stop == shape[0]):
+            return self._take(path, shape, lambda file: file.get_tensor(self.name))[rows if shape else ...]
+        return self._take(path, shape, lambda file: file.get_slice(self.name)[rows], len(range(*rows.indices(shape[0]))))
+
+    def _take(self, path: Path, shape: tuple[int, ...], read: Callable[[Any], Tensor], rows: int | None = None) -> Tensor:
+        """What `read` finds in a file where the tensor must have `shape`; `rows` of it, or all."""
+        try:
+            if path not in self.handles:
+                if self.place is None and self.name not in read_header(path):
+                    raise CheckpointError(f"{path} has no {shown(self.name)}: go back to an earlier checkpoint")
+                self.handles[path] = safe_open(path, framework="pt", device="cpu")
+            there = tuple(self.handles[path].get_slice(self.name).get_shape())
+            tensor = read(self.handles[path]) if there == shape else None
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"cannot read {shown(self.name)} from {path}: {shown(str(error))}") from error
+        wanted = shape if rows is None else (rows, *shape[1:])
+        if tensor is None or tensor.dtype != self.spec.dtype or tuple(tensor.shape) != wanted:
+            raise CheckpointError(f"{path} changed while it was read: {shown(self.name)} is no longer {list(shape)}")
+        return tensor
 
 
 # -- writing ---------------------------------------------------------------------------------------------------
@@ -261,12 +331,13 @@ def write_tensors(
     stem: str,
     tensors: Mapping[str, Tensor],
     specs: Mapping[str, TensorSpec],
-    limit: int = SHARD_BYTES,
+    limit: int | None = SHARD_BYTES,
     *,
     staging: Staging | None = None,
     allow_nonfinite: bool = False,
 ) -> dict[str, FileRecord]:
-    """Write tensors as `<stem>.safetensors`, or as shards and an index where they exceed `limit` bytes.
+    """Write tensors as `<stem>.safetensors`, or as shards and an index where they exceed `limit` bytes
+    (None: one file whatever its size).
 
     Each tensor is fetched from the mapping once, converted to its spec's dtype, checked, written and dropped.
     staging: what an earlier attempt finished is kept, and told of each file that is finished now.
@@ -274,7 +345,7 @@ def write_tensors(
     tensor that is not finite (unless allowed) or no longer so in the dtype asked for, or has another shape than its
     spec.
     """
-    shards = plan_shards(specs, limit)
+    shards = [list(specs)] if limit is None else plan_shards(specs, limit)
     files = [f"{stem}.safetensors"]
     if len(shards) > 1:
         files = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]

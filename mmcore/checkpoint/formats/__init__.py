@@ -10,7 +10,9 @@ from mmcore.checkpoint.formats.folder import open_folder, write_exported
 from mmcore.checkpoint.formats.llama2c import open_llama2c
 from mmcore.checkpoint.formats.statedict import open_state_dict
 from mmcore.checkpoint.formats.torchfile import is_torch_file
+from mmcore.checkpoint.integrity import ALONE
 from mmcore.checkpoint.resolve import resolve_checkpoint
+from mmcore.distributed.messages import Messages
 
 
 @dataclass(frozen=True)
@@ -62,14 +64,16 @@ FORMATS = {
 """Name -> what it is, what can be done with it, and what comes along."""
 
 
-def open_checkpoint(path: str | Path, *, verify: bool = True, allow_nonfinite: bool = False) -> Checkpoint:
+def open_checkpoint(path: str | Path, *, verify: bool = True, allow_nonfinite: bool = False,
+                    messages: Messages = ALONE) -> Checkpoint:  # fmt: skip
     """Open whatever `path` means (see resolve_checkpoint), without reading weights yet.
 
     verify=False leaves out the hashes of a training checkpoint, for one that was verified a moment ago.
-    allow_nonfinite=True hands out weights with NaN or infinity, to look at what went wrong. Raises
-    CheckpointError where the checkpoint is missing, damaged, or does not fit its configuration.
+    allow_nonfinite=True hands out weights with NaN or infinity, to look at what went wrong. messages: of ranks that
+    open it together, which share the reading for the hashes. Raises CheckpointError where the checkpoint is
+    missing, damaged, or does not fit its configuration.
     """
-    found = resolve_checkpoint(path, verify=verify)
+    found = resolve_checkpoint(path, verify=verify, messages=messages)
     if found.is_dir():
         return open_folder(found, verify=False, allow_nonfinite=allow_nonfinite)
     if found.suffix == ".bin" and not is_torch_file(found):

@@ -41,10 +41,10 @@ class Reopened(Mapping[str, Tensor]):
     """Weights that are read through once, in the memory of a few tensors.
 
     The pages of a mapped file that were read count as this process's memory until nothing maps the file any more, so
-    the files are opened anew after every 256 MB. `reopen` gives the mapping of weights afresh.
+    the files are opened anew after every 64 MB. `reopen` gives the mapping of weights afresh.
     """
 
-    LIMIT = 256 << 20
+    LIMIT = 64 << 20
 
     def __init__(self, specs: Mapping[str, TensorSpec], reopen: Callable[[], Mapping[str, Tensor]]):
         self.specs, self._reopen = specs, reopen

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmcore.checkpoint import disk, manifest, tensorfile, untrusted
+from mmcore.checkpoint import disk, integrity, manifest, sharded, tensorfile, untrusted
 from mmcore.checkpoint.formats.base import Checkpoint
 from mmcore.checkpoint.formats.modelconfig import config_json, generation_config_json, read_config
 from mmcore.checkpoint.formats.statedict import VOCABULARIES, find_state_dicts, open_state_dict
-from mmcore.checkpoint.names import CLASSIFIER, EMBEDDING, check_tensors, expected_tensors, twin_of
+from mmcore.checkpoint.names import EMBEDDING, check_tensors, expected_tensors, twin_of
 from mmcore.checkpoint.resumable import resumable_folder
 from mmcore.checkpoint.tensorfile import TensorSpec
 from mmcore.checkpoint.untrusted import shown
@@ -34,11 +34,15 @@ def open_folder(folder: Path, *, verify: bool = True, allow_nonfinite: bool = Fa
     Raises CheckpointError.
     """
     training = os.path.lexists(folder / manifest.NAME)
-    records = manifest.check(folder, hashes=verify) if training else None
+    hold = disk.Hold(folder) if training else None  # a run that goes on does not remove what is being read
+    records = integrity.check(folder, hashes=verify) if training else None
     if not training and _is_state_dict(folder):
         return open_state_dict(folder, allow_nonfinite=allow_nonfinite)
     config, values = read_config(folder)
-    files = tensorfile.find_tensors(folder, "model", records)
+    if records is not None and sharded.NAME in records:
+        files = sharded.find_pieces(folder, "model", records)
+    else:
+        files = tensorfile.find_tensors(folder, "model", records)
     problems = files.problems + [
         f"{shown(name)} is {tensorfile.dtype_name(spec.dtype)}, which is no dtype for weights"
         for name, spec in files.specs.items()
@@ -54,8 +58,8 @@ def open_folder(folder: Path, *, verify: bool = True, allow_nonfinite: bool = Fa
         path=folder,
         config=config,
         config_json=values,
-        tensors=tensorfile.lazy_tensors(files, names, folder, allow_nonfinite, {EMBEDDING: twin} if twin else None),
-        weight_files=tuple(sorted(set(files.places.values()))),
+        tensors=tensorfile.lazy_tensors(files, names, folder, allow_nonfinite, {EMBEDDING: twin} if twin else None, hold),
+        weight_files=files.files,
         tokenizer_path=folder if any((folder / name).is_file() for name in VOCABULARIES) else None,
         dtype=max((files.specs[name].dtype for name in names), key=lambda dtype: -tensorfile.WEIGHT_DTYPES.index(dtype)),
     )

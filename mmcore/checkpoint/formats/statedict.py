@@ -34,7 +34,7 @@ INDEX = "pytorch_model.bin.index.json"
 _INSIDE = ("model", "state_dict", "model_state_dict", "module")
 _PREFIX = re.compile(r"(?:module\.|_orig_mod\.)+")
 _META_IGNORED = ("rope.freqs",)
-_REMAP = 256 << 20
+_REMAP = 64 << 20
 """Bytes handed out before the file is mapped anew: the pages of a mapping count as memory until it goes."""
 
 
@@ -110,7 +110,7 @@ def _indexed(index: Path) -> list[Path]:
 
 
 class _Part:
-    """One file, mapped when it is needed and anew after every 256 MB read from it."""
+    """One file, mapped when it is needed and anew after every 64 MB read from it."""
 
     def __init__(self, path: Path):
         self.path = path
