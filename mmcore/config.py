@@ -160,6 +160,28 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class SpikeConfig:
+    """When a loss is a spike: then the run goes back to its newest checkpoint and leaves out the samples since."""
+
+    nats: float | None = None
+    """Above the smoothed loss by more than this; give this or deviations."""
+    deviations: float | None = None
+    """Above the smoothed loss by more than this many standard deviations of the latest losses."""
+    after_steps: int = 100
+    """The first steps, whose loss still falls fast, are never taken for a spike."""
+    max_rollbacks: int = 5
+    """The run stops at the next spike after this many, and says so."""
+
+    def __post_init__(self) -> None:
+        if (self.nats is None) == (self.deviations is None):
+            raise ConfigError("training.spike_rollback: give nats or deviations, and one of them only")
+        if (self.nats or self.deviations or 0) <= 0:
+            raise ConfigError("training.spike_rollback: nats or deviations must be positive")
+        if self.after_steps < 1 or self.max_rollbacks < 1:
+            raise ConfigError("training.spike_rollback: after_steps and max_rollbacks must be at least 1")
+
+
+@dataclass(frozen=True)
 class TrainingConfig:
     """The optimization (SPEC 2: AdamW, warm-up, cosine)."""
 
@@ -206,10 +228,21 @@ class TrainingConfig:
     """Steps between lines of metrics.jsonl."""
     compile: bool = False
     """torch.compile each block."""
+    on_nonfinite: str = "stop"
+    """What a loss or gradient that is NaN or infinite does: stop (before the update), or skip (the step's samples are
+    passed over without an update, on every rank)."""
+    max_skipped_steps: int = 10
+    """With skip: the run stops at so many skipped steps in a row."""
+    spike_rollback: SpikeConfig | None = None
+    """When and how to go back after a spike of the loss; none: never."""
+    health_every: int = 500
+    """Steps between measurements of the memories (health.jsonl, TensorBoard's histograms); 0: none."""
+    wandb: str | None = None
+    """Weights & Biases project that gets the metrics too; it needs the extra: pip install 'mm[wandb]'."""
 
     def __post_init__(self) -> None:
         problems = []
-        for name in ("sequence_length", "batch_size", "log_every"):
+        for name in ("sequence_length", "batch_size", "log_every", "max_skipped_steps"):
             if getattr(self, name) < 1:
                 problems.append(f"training.{name} is {getattr(self, name)}: it must be at least 1")
         if self.micro_batch_size is not None and self.micro_batch_size < 1:
@@ -222,6 +255,10 @@ class TrainingConfig:
             problems.append(f"training.learning_rate is {self.learning_rate}: it must be positive")
         if self.schedule not in ("cosine", "constant"):
             problems.append(f"training.schedule is {self.schedule!r}: choose cosine or constant")
+        if self.on_nonfinite not in ("stop", "skip"):
+            problems.append(f"training.on_nonfinite is {self.on_nonfinite!r}: choose stop or skip")
+        if self.health_every < 0:
+            problems.append(f"training.health_every is {self.health_every}: it must not be negative")
         if self.precision not in ("auto", "fp32", "bf16", "fp8"):
             problems.append(f"training.precision is {self.precision!r}: choose auto, fp32, bf16 or fp8")
         if not 0 <= self.warmup_steps:
@@ -318,7 +355,7 @@ class DistributedConfig:
                 *most, last = choices
                 problems.append(f"distributed.{key} is {getattr(self, key)!r}: choose {', '.join(most)} or {last}")
         if self.shard_size is not None and self.sharding != "hybrid":
-            problems.append("distributed.shard_size is for hybrid sharding: set distributed.sharding=hybrid, or leave it out")
+            problems.append("distributed.shard_size is for hybrid sharding: set distributed.sharding=hybrid or leave it out")
         if self.shard_size is not None and self.shard_size < 1:
             problems.append(f"distributed.shard_size is {self.shard_size}: it must be at least 1")
         if self.timeout_seconds <= 0:

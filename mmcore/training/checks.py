@@ -81,7 +81,8 @@ def check_memory(recipe: Recipe, device: torch.device, world: World | None = Non
     world = world or World()
     machine = planning.machine_here() if device.type == "cuda" else planning.parse_machine("cpu")
     machine = dataclasses.replace(machine, count=world.size, per_node=world.local_size)
-    micro_batch = min(recipe.training.micro_batch_size or recipe.training.batch_size, recipe.training.batch_size // world.size)
+    share = recipe.training.batch_size // world.size
+    micro_batch = min(recipe.training.micro_batch_size or share, share)
     needed = planning.memory_per_device(recipe, machine, micro_batch)["total"]
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]

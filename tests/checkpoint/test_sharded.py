@@ -64,6 +64,12 @@ def test_every_reader_takes_them(made, tmp_path, name):
     model = dict(load_model(made / name).named_parameters())
     assert plain.keys() == converted.keys() == model.keys()
     assert all(torch.equal(plain[key], converted[key]) and torch.equal(plain[key], model[key]) for key in plain)
+    assert convert_checkpoint(made / name, tmp_path / "run", to="train", max_shard_bytes=4000).optimizer == "kept"
+    before, after = (load_state(path / "checkpoints/step-000002") for path in (made / "one", tmp_path / "run"))
+    assert after.state == before.state and after.model.keys() == before.model.keys()
+    assert all(torch.equal(after.model[key], before.model[key]) for key in before.model)
+    assert before.optimizer.keys() == after.optimizer.keys() != set()
+    assert all(torch.equal(after.optimizer[key], before.optimizer[key]) for key in before.optimizer)
     assert len(open_checkpoint(made / name).weight_files) == (4 if name == "hybrid" else {"two": 2, "three": 3}.get(name, 4))
 
 

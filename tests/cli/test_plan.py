@@ -62,6 +62,47 @@ def test_checkpointing_saves_memory():
     assert again["activations"] < kept["activations"] / 4
 
 
+def test_selective_checkpointing_lies_between():
+    machine = planning.parse_machine("64xH100")
+    none, selective, full = (
+        planning.memory_per_device(load("8b", f"distributed.activation_checkpointing={mode}"), machine, 1)["activations"]
+        for mode in ("none", "selective", "full")
+    )
+    assert full < selective < 0.8 * none
+
+
+def test_hybrid_sharding_shares_within_a_node():
+    machine = planning.parse_machine("64xH100")
+    full = planning.memory_per_device(load("8b"), machine, 16)
+    hybrid = planning.memory_per_device(load("8b", "distributed.sharding=hybrid"), machine, 16)
+    fewer = planning.memory_per_device(
+        load("8b", "distributed.sharding=hybrid", "distributed.shard_size=4"), machine, 16)
+    for part in ("weights", "gradients", "optimizer"):
+        assert hybrid[part] == pytest.approx(8 * full[part], rel=1e-6)
+        assert fewer[part] == pytest.approx(16 * full[part], rel=1e-6)
+
+
+def test_gradients_are_whole_while_they_wait_for_the_last_micro_batch(capsys):
+    machine, parameters = planning.parse_machine("64xH100"), 4 * planning.plan(
+        load("8b"), planning.parse_machine("64xH100"))["parameters"]["total"]
+    step, each, alone = (
+        planning.memory_per_device(load("8b", f"distributed.gradient_reduction={when}"), machine, size)["gradients"]
+        for when, size in (("step", 1), ("micro_batch", 1), ("step", 16))
+    )
+    assert each == alone == pytest.approx(parameters / 64) and step == each + parameters
+    show_plan(load("8b"), "64xH100", False)
+    assert "whole until the last micro-batch" in capsys.readouterr().out
+
+
+def test_offloading_moves_the_states_to_the_host(capsys):
+    plan = planned(capsys, "8b", "8xH100", "distributed.cpu_offload=true", "distributed.gradient_reduction=micro_batch")
+    memory = plan["memory_per_device"]
+    assert memory["weights"] == memory["gradients"] == memory["optimizer"] == 0
+    assert plan["host_memory_per_device"] == pytest.approx(16 * plan["parameters"]["total"] / 8)
+    show_plan(load("8b", "distributed.cpu_offload=true"), "8xH100", False)
+    assert "in host memory" in capsys.readouterr().out
+
+
 def test_what_does_not_fit_is_said(capsys):
     show_plan(load("8b"), "1xH100", False)
     text = capsys.readouterr().out

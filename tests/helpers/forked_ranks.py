@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import signal
@@ -19,7 +20,7 @@ import torch.distributed as dist
 
 from mmcore.distributed.mesh import World
 
-TIMEOUT = 60.0
+TIMEOUT = 180.0  # these are seconds of a machine that may be busy
 
 
 def run_ranks(size: int, work: Callable[..., Any], *arguments: Any, timeout: float = TIMEOUT,
@@ -40,6 +41,8 @@ def run_ranks(size: int, work: Callable[..., Any], *arguments: Any, timeout: flo
                         statuses[rank] = os.waitstatus_to_exitcode(status)
             if time.monotonic() > end:
                 for rank in set(range(size)) - set(statuses):
+                    os.kill(children[rank], signal.SIGUSR1)  # says where it stands
+                    time.sleep(0.5)
                     os.kill(children[rank], signal.SIGKILL)
                     os.waitpid(children[rank], 0)
                 raise SystemExit(f"{size} ranks did not end within {timeout:.0f} s: they wait for one another")
@@ -63,6 +66,7 @@ def _fork(rank: int, size: int, work: Callable[..., Any], arguments: tuple, fold
     status = 1
     try:
         torch.set_num_threads(1)
+        faulthandler.register(signal.SIGUSR1, all_threads=True)
         if size > 1:
             dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size,
                                     timeout=timedelta(seconds=30))  # fmt: skip
