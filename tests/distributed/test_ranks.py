@@ -6,7 +6,6 @@ Seen over all fp32 scenarios: losses 2e-7 apart (relative), gradients 5e-7 (of t
 three updates of 1e-2 at most 3e-5, where AdamW's quotient of two small numbers magnifies roundings.
 """
 
-import copy
 import functools
 
 import numpy as np
