@@ -46,7 +46,7 @@ def _read_span(
     acc, total, top, q, scale, first, last, keys, values, key_step, value_step, begin, end, limit, size,
     MASKED: tl.constexpr, PRECISION: tl.constexpr, N: tl.constexpr, D: tl.constexpr, EVEN: tl.constexpr,
 ):
-    """Read the pairs begin <= j < end, `begin` a multiple of N: the running sum, its weight, its greatest score."""
+    """Read the pairs begin <= j < end, N at a time: the running sum, its weight, its greatest score."""
     for n in range(begin, end, N):
         pairs = n + tl.arange(0, N)
         k = load_rows(keys, pairs, key_step, limit, size, D, EVEN)
