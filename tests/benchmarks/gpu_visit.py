@@ -21,15 +21,14 @@ from types import FrameType
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-BUDGETS = {"a": 240, "b": 90, "c": 200, "d": 90, "e": 420, "f": 240, "g": 120}
+BUDGETS = {"a": 240, "b": 100, "c": 300, "d": 90, "e": 420, "f": 240, "g": 120}
 """Seconds of each part; together what a lease of half an hour leaves after starting machines."""
 
 
 def tests(place: Any, report: dict[str, Any]) -> None:
     """Part a: the kernels' tests on the card."""
-    command = [sys.executable, "-m", "pytest", "tests/kernels", "tests/model/test_graphed.py", "-m", "gpu", "-q", "--tb=short"]
-    if place.tiny:
-        command = [sys.executable, "-m", "pytest", "tests/kernels", "-m", "gpu", "-q", "--co"]
+    command = [sys.executable, "-m", "pytest", "tests/kernels", "tests/model/test_graphed.py", "-k", "triton or on_a_gpu"]
+    command += ["-q", "--tb=short"] + (["--co"] if place.tiny else [])
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     print(done.stdout[-6000:], done.stderr[-2000:], flush=True)
     report["exit"], report["last"] = done.returncode, (done.stdout.strip().splitlines() or [""])[-1]
@@ -49,8 +48,8 @@ def parts() -> dict[str, tuple[str, Callable]]:
     }
 
 
-class TimeIsUp(Exception):
-    """A part has used its seconds."""
+class TimeIsUp(BaseException):
+    """A part has used its seconds. No Exception, so that nothing within the part takes it for a fault of its own."""
 
 
 def _time_is_up(signum: int, frame: FrameType | None) -> None:
@@ -64,14 +63,15 @@ def run(names: str, place: Any, file: Path, report: dict[str, Any]) -> None:
     signal.signal(signal.SIGALRM, _time_is_up)
     for name in names:
         title, work = parts()[name]
-        print(f"== {name}: {title} (at most {BUDGETS[name]} s)", flush=True)
+        budget = BUDGETS[name] * (5 if place.tiny else 1)  # the interpreter takes a tenth of a second a launch
+        print(f"== {name}: {title} (at most {budget} s)", flush=True)
         found = report["parts"].setdefault(title, {})
         start = time.perf_counter()
         try:
-            signal.alarm(BUDGETS[name])
+            signal.alarm(budget)
             work(place, found)
         except TimeIsUp:
-            print(f"   {title} has used its {BUDGETS[name]} s", flush=True)
+            print(f"   {title} has used its {budget} s", flush=True)
             found["cut_short"] = True
         except Exception:  # noqa: BLE001  the other parts are worth having
             traceback.print_exc()

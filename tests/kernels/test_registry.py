@@ -5,7 +5,7 @@ import torch
 from torch.library import opcheck
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from mmcore.kernels import native, registry
+from mmcore.kernels import registry
 from mmcore.kernels.gated_scan import gated_scan
 from mmcore.kernels.linear_cross_entropy import linear_cross_entropy
 from mmcore.kernels.look_ahead import look_ahead
@@ -15,10 +15,13 @@ from mmcore.kernels.swiglu import swiglu
 from mmcore.kernels.thin_linear import cpu as thin_cpu
 from mmcore.kernels.thin_linear import thin_linear
 from mmcore.model.documents import packing
+from tests.helpers.forms import CPU, ON_GPU, needs_compiler, needs_triton
 from tests.helpers.models import random_tokens, tiny
 
-needs_compiler = pytest.mark.skipif(native.why_not() is not None, reason=f"no C kernels: {native.why_not()}")
-FORMS = ["blocked", pytest.param("cpu", marks=needs_compiler)]
+FORMS = ["blocked", CPU]
+IN_INTERPRETER = pytest.param(
+    "triton", marks=[needs_triton, pytest.mark.skipif(ON_GPU, reason="these tensors lie on the CPU: needs the interpreter")]
+)
 B, T, H, D = 2, 9, 2, 4
 CHECKED = set()  # operators, and which of their arguments were left out: opcheck takes half a second for each
 
@@ -96,7 +99,7 @@ def opcheck_everything(work):
     return {func.__name__.removesuffix(".default") for func, _ in seen.calls}
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [*FORMS, IN_INTERPRETER])
 def test_opcheck(form):
     seen = set()
     for work in calls(form).values():
@@ -188,6 +191,21 @@ def test_a_compiled_mosaic_block_equals_the_plain_one():
     with torch.no_grad():  # thin products among the calls
         torch.testing.assert_close(torch.compile(block, fullgraph=True)(x, where, 5), block(x, where, 5),
                                    rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_delay_drawn_anew_for_each_step_is_not_compiled_anew():
+    """The first graph holds the delay as a number, the second as a symbol, for all that follow."""
+    block = tiny(num_hidden_layers=1).train().model.layers[0]
+    x = draw(2, 21, 32)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    for delay in (5, 6, 7, 8):
+        out = compiled(x, packing(None), delay)
+        torch.testing.assert_close(out, block(x, packing(None), delay), rtol=1e-4, atol=1e-5)
+        out.sum().backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 
 @pytest.mark.slow

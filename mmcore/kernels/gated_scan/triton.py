@@ -306,7 +306,8 @@ def _tuned(which: str, width: int) -> tuning.Tuned:
     # With four warps the tiles of a backward pass at D = 128 spill a kilobyte of registers, and so do all at D = 256.
     warps = (8, 4) if width > 128 or (which == "backward" and width > 64) else (4, 8)
     stages = (3, 2) if which == "forward" and width <= 128 else (2, 1)
-    configs = [triton.Config({}, num_warps=w, num_stages=s) for s in stages for w in warps]
+    choices = ((warps[0], stages[0]), (warps[1], stages[0]), (warps[0], stages[1]))
+    configs = [triton.Config({}, num_warps=w, num_stages=s) for w, s in choices]
     return tuning.Tuned(kernel, configs, _KEY)
 
 

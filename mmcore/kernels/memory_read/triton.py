@@ -46,7 +46,7 @@ def _read_span(
     acc, total, top, q, scale, first, last, keys, values, key_step, value_step, begin, end, limit, size,
     MASKED: tl.constexpr, PRECISION: tl.constexpr, N: tl.constexpr, D: tl.constexpr, EVEN: tl.constexpr,
 ):
-    """Read the pairs begin <= j < end, `begin` a multiple of N: the running sum, its weight, its greatest score."""
+    """Read the pairs begin <= j < end, N at a time: the running sum, its weight, its greatest score."""
     for n in range(begin, end, N):
         pairs = n + tl.arange(0, N)
         k = load_rows(keys, pairs, key_step, limit, size, D, EVEN)
@@ -123,13 +123,13 @@ def _reader(width: int, narrow: bool) -> tuning.Tuned:
     if tuning.INTERPRETED:
         table = "32 16 4 1"
     elif not narrow:
-        table = "64 32 4 2\n64 64 4 2\n128 32 8 2\n32 32 4 2" if width <= 128 else "32 32 4 2\n64 16 8 2"
+        table = "64 32 4 2\n128 32 8 2" if width <= 128 else "32 32 4 2\n64 16 8 2"
     elif width <= 64:
-        table = "128 64 4 3\n128 128 4 3\n128 128 8 3\n64 64 4 4"
+        table = "128 64 4 3\n128 128 8 3\n64 64 4 3"
     elif width <= 128:
-        table = "128 64 8 3\n128 128 8 2\n128 128 8 3\n128 64 4 3\n64 64 4 3"
+        table = "128 64 8 3\n128 128 8 2\n64 64 4 3"
     else:
-        table = "128 32 8 2\n64 64 4 2\n128 64 8 2"
+        table = "128 32 8 2\n64 64 4 2"
     return tuning.Tuned(_forward_kernel, configs("M N", table), ("LENGTH", "WINDOW", "STARTS"))
 
 

@@ -232,16 +232,17 @@ def _bandwidth_kernel(
 
 
 def _backward_configs(width: int, narrow: bool) -> list[triton.Config]:
+    # A few only: each takes the compiler some seconds, and a model has four kinds of reads.
     if tuning.INTERPRETED:
         table = "32 16 16 4 1"
     elif not narrow:
-        table = "64 32 32 8 1\n64 16 16 4 1\n32 32 32 4 2" if width <= 128 else "32 16 16 4 1\n32 16 16 8 1"
+        table = "64 32 32 8 1\n64 16 16 4 1" if width <= 128 else "32 16 16 4 1\n32 16 16 8 1"
     elif width <= 64:
-        table = "128 64 64 8 2\n128 32 32 4 3\n128 64 64 4 2\n64 64 64 4 2"
+        table = "128 64 64 8 2\n128 32 32 4 3\n64 64 64 4 2"
     elif width <= 128:
-        table = "128 64 64 8 2\n128 32 32 8 3\n128 32 32 4 2\n64 64 64 4 2\n64 32 32 4 3"
+        table = "128 32 32 8 2\n64 64 64 4 2\n128 64 64 8 2"
     else:
-        table = "64 32 32 8 2\n64 32 32 4 1\n64 64 64 8 1"
+        table = "64 32 32 8 2\n64 32 32 4 1"
     return configs("R QB KB", table)
 
 

@@ -100,7 +100,7 @@ def _join_kernel(
 def _configs() -> list[triton.Config]:
     if tuning.INTERPRETED:
         return [triton.Config({"N": 16}, num_warps=4, num_stages=1)]
-    choices = ((64, 4, 4), (128, 4, 3), (32, 2, 5), (64, 4, 2))
+    choices = ((64, 4, 4), (128, 4, 3), (32, 2, 5))
     return [triton.Config({"N": n}, num_warps=warps, num_stages=stages) for n, warps, stages in choices]
 
 

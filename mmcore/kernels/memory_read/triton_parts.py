@@ -50,16 +50,15 @@ def store_rows(base, tile, rows, step, limit, size, D: tl.constexpr):
 @triton.jit
 def spans(first, last, valid, N: tl.constexpr):
     """Where a block of queries reads: (begin, full, full_end, end). Pairs between full and full_end are open to every
-    query; before and after a mask decides. `begin` and `full` are multiples of N."""
+    query; before and after a mask decides. From `begin` to `full` and to `full_end` it is a multiple of N."""
     some = first <= last
-    begin = tl.min(tl.where(some, first, 2147483647), 0)
     end = tl.max(tl.where(some, last + 1, 0), 0)
-    begin = tl.minimum(begin, end) // N * N
-    full = tl.max(tl.where(valid, first, 0), 0)
-    full_end = (tl.min(tl.where(valid, last, 2147483646), 0) + 1) // N * N
-    full = tl.minimum(tl.cdiv(full, N) * N, tl.cdiv(end, N) * N)
-    full_end = tl.minimum(tl.maximum(full, full_end), tl.cdiv(end, N) * N)
-    return begin, tl.maximum(full, begin), tl.maximum(full_end, begin), end
+    begin = tl.minimum(tl.min(tl.where(some, first, 2147483647), 0), end)
+    full = begin + tl.cdiv(tl.max(tl.where(valid, tl.maximum(first - begin, 0), 0), 0), N) * N
+    full_end = begin + tl.maximum(tl.min(tl.where(valid, last, 2147483646), 0) + 1 - begin, 0) // N * N
+    most = begin + tl.cdiv(end - begin, N) * N
+    full = tl.minimum(full, most)
+    return begin, full, tl.maximum(full, tl.minimum(full_end, most)), end
 
 
 def configs(fields: str, choices: str) -> list[triton.Config]:
