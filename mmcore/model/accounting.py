@@ -29,7 +29,8 @@ def parameters(config: ModelConfig) -> dict:
     classifier = 0 if config.tie_word_embeddings else embedding
     by_part = {"embedding": embedding, "classifier": classifier}
     by_part |= {name: layers * count for name, count in block.items()}
-    by_part["norms"] += d
+    final_norm = _norm_parameters(config)
+    by_part["norms"] += final_norm
     total = sum(by_part.values())
     long_term = 0
     if "long_term" in block:
@@ -39,7 +40,7 @@ def parameters(config: ModelConfig) -> dict:
         "without_long_term": total - long_term,
         "embedding": embedding + classifier,
         "blocks": layers * sum(block.values()),
-        "final_norm": d,
+        "final_norm": final_norm,
         "by_part": by_part,
     }
 
@@ -77,10 +78,13 @@ def pairs_per_query(config: ModelConfig, context: int, delay: int | None = None)
     """Pairs that a query reads in each memory of a layer, averaged over the positions of `context` tokens.
 
     Short-term: t-h+1 .. t-1; long-term: 1 .. t-m; attention: 1 .. t (the short-term attention of
-    long_short_transformer has its own token too). `delay` None averages m over config.long_term_delay_range.
+    long_short_transformer has its own token too); the contextual memory of a v1 mosaic: 1 .. t-1. `delay` None
+    averages m over config.long_term_delay_range.
     """
     if config.model_type == "llama":
         return {"attention": _mean_delayed(context, 0)}
+    if config.v1:
+        return {"contextual": _mean_delayed(context, config.v1.value_shift)}
     low, high = config.long_term_delay_range if delay is None else (delay, delay)
     long_term = sum(_mean_delayed(context, m) for m in range(low, high + 1)) / (high - low + 1)
     if config.model_type == "long_short_transformer":
@@ -137,6 +141,13 @@ def decoding_state_bytes(config: ModelConfig, value_bytes: int = FP32) -> dict[s
     if config.model_type == "llama":
         return {"fixed": 0, "per_token": layers * 2 * config.kv_heads * config.head_size * value_bytes}
     pair = 2 * d * value_bytes
+    if config.v1:
+        v1, recurrence = config.v1, FP32 * (d + heads)
+        pending = v1.value_shift * (pair if v1.value_taps is None else pair // 2)
+        inputs = max(v1.key_taps, v1.value_taps or 1) - 1
+        if v1.persistent_banks:
+            recurrence, inputs = 2 * recurrence, inputs + v1.key_taps - 1
+        return {"fixed": layers * (recurrence + pending + inputs * d * value_bytes), "per_token": layers * pair}
     if config.model_type == "long_short_transformer":
         pair = 2 * config.kv_heads * config.head_size * value_bytes
         return {"fixed": layers * (config.short_term_window - 1) * pair, "per_token": layers * pair}
@@ -154,6 +165,13 @@ def _block_matrices(config: ModelConfig) -> dict[str, int]:
     if config.model_type == "memory_mosaics_v2":
         memory = 2 * d * d + 2 * heads * d  # W_phi, W_psi; W_g, W_lambda
         return {"short_term": memory, "long_term": memory, "output": 2 * d * d, "persistent": persistent}
+    if config.v1:
+        v1 = config.v1
+        contextual = d * d * (v1.key_taps + (v1.value_taps or 1) + 1)
+        # Every token's query meets all trained keys and values.
+        slots = 2 * v1.persistent_banks * config.intermediate_size * d
+        persistent = d * d * (v1.key_taps + 1) + slots if v1.persistent_banks else 0
+        return {"contextual": contextual, "persistent": persistent}
     queries, keys = heads * config.head_size, config.kv_heads * config.head_size
     attention = d * queries + 2 * d * keys
     if config.model_type == "llama":
@@ -162,12 +180,22 @@ def _block_matrices(config: ModelConfig) -> dict[str, int]:
 
 
 def _block_parameters(config: ModelConfig) -> dict[str, int]:
-    """All parameters of one block, by part: the matrices, the five scalars of each mosaic head, two norms."""
+    """All parameters of one block, by part: the matrices, the scalars of each mosaic head, biases, the norms."""
     counts = _block_matrices(config)
+    if config.v1:
+        v1, biases = config.v1, config.hidden_size if config.v1.bias else 0
+        counts["contextual"] += (4 if v1.value_taps is None else 3) * config.num_attention_heads + 3 * biases
+        if v1.persistent_banks:
+            counts["persistent"] += 3 * config.num_attention_heads + 2 * biases
+        return counts | {"norms": (2 if v1.persistent_banks else 1) * _norm_parameters(config)}
     if config.model_type == "memory_mosaics_v2":
         for memory in ("short_term", "long_term"):
             counts[memory] += 5 * config.num_attention_heads
-    return counts | {"norms": 2 * config.hidden_size}
+    return counts | {"norms": 2 * _norm_parameters(config)}
+
+
+def _norm_parameters(config: ModelConfig) -> int:
+    return config.hidden_size * (2 if config.v1 and config.v1.bias else 1)
 
 
 def _mean_window(context: int, width: int) -> float:
