@@ -55,10 +55,11 @@ def whole_checkpoints(run_folder: str | Path, on_skip: Report | None = None) -> 
 
 
 def resolve_checkpoint(path: str | Path, on_skip: Report | None = None, *, verify: bool = True) -> Path:
-    """The checkpoint that `path` means: its folder, or a llama2.c file.
+    """The checkpoint that `path` means: its folder, or a llama2.c or v1 file.
 
     path: a run folder (its newest whole checkpoint, on_skip hearing of those passed over), a training
-    checkpoint (verified), an exported or Hugging Face folder, or a llama2.c .bin. Raises CheckpointError.
+    checkpoint (verified), an exported or Hugging Face folder, a llama2.c .bin, a .pt of the public v1 code or the
+    folder with its ckpt.pt. Raises CheckpointError.
     """
     path = Path(path)
     try:
@@ -69,8 +70,10 @@ def resolve_checkpoint(path: str | Path, on_skip: Report | None = None, *, verif
 
 def _resolve(path: Path, on_skip: Report | None, verify: bool) -> Path:
     if path.is_file():
-        if path.suffix != ".bin":
-            raise CheckpointError(f"{path} is a file: give the folder it lies in (only llama2.c's .bin is a file)")
+        if path.suffix not in (".bin", ".pt"):
+            raise CheckpointError(
+                f"{path} is a file: give the folder it lies in (only llama2.c's .bin and the v1 code's .pt are files)"
+            )
         return path
     if not path.is_dir():
         raise CheckpointError(f"there is no checkpoint at {path}: check the path")
@@ -86,6 +89,8 @@ def _resolve(path: Path, on_skip: Report | None, verify: bool) -> Path:
         return path
     if os.path.lexists(path / "config.json"):
         return path
+    if os.path.lexists(path / "ckpt.pt"):  # as the public v1 code leaves it in its out_dir
+        return path / "ckpt.pt"
     raise CheckpointError(
         f"{path} holds no checkpoint: it has neither config.json nor a folder checkpoints; give a run folder, a "
         f"training checkpoint, or an exported folder"

@@ -7,6 +7,7 @@ from pathlib import Path
 from mmcore.checkpoint.formats.base import Checkpoint
 from mmcore.checkpoint.formats.folder import open_folder, write_exported
 from mmcore.checkpoint.formats.llama2c import open_llama2c
+from mmcore.checkpoint.formats.v1 import open_v1
 from mmcore.checkpoint.resolve import resolve_checkpoint
 
 FORMATS = {
@@ -14,6 +15,7 @@ FORMATS = {
     "exported": ("config.json and safetensors of a Memory Mosaic", "read, write (--to hf)"),
     "hf-llama": ("Hugging Face's LlamaForCausalLM in safetensors", "read, write (--to hf)"),
     "llama2c": ("llama2.c's .bin, version 0, with its tokenizer beside it", "read"),
+    "v1": ("the public v1 code's ckpt.pt (nanoMosaics, Library), GPT-2's tokenizer beside it", "read"),
 }
 """Name -> what it is, and what can be done with it."""
 
@@ -26,6 +28,8 @@ def open_checkpoint(path: str | Path, *, verify: bool = True, allow_nonfinite: b
     CheckpointError where the checkpoint is missing, damaged, or does not fit its configuration.
     """
     found = resolve_checkpoint(path, verify=verify)
+    if found.is_file() and found.suffix == ".pt":
+        return open_v1(found, verify=verify, allow_nonfinite=allow_nonfinite)
     if found.is_file():
         return open_llama2c(found, allow_nonfinite=allow_nonfinite)
     return open_folder(found, verify=False, allow_nonfinite=allow_nonfinite)

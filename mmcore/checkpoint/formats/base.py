@@ -13,6 +13,10 @@ from torch import Tensor
 from mmcore.config import ModelConfig
 
 
+WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""What weights may be stored as, widest first."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A model on disk. Its names and shapes have been compared with its configuration; no weight was read yet."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmcore.checkpoint import disk, manifest, tensorfile, untrusted
-from mmcore.checkpoint.formats.base import Checkpoint
+from mmcore.checkpoint.formats.base import WEIGHT_DTYPES, Checkpoint
 from mmcore.checkpoint.formats.modelconfig import config_json, generation_config_json, read_config
 from mmcore.checkpoint.names import check_tensors, expected_tensors
 from mmcore.checkpoint.tensorfile import TensorSpec
@@ -22,7 +22,6 @@ from mmcore.errors import CheckpointError
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
                    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja")  # fmt: skip
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-_WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _EXPORT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -40,7 +39,7 @@ def open_folder(folder: Path, *, verify: bool = True, allow_nonfinite: bool = Fa
     problems = files.problems + [
         f"{shown(name)} is {tensorfile.dtype_name(spec.dtype)}, which is no dtype for weights"
         for name, spec in files.specs.items()
-        if spec.dtype not in _WEIGHT_DTYPES
+        if spec.dtype not in WEIGHT_DTYPES
     ]
     names = check_tensors(config, {name: spec.shape for name, spec in files.specs.items()}, folder, problems)
     kind = "training" if training else "hf-llama" if config.model_type == "llama" else "exported"
@@ -52,7 +51,7 @@ def open_folder(folder: Path, *, verify: bool = True, allow_nonfinite: bool = Fa
         tensors=tensorfile.lazy_tensors(files, names, folder, allow_nonfinite),
         weight_files=tuple(sorted(set(files.places.values()))),
         tokenizer_path=folder if any((folder / name).is_file() for name in _VOCABULARIES) else None,
-        dtype=max((files.specs[name].dtype for name in names), key=lambda dtype: -_WEIGHT_DTYPES.index(dtype)),
+        dtype=max((files.specs[name].dtype for name in names), key=lambda dtype: -WEIGHT_DTYPES.index(dtype)),
     )
 
 

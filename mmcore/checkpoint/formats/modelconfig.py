@@ -60,7 +60,7 @@ def config_from(values: dict[str, Any], origin: str) -> ModelConfig:
         if theta is not None:
             known["rope_theta"] = theta
         config = model_config_from_json(_without_nulls(known | ({"rope_scaling": scaling} if scaling else {})))
-        problems += _unreasonable(config)
+        problems += unreasonable(config)
     except (ConfigError, ValueError, OverflowError, TypeError, AttributeError) as error:
         # the last four: numbers beyond float and lists where a number or a section belongs
         problems.append(shown(str(error), 1000))
@@ -95,7 +95,7 @@ def _rope_scaling(values: dict[str, Any]) -> dict[str, Any] | None:
     return {"rope_type": kind, **numbers}
 
 
-def _unreasonable(config: ModelConfig) -> list[str]:
+def unreasonable(config: ModelConfig) -> list[str]:
     """Values that pass a recipe's checks, where a person sees the file, but not those of a stranger's file."""
     problems = []
     numbers = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
