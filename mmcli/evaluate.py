@@ -25,7 +25,7 @@ def evaluate(
     ] = None,
     without: Annotated[
         list[str] | None,
-        typer.Option("--without", metavar="MEMORY", help="Read long_term, short_term or persistent as empty; "
+        typer.Option("--without", metavar="MEMORY", help="Read long_term, short_term, contextual (v1) or persistent as empty; "
                      "may be repeated."),
     ] = None,
     context: Annotated[
@@ -43,6 +43,10 @@ def evaluate(
     compressors: Annotated[
         bool, typer.Option("--compressors", help="Show gzip -9 and xz -9 on the same text.")
     ] = False,
+    tokenizer: Annotated[
+        str | None, typer.Option("--tokenizer", metavar="FILE", help="A tokenizer's file or folder, for checkpoints "
+                                 "without one. Default: each checkpoint's own.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder of the results. Default: eval-<time> in the run.")
     ] = None,
@@ -66,7 +70,7 @@ def evaluate(
 
     settings = Settings(
         context=context, stride=stride, max_tokens=max_tokens or None, batch_size=batch_size, longest=longest,
-        without=tuple(without or ()), compressors=compressors, device=device,
+        without=tuple(without or ()), compressors=compressors, device=device, tokenizer=tokenizer,
     )
     folder = reports.check_folder(out or reports.default_folder(checkpoints[0]))
     text = read_files(data) if data else held_out_text(checkpoints[0])

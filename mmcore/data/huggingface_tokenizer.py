@@ -155,6 +155,41 @@ def from_tiktoken(content: bytes, config: dict[str, Any], origin: str) -> Huggin
     return HuggingFaceModel(json.dumps(values, ensure_ascii=False).encode(), (), origin)
 
 
+def from_gpt2(vocabulary: bytes, merges: bytes, origin: str) -> HuggingFaceModel:
+    """The model behind GPT-2's two files: encoder.json (or vocab.json), a row's byte letters to its id, and vocab.bpe
+    (or merges.txt), the pairs to merge in order. `<|endoftext|>` is its one control token. Raises DataError."""
+    try:
+        rows = json.loads(vocabulary.decode("utf-8"))
+        lines = merges.decode("utf-8").split("\n")
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{origin} has a vocabulary that is no JSON, or merges that are no text ({error})") from None
+    if not isinstance(rows, dict) or not rows or not all(type(i) is int and 0 <= i < len(rows) for i in rows.values()):
+        raise DataError(f"{origin} has a vocabulary that does not number its rows from 0: get encoder.json again")
+    if len(set(rows.values())) < len(rows):
+        raise DataError(f"{origin} has a vocabulary that gives one id to two rows: get encoder.json again")
+    pairs = [line.removesuffix("\r").split(" ") for line in lines if line.strip() and not line.startswith("#version")]
+    for pair in pairs:
+        if len(pair) != 2 or not {*pair, "".join(pair)} <= rows.keys():
+            raise DataError(f"{origin} merges {' '.join(pair)[:60]!r}, which its vocabulary lacks: the two files belong apart")
+    end = rows.get("<|endoftext|>")
+    added = [] if end is None else [
+        {"id": end, "content": "<|endoftext|>", "single_word": False, "lstrip": False, "rstrip": False,
+         "normalized": False, "special": True}
+    ]
+    values = {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+        "post_processor": None,
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "model": {
+            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+            "vocab": rows, "merges": pairs,
+        },
+    }
+    return HuggingFaceModel(json.dumps(values, ensure_ascii=False).encode(), (), origin)
+
+
 def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     """Every way to join two rows into a third, in the order of the joined row's rank (tiktoken's merge order)."""
     merges = []

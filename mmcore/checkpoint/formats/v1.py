@@ -353,8 +353,8 @@ def _read(tensors: Mapping[str, Tensor], sources: list[str], shape: tuple[int, .
 
 def _find_tokenizer(folder: Path) -> Path | None:
     """A tokenizer beside the checkpoint: GPT-2's two files, or one of the usual names."""
-    pairs = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
-    for first, second in pairs:
-        if (folder / first).is_file() and (folder / second).is_file():
-            return folder / first
-    return next((folder / name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).is_file()), None)
+    from mmcore.data.tokenizer import GPT2_FILES
+
+    pairs = (folder / first for first, second in GPT2_FILES if (folder / second).is_file())
+    usual = (folder / name for name in ("tokenizer.json", "tokenizer.model"))
+    return next((file for file in (*pairs, *usual) if file.is_file()), None)
