@@ -25,8 +25,8 @@ def evaluate(
     ] = None,
     without: Annotated[
         list[str] | None,
-        typer.Option("--without", metavar="MEMORY", help="Read long_term, short_term, contextual (v1) or persistent as empty; "
-                     "may be repeated."),
+        typer.Option("--without", metavar="MEMORY", help="Read long_term, short_term, contextual (v1) or persistent as "
+                     "empty; may be repeated."),
     ] = None,
     context: Annotated[
         int | None, typer.Option("--context", help="Tokens of a window. Default: the trained context.")

@@ -109,6 +109,7 @@ def load_tokenizer(path: str | Path, tokenizer: str | Path | None = None) -> Tok
     checkpoint = open_checkpoint(path, verify=False)
     if checkpoint.tokenizer_path is None:
         raise CheckpointError(
-            f"{checkpoint.path} has no tokenizer: put its tokenizer.json or tokenizer.model there, or give one with --tokenizer"
+            f"{checkpoint.path} has no tokenizer: put its tokenizer.json or tokenizer.model there, or give one "
+            f"with --tokenizer"
         )
     return load(checkpoint.tokenizer_path)

@@ -170,7 +170,8 @@ def from_gpt2(vocabulary: bytes, merges: bytes, origin: str) -> HuggingFaceModel
     pairs = [line.removesuffix("\r").split(" ") for line in lines if line.strip() and not line.startswith("#version")]
     for pair in pairs:
         if len(pair) != 2 or not {*pair, "".join(pair)} <= rows.keys():
-            raise DataError(f"{origin} merges {' '.join(pair)[:60]!r}, which its vocabulary lacks: the two files belong apart")
+            told = " ".join(pair)[:60]
+            raise DataError(f"{origin} merges {told!r}, which its vocabulary lacks: get both files from one place")
     end = rows.get("<|endoftext|>")
     added = [] if end is None else [
         {"id": end, "content": "<|endoftext|>", "single_word": False, "lstrip": False, "rstrip": False,

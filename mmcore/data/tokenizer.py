@@ -269,7 +269,8 @@ def _file_in(folder: Path) -> Path:
             raise DataError(f"{folder} holds several tokenizers ({', '.join(f.name for f in found)}): name one of them")
         if found:
             return found[0]
-    raise DataError(f"{folder} holds no tokenizer: it needs tokenizer.json, tokenizer.model, encoder.json with vocab.bpe, or tok*.bin")
+    raise DataError(f"{folder} holds no tokenizer: it needs tokenizer.json, tokenizer.model, tok*.bin, or encoder.json with "
+                    f"vocab.bpe")
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

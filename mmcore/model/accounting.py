@@ -69,7 +69,8 @@ def read_flops_per_token(config: ModelConfig, context: int, delay: int | None = 
     """
     pairs = pairs_per_query(config, context, delay)
     if dense:
-        pairs = {name: float(context) for name in pairs}
+        # a v1 mosaic leaves the newest pairs, which no query reads, out of the matrix
+        pairs = {name: float(context - (min(context, config.v1.value_shift) if config.v1 else 0)) for name in pairs}
     width = config.num_attention_heads * config.head_size
     return config.num_hidden_layers * 4 * width * sum(pairs.values())
 
@@ -115,7 +116,7 @@ def activation_bytes(config: ModelConfig, tokens: int, compute_bytes: int, check
     """
     d = config.hidden_size
     block = tokens * _kept_bytes_per_token(config, compute_bytes)
-    passing = tokens * compute_bytes * (2 * config.intermediate_size + 4 * d)
+    passing = tokens * compute_bytes * (2 * _inner_width(config) + 4 * d)
     ends = tokens * (FP32 + compute_bytes) * d  # the last norm's input, and its output for the classifier
     if checkpointing == "full":
         return config.num_hidden_layers * tokens * FP32 * d + block + passing + ends
@@ -198,6 +199,11 @@ def _norm_parameters(config: ModelConfig) -> int:
     return config.hidden_size * (2 if config.v1 and config.v1.bias else 1)
 
 
+def _inner_width(config: ModelConfig) -> int:
+    """d', where the persistent memory makes activations of that width: a v1 mosaic's trained pairs make none."""
+    return 0 if config.v1 else config.intermediate_size
+
+
 def _mean_window(context: int, width: int) -> float:
     """Mean of min(p, width) over p = 0 .. context-1: the query at p reads the `width` pairs before it."""
     if context <= width + 1:
@@ -216,13 +222,17 @@ def _kept_bytes_per_token(config: ModelConfig, compute_bytes: int) -> int:
 
     Both norms' inputs; what each projection reads (autocast makes a bf16 copy for each of them, where fp32 shares
     one); raw and finished keys and values of a mosaic's memories, or queries, keys, values of attention; what W_o
-    reads; gate, up and their product in the persistent memory; and a few scalars a head.
+    reads; gate, up and their product in the persistent memory; and a few scalars a head. A v1 mosaic's persistent
+    memory keeps what it reads and no scores; its taps beyond the first are not counted.
     """
-    d, heads, inner = config.hidden_size, config.num_attention_heads, config.intermediate_size
+    d, heads, inner = config.hidden_size, config.num_attention_heads, _inner_width(config)
     width = heads * config.head_size  # grouped keys and values are repeated to this width before the read
     half = compute_bytes < FP32
     if config.model_type == "memory_mosaics_v2":
         projections, fp32, compute, scalars = 8, (4 * d if half else 0), (4 * d if half else 8 * d) + 2 * d, 12 * heads
+    elif config.v1:
+        projections, fp32, compute = 5, (4 * d if half else 0), (2 * d if half else 9 * d)
+        scalars = (8 if half else 12) * heads + 2
     elif config.model_type == "llama":
         projections, fp32, compute, scalars = 3, 0, 4 * width, 2 * heads
     else:

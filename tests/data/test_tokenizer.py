@@ -284,8 +284,8 @@ def test_gpt2s_two_files_give_the_ids_of_tiktoken(tmp_path, names):
     theirs = tiktoken.Encoding("gpt2", pat_str=words, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 50256})
     book = (DATA / "lmtext/tinystories").glob("*")
     texts = [*SAMPLES, next(book).read_text("utf-8")[:20_000].replace("<|endoftext|>", "")]
-    for given in (tmp_path, tmp_path / names[0], tmp_path / names[1]):
-        ours = load_tokenizer(given)
+    for named in (tmp_path, tmp_path / names[0], tmp_path / names[1]):
+        ours = load_tokenizer(named)
         assert (ours.vocab_size, ours.eos_id, ours.bos_id, ours.frame()) == (50257, 50256, None, (50256, 50256))
         for text in texts:
             assert ours.encode(text) == theirs.encode_ordinary(text)

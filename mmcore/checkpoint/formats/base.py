@@ -12,7 +12,6 @@ from torch import Tensor
 
 from mmcore.config import ModelConfig
 
-
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """What weights may be stored as, widest first."""
 
