@@ -32,7 +32,7 @@ def chat(
     tokenizer: Annotated[str | None, typer.Option(
         metavar="FILE", help="A tokenizer's file or folder, for a checkpoint without one.",
     )] = None,
-    dtype: Annotated[str | None, typer.Option(help="Number format of the weights: float32, bfloat16, float16.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Format of the weights: float32, bfloat16, float16, int8.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object: text, ids, statistics.")] = False,
 ) -> None:
@@ -97,9 +97,9 @@ def _open(
     from mmcore.generation.engine import generate
 
     formats = {"float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
-               "float16": torch.float16, "fp16": torch.float16}
+               "float16": torch.float16, "fp16": torch.float16, "int8": torch.int8}
     if dtype is not None and dtype not in formats:
-        raise ConfigError(f"--dtype is {dtype!r}: choose float32, bfloat16 or float16")
+        raise ConfigError(f"--dtype is {dtype!r}: choose float32, bfloat16, float16 or int8")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     memories = tuple(name.strip() for name in without.split(",")) if without else ()

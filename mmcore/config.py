@@ -233,8 +233,9 @@ class TrainingConfig:
     gradient_clip: float = 1.0
     """Largest global norm of the gradient."""
     precision: str = "auto"
-    """fp32, or bf16 (autocast with fp32 master weights); auto: bf16 on a GPU, fp32 on a CPU, where bf16 matrix
-    products are 8 to 130 times slower."""
+    """fp32; bf16: products in bf16 over fp32 master weights, gradients summed in fp32; fp8: bf16 with the blocks' large
+    products in 8-bit floats (an H100 or newer, and the extra `float8`); auto: bf16 on a GPU, fp32 on a CPU, where bf16
+    matrix products are 8 to 130 times slower."""
     device: str = "auto"
     """auto, cpu, or cuda."""
     seed: int = 0
@@ -263,8 +264,8 @@ class TrainingConfig:
             problems.append(f"training.learning_rate is {self.learning_rate}: it must be positive")
         if self.schedule not in ("cosine", "constant"):
             problems.append(f"training.schedule is {self.schedule!r}: choose cosine or constant")
-        if self.precision not in ("auto", "fp32", "bf16"):
-            problems.append(f"training.precision is {self.precision!r}: choose auto, fp32 or bf16")
+        if self.precision not in ("auto", "fp32", "bf16", "fp8"):
+            problems.append(f"training.precision is {self.precision!r}: choose auto, fp32, bf16 or fp8")
         if not 0 <= self.warmup_steps:
             problems.append(f"training.warmup_steps is {self.warmup_steps}: it must not be negative")
         if self.gradient_clip <= 0:
@@ -304,16 +305,46 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    """How one step is spread over devices, and what is recomputed to save memory."""
+    """How one step is spread over ranks (processes, one for each GPU), and what is done to save memory."""
 
+    sharding: str = "full"
+    """full: weights, gradients and optimizer are cut over all ranks. hybrid: cut over the ranks of a node and copied
+    on every node, which needs more memory and spares the network between nodes. A single process cuts nothing."""
+    shard_size: int | None = None
+    """hybrid only: the ranks that share one copy of the weights; none: those of a node."""
+    gradient_reduction: str = "step"
+    """When gradients are summed over ranks. step: once, after the last micro-batch; until then every rank holds the
+    whole gradient in fp32 (4 bytes a parameter). micro_batch: after each, so that a rank holds its share alone; the
+    sum over the copies of hybrid sharding still waits for the last. Equal where a step is one micro-batch."""
     activation_checkpointing: str = "none"
-    """none, or full: keep only each block's input and recompute the rest in the backward pass."""
+    """none; selective: norms, look-ahead values and SwiGLU's product are computed again in the backward pass, matrix
+    products and memory reads are kept; full: only each block's input is kept and all the rest is computed again."""
+    cpu_offload: bool = False
+    """Keep each rank's share of weights, gradients and optimizer in host memory, and update it there: slow, for models
+    that do not fit otherwise. Needs several ranks."""
+    deterministic: bool = False
+    """Only algorithms that give the same bits every time, where a GPU has faster ones that do not."""
+    timeout_seconds: float = 600.0
+    """How long a rank waits for another before the job fails; preparing data and saving may take longer."""
 
     def __post_init__(self) -> None:
-        if self.activation_checkpointing not in ("none", "full"):
-            raise ConfigError(
-                f"distributed.activation_checkpointing is {self.activation_checkpointing!r}: choose none or full"
-            )
+        problems = []
+        for key, choices in (
+            ("sharding", ("full", "hybrid")),
+            ("gradient_reduction", ("step", "micro_batch")),
+            ("activation_checkpointing", ("none", "selective", "full")),
+        ):
+            if getattr(self, key) not in choices:
+                *most, last = choices
+                problems.append(f"distributed.{key} is {getattr(self, key)!r}: choose {', '.join(most)} or {last}")
+        if self.shard_size is not None and self.sharding != "hybrid":
+            problems.append("distributed.shard_size is for hybrid sharding: set distributed.sharding=hybrid, or leave it out")
+        if self.shard_size is not None and self.shard_size < 1:
+            problems.append(f"distributed.shard_size is {self.shard_size}: it must be at least 1")
+        if self.timeout_seconds <= 0:
+            problems.append(f"distributed.timeout_seconds is {self.timeout_seconds:g}: it must be positive")
+        if problems:
+            raise ConfigError("; ".join(problems))
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,8 @@ class Machine:
     mfu: float
     """Assumed share of the peak."""
     mfu_reason: str
+    per_node: int = 8
+    """Devices of one node, joined by a fast network: what hybrid sharding cuts the weights over."""
 
     @property
     def is_cpu(self) -> bool:

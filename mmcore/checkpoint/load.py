@@ -27,9 +27,10 @@ def load_model(
     """A model in eval mode from any readable checkpoint: a run folder, a training checkpoint, an exported or
     Hugging Face Llama folder, a llama2.c file.
 
-    dtype: of the weights; None keeps the file's. without: memories that read as empty, such as ("long_term",).
-    kernels: the implementation of every kernel. Peak memory is the model plus one tensor. Raises CheckpointError
-    for a checkpoint that is damaged or does not fit, HardwareError for a device that is not there, ConfigError for
+    dtype: of the weights; None keeps the file's; torch.int8 keeps the matrices in int8 with a scale for each row, for
+    inference (LanguageModel.quantize), and the rest as in the file. without: memories that read as
+    empty, such as ("long_term",). kernels: the implementation of every kernel. Peak memory is the model plus one tensor,
+    and for int8 the model in the file's dtype. Raises CheckpointError for a checkpoint that is damaged or does not fit, HardwareError for a device that is not there, ConfigError for
     a memory that the model does not have.
     """
     return model_from(open_checkpoint(path), dtype=dtype, device=device, without=without, kernels=kernels)
@@ -48,7 +49,9 @@ def model_from(
     where = _device(device)
     with torch.device("meta"):
         model = build_model(checkpoint.config, kernels)
-    _fill(model, checkpoint, dtype or checkpoint.dtype, where)
+    _fill(model, checkpoint, checkpoint.dtype if dtype in (None, torch.int8) else dtype, where)
+    if dtype is torch.int8:
+        model.quantize()
     model.without(tuple(without))
     ends = checkpoint.config_json.get("eos_token_id")
     model.stop_ids = frozenset() if ends is None else frozenset([ends] if isinstance(ends, int) else ends)

@@ -1,28 +1,115 @@
-"""Recomputation and compilation, applied to a model from outside, in this order.
+"""Recomputation, compilation and sharding, applied to a model from outside, in this order.
 
-Both act on the blocks in place, so that parameter names, and with them checkpoints, stay as they are. Sharding
-over devices comes after them, in the same function.
+All act on modules in place, so that parameter names, and with them checkpoints, stay as they are.
 """
 
 from __future__ import annotations
 
 import functools
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mmcore.config import DistributedConfig
+from mmcore.distributed.mesh import World
+from mmcore.errors import ConfigError
+from mmcore.kernels.recompute import remake
 
 
-def parallelize(model: nn.Module, distributed: DistributedConfig, compile_blocks: bool = False) -> nn.Module:
-    """Apply the recipe's activation checkpointing and compilation to each block of `model`, and return it.
+def parallelize(
+    model: nn.Module,
+    distributed: DistributedConfig,
+    compile_blocks: bool = False,
+    world: World | None = None,
+    precision: str = "fp32",
+) -> nn.Module:
+    """Apply the recipe's activation checkpointing, compilation and sharding to `model`, and return it.
 
-    With full activation checkpointing a block keeps its input alone and runs a second time in the backward
-    pass: about a third more arithmetic for a fraction of the memory.
+    With full activation checkpointing a block keeps its input alone and runs a second time in the backward pass:
+    about a third more arithmetic for a fraction of the memory; with selective, see `recompute.remake`. Over several
+    ranks every parameter becomes a DTensor with this rank's rows (`shard`); the model may then be on the meta device
+    still. Raises ConfigError for cpu_offload in a single process.
     """
+    world = world or World()
+    if distributed.cpu_offload and world.size == 1:
+        raise ConfigError(
+            "distributed.cpu_offload moves the shares of several ranks to host memory, and this is one process: leave it "
+            "out, or start more ranks"
+        )
     for block in model.model.layers:
         if distributed.activation_checkpointing == "full":
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        if distributed.activation_checkpointing == "selective":
+            block.forward = remake(block.forward)
         if compile_blocks:
-            block.compile()
+            # The method and not the module: hooks that gather weights stay outside of what is compiled
+            block.forward = torch.compile(block.forward)
+    if world.size > 1:
+        shard(model, distributed, world, precision)
     return model
+
+
+def shard(model: nn.Module, distributed: DistributedConfig, world: World, precision: str) -> None:
+    """Cut the parameters of `model` over the ranks of `world.mesh`, in place (FSDP2).
+
+    Four kinds of groups, each gathered by one collective: every block's matrices; the embedding; the classifier; and
+    in the root all vectors of the model (norms and per-head scalars, 0.02 % of an 8b) with the matrix that embedding and
+    classifier share where they are tied. Under bf16 matrices travel and are used in bf16, while the vectors stay in
+    fp32: a bandwidth's exponent rounded to 8 bits would be off by a percent. Gradients are added up in fp32, not
+    averaged: the loss is divided by the global number of labels before (training/step.py).
+    """
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+    from torch.distributed.fsdp import register_fsdp_forward_method as gather_around
+
+    offload = CPUOffloadPolicy(pin_memory=world.mesh.device_type == "cuda") if distributed.cpu_offload else OffloadPolicy()
+    dtype = None if precision == "fp32" else torch.bfloat16
+    # Autocast chooses the dtype of each operation, as in a single process: inputs are left as they are
+    narrow = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    wide = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    common = {"mesh": world.mesh, "offload_policy": offload}
+    tied = model.lm_head.weight is model.model.embed_tokens.weight
+    ends = [] if tied else [model.model.embed_tokens, model.lm_head]
+    matrices = {p for module in (*model.model.layers, *ends) for p in module.parameters() if p.ndim > 1}
+
+    # The root first, or its group could not hold vectors of modules that have groups of their own
+    fully_shard(model, mp_policy=wide, reshard_after_forward=False, ignored_params=matrices, **common)
+    vectors = set(model.parameters()) - matrices
+    for module in (*model.model.layers, *ends):
+        # The classifier is used last in the forward pass and first in the backward pass: it stays in between
+        fully_shard(
+            module, mp_policy=narrow, reshard_after_forward=module is not model.lm_head, ignored_params=vectors, **common
+        )
+    if not tied:
+        model.model.embed_tokens.set_unshard_in_backward(False)  # a look-up needs no weights for its gradient
+        gather_around(model.lm_head, "loss")
+    gather_around(model, "loss")
+    for group in _groups(model):
+        group.set_force_sum_reduction_for_comms(True)
+        group.set_gradient_divide_factor(1.0)
+
+
+def micro_batch(model: nn.Module, distributed: DistributedConfig, last: bool) -> None:
+    """Say before a backward pass whether it is the `last` of a step, after which gradients must be whole.
+
+    See DistributedConfig.gradient_reduction. A model of a single process needs no telling.
+    """
+    if not _is_group(model):
+        return
+    model.set_is_last_backward(last)
+    model.set_requires_gradient_sync(last or distributed.gradient_reduction == "micro_batch")
+    model.set_requires_all_reduce(last)
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of the weights that a forward pass without a backward pass has left gathered."""
+    for group in _groups(model):
+        group.reshard()
+
+
+def _groups(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if _is_group(module)]
+
+
+def _is_group(module: nn.Module) -> bool:
+    return hasattr(module, "set_requires_gradient_sync")

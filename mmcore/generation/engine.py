@@ -1,7 +1,7 @@
 """Generation on token ids: prompts in chunks, then one token at a time from a state that is never re-read.
 
 Shape suffixes: B rows of a batch, T tokens, V vocabulary. The model is anything with `config.vocab_size`,
-`classifier_weight`, `new_state` and `advance` (`mmcore.model.build_model`, `mmcore.load_model`).
+`parameters`, `new_state` and `advance` (`mmcore.model.build_model`, `mmcore.load_model`).
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ class Session:
 
     @property
     def _device(self) -> torch.device:
-        return self.model.classifier_weight.device
+        return next(self.model.parameters()).device
 
     def _stream(
         self, max_new_tokens: int, sampling: Sampling, stop_ids: frozenset[int], progress: Progress | None
@@ -304,7 +304,7 @@ def generate_batch(
     stops = frozenset(default_stop_ids(model) if stop_ids is None else stop_ids)
     longest = max(map(len, rows))
     padding = [longest - len(row) for row in rows]
-    device = model.classifier_weight.device
+    device = next(model.parameters()).device
     state = model.new_state(len(rows), padding=torch.tensor(padding, device=device) if any(padding) else None)
     tokens_BT = torch.tensor([[0] * pad + row for pad, row in zip(padding, rows, strict=False)], device=device)
     for piece_BT in tokens_BT.split(chunk, dim=1):

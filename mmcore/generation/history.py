@@ -82,15 +82,16 @@ def read_session(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def identity(model: LanguageModel) -> dict[str, Any]:
     """What a state depends on: the model's settings, weights, number format, and memories knocked out."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        values = parameter.detach().flatten()
+    weights = model.state_dict()
+    for name, weight in sorted(weights.items()):
+        values = weight.flatten()
         step = max(1, values.numel() // _SAMPLES)
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        digest.update(f"{name} {tuple(weight.shape)}".encode())
         digest.update(values[::step].double().cpu().numpy().tobytes())
     return {
         "settings": json.loads(json.dumps(asdict(model.config))),
         "weights": digest.hexdigest(),
-        "dtype": str(model.classifier_weight.dtype).removeprefix("torch."),
+        "dtype": "+".join(sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()})),
         "without": sorted(model.knocked_out),
     }
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from mmcore.config import ModelConfig
 from mmcore.errors import ConfigError
 from mmcore.kernels.linear_cross_entropy import linear_cross_entropy
+from mmcore.kernels.thin_linear import MOST_ROWS
 from mmcore.model.documents import packing
-from mmcore.model.layers import Linear, RMSNorm, draw_normal, fan_in_sigma
+from mmcore.model.layers import Int8Linear, Linear, RMSNorm, draw_normal, fan_in_sigma
 from mmcore.model.state import DecodingState
 
 
@@ -28,6 +29,21 @@ class Backbone(nn.Module):
         self.norm = norm or RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
 
 
+class Classifier(Linear):
+    """Activations -> logits over the vocabulary, or at once the loss: [..., d] -> [..., V]."""
+
+    def __init__(self, config: ModelConfig, kernels: str) -> None:
+        super().__init__(config.hidden_size, config.vocab_size)
+        self.kernels = kernels
+
+    def loss(self, hidden: Tensor, labels: Tensor, reduction: str) -> Tensor:
+        """Cross-entropy in nats of labels int64 [N] from activations [N, d], without N x V logits.
+
+        A method of the module that owns the weight, so that sharding can gather the weight around the call.
+        """
+        return linear_cross_entropy(hidden, self.weight, labels, reduction=reduction, implementation=self.kernels)
+
+
 class LanguageModel(nn.Module):
     """Tokens -> logits. A block has `forward(x, packing, delay, without)`, `advance(x, states, delay, without, wanted)`,
     `new_states(owner)`, `init_weights(name, depth, seed)`, and the class attributes MEMORIES, what can be removed, and
@@ -40,7 +56,7 @@ class LanguageModel(nn.Module):
         self.config = config
         self.kernels = kernels
         self.model = Backbone(config, layers, kernels, norm)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self.lm_head = Classifier(config, kernels)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.knocked_out: frozenset[str] = frozenset()
@@ -71,12 +87,23 @@ class LanguageModel(nn.Module):
     @property
     def classifier_weight(self) -> Tensor:
         """W_c, [V, d]."""
-        return self.lm_head.weight
+        return self.lm_head.exact if isinstance(self.lm_head, Int8Linear) else self.lm_head.weight
+
+    def quantize(self) -> LanguageModel:
+        """Keep every matrix but the embedding in int8, for inference (layers.Int8Linear): a quarter of fp32's bytes to
+        read for a token. What is left (norms, scalars, embedding) is as it was."""
+        for module in list(self.modules()):
+            for name, child in list(module.named_children()):
+                if isinstance(child, Linear) and child.weight.ndim == 2:
+                    setattr(module, name, Int8Linear(child.weight, child.bias))
+        return self
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
-        """[B, T] -> [B, T, d]; on a CPU activations are at least fp32, whatever the weights are kept in."""
+        """[B, T] -> [B, T, d]; on a CPU and under autocast the residual stream is at least fp32, whatever the weights
+        are kept in."""
         x = self.model.embed_tokens(tokens_BT)
-        return x.float() if x.is_cpu and x.dtype in (torch.bfloat16, torch.float16) else x
+        wide = x.is_cpu or torch.is_autocast_enabled(x.device.type)
+        return x.float() if wide and x.dtype in (torch.bfloat16, torch.float16) else x
 
     def hidden(self, tokens: Tensor, documents: Tensor | None = None, delay: int | None = None) -> Tensor:
         """Activations after the last norm, [B, T, d], for tokens int64 [B, T] and document ids int [B, T].
@@ -103,10 +130,7 @@ class LanguageModel(nn.Module):
         A scalar, or [B, T] with reduction="none".
         """
         hidden = self.hidden(tokens, documents, delay)
-        loss = linear_cross_entropy(
-            hidden.flatten(0, 1), self.classifier_weight, labels.flatten(), reduction=reduction,
-            implementation=self.kernels,
-        )
+        loss = self.lm_head.loss(hidden.flatten(0, 1), labels.flatten(), reduction)
         return loss.view(labels.shape) if reduction == "none" else loss
 
     def new_state(self, batch_size: int = 1, padding: Tensor | None = None) -> DecodingState:
@@ -117,9 +141,9 @@ class LanguageModel(nn.Module):
         return state
 
     def _whole_step(self, state: DecodingState) -> Callable | bool:
-        """A compiled form of one row's step, where the architecture has one and it can run here, else False."""
+        """A compiled form of a step of a few rows, where the architecture has one and it can run here, else False."""
         block = type(self.model.layers[0])
-        fits = state.batch_size == 1 and state.padding is None and self.kernels in ("auto", "cpu")
+        fits = state.batch_size <= MOST_ROWS and self.kernels in ("auto", "cpu")
         return block.whole_step(self) if fits and hasattr(block, "whole_step") else False
 
     @torch.no_grad()
@@ -130,10 +154,10 @@ class LanguageModel(nn.Module):
         """
         if state.whole_step is None:
             state.whole_step = self._whole_step(state)
-        if state.whole_step and tokens.shape == (1, 1) and state.length and not self.knocked_out:
-            logits = state.whole_step(self.embed(tokens), tuple(state.memories.values()), state.length)[None]
+        if state.whole_step and tokens.shape[1] == 1 and state.length and not self.knocked_out:
+            logits = state.whole_step(self.embed(tokens), tuple(state.memories.values()), state.length, state.padding)
             state.length += 1
-            return logits if last_only else logits[None]
+            return logits if last_only else logits[:, None]
         x, T, last = self.embed(tokens), tokens.shape[1], len(self.model.layers) - 1
         for depth, layer in enumerate(self.model.layers):
             states = {name: state.memories[f"layers.{depth}.{name}"] for name in layer.READS}

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmcore.kernels.mosaic_step import Matrix
+from mmcore.kernels.recompute import cheap
 from mmcore.kernels.rms_norm import rms_norm
 from mmcore.kernels.swiglu import swiglu
 from mmcore.kernels.thin_linear import thin_linear
@@ -29,8 +34,46 @@ class Linear(nn.Linear):
             return thin_linear(x, self.weight)
         return F.linear(x, self.weight)
 
+    def matrix(self) -> Matrix:
+        """The weight as kernels take it."""
+        return Matrix(self.weight)
+
     def reset_parameters(self) -> None:
         """Left unset: `init_weights` draws every parameter, also after a build on the meta device."""
+
+
+class Int8Linear(nn.Module):
+    """A projection whose weight is kept in int8, each row with an fp32 scale, for inference: [..., in] -> [..., out].
+    A bias stays as it is.
+
+    Row o of the weight w becomes round(127 w / max|w|) with the scale max|w| / 127: no entry moves by more than half a
+    scale. Activations are never rounded.
+    """
+
+    weight: Tensor
+    scale: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__()
+        exact = weight.detach().float()
+        scale = exact.abs().amax(dim=1) / 127
+        steps = torch.where(scale > 0, scale, torch.ones_like(scale))
+        self.register_buffer("weight", (exact / steps[:, None]).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", None if bias is None else bias.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = thin_linear(x, self.weight, self.scale)
+        return y if self.bias is None else y + self.bias
+
+    def matrix(self) -> Matrix:
+        """The weight as kernels take it."""
+        return Matrix(self.weight, self.scale)
+
+    @property
+    def exact(self) -> Tensor:
+        """The weight that the products are with, fp32 [out, in]."""
+        return self.weight * self.scale[:, None]
 
 
 class RMSNorm(nn.Module):
@@ -43,7 +86,18 @@ class RMSNorm(nn.Module):
         self.kernels = kernels
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps, implementation=self.kernels)
+        return _normalized(x, self.weight, eps=self.eps, kernels=self.kernels)
+
+
+@cheap
+def _normalized(x: Tensor, weight: Tensor, *, eps: float, kernels: str) -> Tensor:
+    """RMSNorm's equation. Under autocast the result is cast at once: each projection would make a copy of its own."""
+    y = rms_norm(x, weight, eps, implementation=kernels)
+    kind = y.device.type
+    return y.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else y
+
+
+_gated = cheap(swiglu)
 
 
 class LayerNorm(nn.Module):
@@ -73,7 +127,7 @@ class PersistentMemory(nn.Module):
         self.kernels = kernels
 
     def forward(self, y: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(y), self.up_proj(y), implementation=self.kernels))
+        return self.down_proj(_gated(self.gate_proj(y), self.up_proj(y), implementation=self.kernels))
 
     @torch.no_grad()
     def init_weights(self, name: str, depth: int, seed: int) -> None:
@@ -85,15 +139,54 @@ class PersistentMemory(nn.Module):
 def draw_normal(name: str, weight: Tensor, sigma: float, seed: int) -> None:
     """Fill `weight` from a normal of deviation `sigma`, cut off at 3 sigma.
 
-    The draw depends on the seed and the parameter's name alone, not on the order of drawing.
+    The draw depends on the seed, the parameter's name and the row alone: not on the order of drawing, the device, or
+    which rows a process holds (`drawing_rows`).
     """
-    nn.init.trunc_normal_(weight, std=sigma, a=-3 * sigma, b=3 * sigma, generator=named_generator(name, seed, weight))
+    _draw(name, weight, seed, lambda rows, generator: nn.init.trunc_normal_(
+        rows, std=sigma, a=-3 * sigma, b=3 * sigma, generator=generator))  # fmt: skip
 
 
-def named_generator(name: str, seed: int, like: Tensor) -> torch.Generator:
-    """A generator on `like`'s device, seeded by the parameter's name and the run's seed."""
+def draw_uniform(name: str, weight: Tensor, seed: int) -> None:
+    """Fill `weight` uniformly from [0, 1), drawn as in `draw_normal`."""
+    _draw(name, weight, seed, lambda rows, generator: rows.uniform_(0, 1, generator=generator))
+
+
+DRAWN_ROWS = 64
+"""Rows drawn from one generator. A process draws at most two of these blocks in vain for each of its tensors; seeding
+costs 10 us a block, 20 ms for the largest vocabularies."""
+
+RowsHeld = Callable[[Tensor], tuple[Tensor, int]]
+_rows_held: ContextVar[RowsHeld] = ContextVar("rows_held", default=lambda weight: (weight, 0))
+
+
+@contextlib.contextmanager
+def drawing_rows(rows_held: RowsHeld) -> Iterator[None]:
+    """Draw into what `rows_held` says that this process has of a parameter: the rows, and the number of the first."""
+    token = _rows_held.set(rows_held)
+    try:
+        yield
+    finally:
+        _rows_held.reset(token)
+
+
+def _draw(name: str, weight: Tensor, seed: int, fill: Callable[[Tensor, torch.Generator], Tensor]) -> None:
+    """Block by block on the CPU, whose generator is the same everywhere; a GPU's depends on its model."""
+    held, first = _rows_held.get()(weight)
+    total, end = weight.shape[0], first + held.shape[0]
+    if end == first:
+        return
+    for block in range(first // DRAWN_ROWS, -(-end // DRAWN_ROWS)):
+        start, stop = block * DRAWN_ROWS, min(total, (block + 1) * DRAWN_ROWS)
+        drawn = torch.empty((stop - start, *weight.shape[1:]), dtype=held.dtype, device="cpu")
+        fill(drawn, named_generator(f"{name}/{block}" if block else name, seed))
+        low, high = max(start, first), min(stop, end)
+        held[low - first : high - first].copy_(drawn[low - start : high - start])
+
+
+def named_generator(name: str, seed: int) -> torch.Generator:
+    """A generator seeded by a parameter's name and the run's seed."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    return torch.Generator(device=like.device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def fan_in_sigma(width: int, depth: int = 0) -> float:

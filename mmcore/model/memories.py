@@ -12,9 +12,12 @@ from mmcore.kernels.gated_scan import gated_scan
 from mmcore.kernels.look_ahead import look_ahead
 from mmcore.kernels.memory_read import memory_read
 from mmcore.kernels.mosaic_step import MemoryWeights
+from mmcore.kernels.recompute import cheap
 from mmcore.model.documents import Packing
-from mmcore.model.layers import Linear, draw_normal, fan_in_sigma, named_generator
+from mmcore.model.layers import Linear, draw_normal, draw_uniform, fan_in_sigma
 from mmcore.model.state import MemoryState
+
+_values = cheap(look_ahead)
 
 
 class ContextualMemory(nn.Module):
@@ -43,7 +46,7 @@ class ContextualMemory(nn.Module):
     def forward(self, y_BTd: Tensor, packing: Packing, delay: int) -> Tensor:
         """What each position of whole sequences reads: [B, T, d] -> [B, T, d]."""
         keys, _ = self.keys(y_BTd, packing.resets)
-        values = look_ahead(
+        values = _values(
             self._heads(self.value_proj(y_BTd)), self.value_mix, self.value_scale(), implementation=self.kernels
         )
         read = memory_read(
@@ -96,7 +99,7 @@ class ContextualMemory(nn.Module):
 
     def step_weights(self, delay: int) -> MemoryWeights:
         """This memory's weights as the compiled step takes them."""
-        matrices = (proj.weight for proj in (self.key_proj, self.value_proj, self.gate_proj, self.decay_proj))
+        matrices = (proj.matrix() for proj in (self.key_proj, self.value_proj, self.gate_proj, self.decay_proj))
         return MemoryWeights(*matrices, self.value_mix, self.value_scale(), *self.bandwidth(), self.window, delay)
 
     def _heads(self, x_BTd: Tensor) -> Tensor:
@@ -108,7 +111,7 @@ class ContextualMemory(nn.Module):
         for part in ("key_proj", "value_proj", "gate_proj", "decay_proj"):
             weight = getattr(self, part).weight
             draw_normal(f"{name}.{part}", weight, fan_in_sigma(weight.shape[1], depth), seed)
-        self.value_mix.uniform_(0, 1, generator=named_generator(f"{name}.value_mix", seed, self.value_mix))
+        draw_uniform(f"{name}.value_mix", self.value_mix, seed)
         self.value_log_scale.zero_()
         self.bandwidth_base.fill_(1.5)
         self.bandwidth_slope.fill_(1.5)

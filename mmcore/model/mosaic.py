@@ -14,11 +14,17 @@ from torch import Tensor, nn
 from mmcore.config import ModelConfig
 from mmcore.kernels import mosaic_step
 from mmcore.kernels.mosaic_step import LayerWeights
+from mmcore.kernels.recompute import cheap
 from mmcore.model.documents import Packing
 from mmcore.model.language_model import LanguageModel
 from mmcore.model.layers import Linear, PersistentMemory, RMSNorm, draw_normal, fan_in_sigma
 from mmcore.model.memories import ContextualMemory
 from mmcore.model.state import AttentionState, DecodingState, MemoryState
+
+
+@cheap
+def _side_by_side(short_BTd: Tensor, long_BTd: Tensor) -> Tensor:
+    return torch.cat([short_BTd, long_BTd], dim=-1)
 
 
 class TwoMemoryBlock(nn.Module):
@@ -63,7 +69,7 @@ class TwoMemoryBlock(nn.Module):
         return self._finish(x, read("short_term", self.SHORT_DELAY), read("long_term", delay), without)
 
     def _finish(self, x_BTd: Tensor, short_BTd: Tensor, long_BTd: Tensor, without: frozenset[str]) -> Tensor:
-        x = x_BTd + self.out_proj(torch.cat([short_BTd, long_BTd], dim=-1))
+        x = x_BTd + self.out_proj(_side_by_side(short_BTd, long_BTd))
         return x if "persistent" in without else x + self.persistent(self.persistent_norm(x))
 
     def new_states(self, owner: DecodingState) -> dict[str, AttentionState]:
@@ -95,20 +101,20 @@ class MosaicBlock(TwoMemoryBlock):
         persistent = self.persistent
         return LayerWeights(
             self.memory_norm.weight, self.short_term.step_weights(self.SHORT_DELAY), self.long_term.step_weights(delay),
-            self.out_proj.weight, self.persistent_norm.weight, persistent.gate_proj.weight, persistent.up_proj.weight,
-            persistent.down_proj.weight,
+            self.out_proj.matrix(), self.persistent_norm.weight, persistent.gate_proj.matrix(), persistent.up_proj.matrix(),
+            persistent.down_proj.matrix(),
         )
 
     @staticmethod
     def whole_step(model: LanguageModel) -> Callable | bool:
-        """The compiled step of a whole mosaic at batch 1, or False where it cannot run."""
-        matrices = [weight for weight in model.parameters() if weight.ndim == 2]
-        if mosaic_step.why_not(matrices):
-            return False
+        """The compiled step of a whole mosaic for a few rows, or False where it cannot run."""
         config = model.config
         layers = [layer.step_weights(config.long_term_delay) for layer in model.model.layers]
+        classifier = model.lm_head.matrix()
+        if mosaic_step.why_not(layers, classifier):
+            return False
         return mosaic_step.mosaic_step(
-            layers, model.model.norm.weight, model.classifier_weight, config.num_attention_heads, config.rms_norm_eps
+            layers, model.model.norm.weight, classifier, config.num_attention_heads, config.rms_norm_eps
         )
 
 

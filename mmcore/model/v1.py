@@ -28,7 +28,7 @@ from mmcore.kernels.gated_scan import gated_scan
 from mmcore.kernels.memory_read import memory_read
 from mmcore.model.documents import Packing
 from mmcore.model.language_model import LanguageModel
-from mmcore.model.layers import LayerNorm, Linear, draw_normal, named_generator
+from mmcore.model.layers import LayerNorm, Linear, draw_normal, draw_uniform
 from mmcore.model.state import DecodingState
 from mmcore.model.v1_state import LeakyState, PairState
 
@@ -96,7 +96,7 @@ class LeakyMemory(nn.Module):
         self, y_BTd: Tensor, packing: Packing, past_BRd: Tensor | None = None, scan: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Unit-norm keys [B, T, H, D], and the recurrence's state after the last token."""
-        raw_BTHD = self.split_heads(self.key_proj(y_BTd, past_BRd, packing.starts))
+        raw_BTHD = self.project(self.key_proj, y_BTd, past_BRd, packing)
         decays_BTH = (-SCALE * _exact(self.key_decay).abs()).expand(raw_BTHD.shape[:3])
         return gated_scan(
             raw_BTHD, torch.zeros_like(decays_BTH), decays_BTH, resets=packing.resets, state=scan,
@@ -115,7 +115,9 @@ class LeakyMemory(nn.Module):
         """[H, 1], fp32 or better."""
         return (SCALE * _exact(self.value_log_scale)).exp()[:, None]
 
-    def split_heads(self, x_BTd: Tensor) -> Tensor:
+    def project(self, proj: nn.Module, y_BTd: Tensor, past_BRd: Tensor | None, packing: Packing) -> Tensor:
+        """[B, T, d] -> [B, T, H, D]; a projection of one tap may have become one of int8 weights, which knows no past."""
+        x_BTd = proj(y_BTd, past_BRd, packing.starts) if getattr(proj, "taps", 1) > 1 else proj(y_BTd)
         return x_BTd.unflatten(-1, (self.heads, -1))
 
     def nothing(self, x_BTd: Tensor) -> Tensor:
@@ -166,7 +168,7 @@ class ContextualMemory(LeakyMemory):
 
         `pending` is v~ of the last `shift` tokens before these. Values of pairs before the first token mean nothing.
         """
-        raw = self.split_heads(self.value_proj(y_BTd, past_BRd, packing.starts))
+        raw = self.project(self.value_proj, y_BTd, past_BRd, packing)
         mean = raw
         if self.mixes:
             before = raw.new_zeros(raw.shape[0], self.shift, *raw.shape[2:]) if pending_BSHD is None else pending_BSHD
@@ -288,7 +290,7 @@ class V1LanguageModel(LanguageModel):
                     sigma /= math.sqrt(2 * depth if nano else depth)
                 draw_normal(name, parameter, sigma, seed)
             elif leaf == "value_mix":
-                parameter.uniform_(0, 1, generator=named_generator(name, seed, parameter))
+                draw_uniform(name, parameter, seed)
             elif leaf == "key_decay":
                 parameter.copy_(torch.linspace(0.5, 5, len(parameter), device=parameter.device) / SCALE)
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -10,14 +11,16 @@ import torch
 
 from mmcore import planning
 from mmcore.config import Recipe
+from mmcore.distributed.float8 import check_float8
+from mmcore.distributed.mesh import World
 from mmcore.errors import ConfigError, HardwareError
 from mmcore.model.accounting import checkpoint_bytes
 
 _GIB = 2**30
 
 
-def check_recipe(recipe: Recipe) -> None:
-    """Raise ConfigError where sections of a recipe contradict one another."""
+def check_recipe(recipe: Recipe, world: World | None = None) -> None:
+    """Raise ConfigError where sections of a recipe contradict one another, or the number of ranks."""
     training = recipe.training
     training.total_steps  # noqa: B018 - raises where the recipe gives no length
     if not recipe.data.sources:
@@ -32,46 +35,66 @@ def check_recipe(recipe: Recipe) -> None:
             f"training.micro_batch_size {training.micro_batch_size} is larger than training.batch_size "
             f"{training.batch_size}: lower it"
         )
+    ranks, micro_batch = (world or World()).size, training.micro_batch_size or 1
+    if ranks > 1 and training.batch_size % (ranks * micro_batch):
+        raise ConfigError(
+            f"training.batch_size {training.batch_size} does not divide into micro-batches of {micro_batch} on {ranks} "
+            f"ranks: make it a multiple of {ranks * micro_batch}, or change training.micro_batch_size or the number of ranks"
+        )
 
 
-def choose_device(requested: str) -> torch.device:
-    """The device of `training.device`: auto takes a GPU where there is one. Raises ConfigError, HardwareError."""
+def choose_device(requested: str, world: World | None = None) -> torch.device:
+    """The device of `training.device`: auto takes a GPU where there is one, each rank of a node its own.
+
+    Raises ConfigError, HardwareError.
+    """
     if requested not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"training.device is {requested!r}: choose auto, cpu or cuda")
     if requested == "cuda" and not torch.cuda.is_available():
         why = "this torch is built without CUDA" if torch.version.cuda is None else "no CUDA device answers"
         raise HardwareError(f"training.device is cuda, but {why}: set training.device=cpu, or use a machine with a GPU")
-    if requested == "cuda" or (requested == "auto" and torch.cuda.is_available()):
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
+    if requested == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if world is not None and world.size > 1:
+        if world.local_size > torch.cuda.device_count():
+            raise HardwareError(
+                f"{world.local_size} ranks run on this machine and it has {torch.cuda.device_count()} GPUs: start at most "
+                f"as many ranks, or set training.device=cpu"
+            )
+        torch.cuda.set_device(world.local_rank)
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def choose_precision(requested: str, device: torch.device) -> str:
-    """fp32 or bf16. Raises HardwareError for a GPU without bf16."""
+    """fp32, bf16 or fp8. Raises HardwareError for a device that cannot compute it."""
     if requested == "auto":
         return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
     if requested == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise HardwareError("training.precision is bf16, which this GPU cannot compute: set training.precision=fp32")
+    if requested == "fp8":
+        check_float8(device)
     return requested
 
 
-def check_memory(recipe: Recipe, device: torch.device) -> None:
-    """Raise HardwareError where the plan's estimate does not fit into the memory that is free now."""
+def check_memory(recipe: Recipe, device: torch.device, world: World | None = None) -> None:
+    """Raise HardwareError where the plan's estimate for a rank does not fit into the memory that is free for it now."""
+    world = world or World()
     machine = planning.machine_here() if device.type == "cuda" else planning.parse_machine("cpu")
-    micro_batch = recipe.training.micro_batch_size or recipe.training.batch_size
+    machine = dataclasses.replace(machine, count=world.size, per_node=world.local_size)
+    micro_batch = min(recipe.training.micro_batch_size or recipe.training.batch_size, recipe.training.batch_size // world.size)
     needed = planning.memory_per_device(recipe, machine, micro_batch)["total"]
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:
-        free = psutil.virtual_memory().available
+        free = psutil.virtual_memory().available // world.local_size
     if needed <= free:
         return
     remedies = []
     if micro_batch > 1:
         remedies.append(f"lower training.micro_batch_size (now {micro_batch})")
-    if recipe.distributed.activation_checkpointing == "none":
+    if recipe.distributed.activation_checkpointing != "full":
         remedies.append("set distributed.activation_checkpointing=full")
-    remedies.append("make the model smaller")
+    remedies.append("train on more ranks" if world.size > 1 else "make the model smaller")
     raise HardwareError(
         f"training needs about {needed / _GIB:.1f} GiB and {free / _GIB:.1f} GiB are free on {device.type}: "
         f"{', or '.join(remedies)}; `mm pretrain RECIPE --plan` shows where the memory goes"

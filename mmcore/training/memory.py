@@ -31,7 +31,7 @@ def out_of_memory(recipe: Recipe) -> str:
     remedies = []
     if size > 1:
         remedies.append(f"lower training.micro_batch_size below {size} (same result, in more pieces)")
-    if recipe.distributed.activation_checkpointing == "none":
+    if recipe.distributed.activation_checkpointing != "full":
         remedies.append("set distributed.activation_checkpointing=full")
     remedies.append("shorten training.sequence_length or make the model smaller")
     return (

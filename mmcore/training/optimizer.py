@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mmcore.config import TrainingConfig
+from mmcore.distributed.shards import local_rows
 from mmcore.errors import CheckpointError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -63,6 +64,7 @@ def optimizer_steps(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
     return {"*": most} | {name: count for name, count in steps.items() if count != most}
 
 
+@torch.no_grad()
 def load_optimizer(
     model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], steps: Mapping[str, int]
 ) -> None:
@@ -79,5 +81,7 @@ def load_optimizer(
                     f"the optimizer state {moment}.{name} has shape {list(value.shape)} where the model has "
                     f"{list(parameter.shape)}: resume with the recipe that the checkpoint was made with"
                 )
-            state[moment] = value.to(parameter.device, torch.float32, copy=True)
+            state[moment] = torch.empty_like(parameter, dtype=torch.float32, requires_grad=False)
+            rows, first = local_rows(state[moment])
+            rows.copy_(value[first : first + rows.shape[0]])
         optimizer.state[parameter] = state

@@ -6,6 +6,7 @@ half-written; then tokenizer, data and model; the run's folder is written last.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -23,12 +24,16 @@ from mmcore.data.corpus import Corpus, prepare
 from mmcore.data.loader import make_batch
 from mmcore.data.packing import Samples
 from mmcore.data.tokenizer import Tokenizer
-from mmcore.distributed.mesh import World, world_from_environment
+from mmcore.distributed.float8 import use_float8
+from mmcore.distributed.mesh import World, start_world, stop_world, world_from_environment
 from mmcore.distributed.parallelize import parallelize
-from mmcore.errors import CheckpointError, ConfigError
+from mmcore.distributed.shards import local_rows
+from mmcore.distributed.together import all_or_none, in_turn, on_first
+from mmcore.errors import CheckpointError, ConfigError, DataError
 from mmcore.kernels.allocator import keep_pages
 from mmcore.model import LanguageModel, build_model
 from mmcore.model.accounting import training_flops_per_token
+from mmcore.model.layers import drawing_rows
 from mmcore.training import checks
 from mmcore.training.events import Event, Listener, Notice, Preparing, Tokenizing
 from mmcore.training.memory import explain_memory
@@ -57,41 +62,91 @@ def prepare_trainer(
     stage: pretrain, or finetune (weights and tokenizer of training.init_from; see finetune.py for its recipe).
     Raises an MMError for every mistake that can be known before the first step.
     """
-    start, listeners = start or Start(), list(listeners)
+    here = world_from_environment()
+    checks.check_recipe(recipe, here)
+    device = checks.choose_device(recipe.training.device, here)
+    precision = checks.choose_precision(recipe.training.precision, device)
+    if recipe.distributed.deterministic:
+        use_deterministic_algorithms(recipe.training.seed)
+    world = start_world(device, recipe.distributed)
+    try:
+        trainer = _prepare(recipe, stage, start or Start(), list(listeners), device, precision, world)
+    except BaseException:
+        stop_world(world)
+        raise
+    trainer.resources.callback(stop_world, world)
+    return trainer
+
+
+def _prepare(
+    recipe: Recipe, stage: str, start: Start, listeners: list[Listener], device: torch.device, precision: str, world: World
+) -> Trainer:
+    """The trainer of this rank. Rank 0 talks to listeners and writes the run's folder; the others wait for it where
+    they need what it makes."""
+    if not world.is_first:
+        listeners = []
 
     def tell(event: Event) -> None:
         for listener in listeners:
             listener(event)
 
-    world = world_from_environment()
-    checks.check_recipe(recipe)
-    device = checks.choose_device(recipe.training.device)
-    precision = checks.choose_precision(recipe.training.precision, device)
     run = RunFolder(recipe.run_folder)
-    run.check_writable()
-    resumed = _find_start(recipe, run, start, tell)
-    source = _source(recipe, run, stage) if resumed is None else None
-    checks.check_memory(recipe, device)
-    checks.check_disk(recipe)
+    found = on_first(world, lambda: _find_start(recipe, run, start, tell))
+    resumed = None if found is None else Path(found)
+    source = in_turn(world, lambda: _source(recipe, run, stage, world)) if resumed is None else None
+    with all_or_none(world):
+        checks.check_memory(recipe, device, world)
+    on_first(world, lambda: checks.check_disk(recipe))
 
     known = resumed if resumed is not None else source.tokenizer_path if source is not None else None
-    tokenizer = find_tokenizer(recipe, known, lambda what: tell(Preparing(what)))
-    corpus = prepare(recipe.data, tokenizer, progress=lambda done, total, rate: tell(Tokenizing(done, total, rate)))
+    tokenizer, corpus = in_turn(world, lambda: _data(recipe, known, tell))
+    _agree_on_data(corpus, world)
     if device.type == "cpu":
         keep_pages()
     with explain_memory(recipe):
         tell(Preparing("building the model"))
         _remark(recipe, corpus, device, precision, tell)
-        model = _build(recipe, device, source)
-        trainer = Trainer(_job(recipe, stage, model, corpus, tokenizer, device, precision, world, tell), listeners)
-        if resumed is not None:
-            trainer.restore(resumed)
-    _open_run_folder(trainer, run, tokenizer, corpus, start)
+        with all_or_none(world):
+            model = build(recipe, device, precision, source, world)
+            trainer = Trainer(_job(recipe, stage, model, corpus, tokenizer, device, precision, world, tell), listeners)
+            if resumed is not None:
+                trainer.restore(resumed)
+    on_first(world, lambda: _open_run_folder(trainer, run, tokenizer, corpus, start))
     return trainer
 
 
-def _find_start(recipe: Recipe, run: RunFolder, start: Start, tell: Listener) -> Path | None:
+def use_deterministic_algorithms(seed: int) -> None:
+    """Let this process compute the same bits whenever it computes the same thing. To be called before CUDA starts,
+    whose matrix products then work in a buffer of fixed size."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a guard against bugs, which kernels' tests have too
+    torch.backends.cudnn.benchmark = False
+
+
+def _data(recipe: Recipe, known: Path | None, tell: Listener) -> tuple[Tokenizer, Corpus]:
+    """The tokenizer and the tokens: made, or found where another rank has made them."""
+    tokenizer = find_tokenizer(recipe, known, lambda what: tell(Preparing(what)))
+    corpus = prepare(recipe.data, tokenizer, progress=lambda done, total, rate: tell(Tokenizing(done, total, rate)))
+    return tokenizer, corpus
+
+
+def _agree_on_data(corpus: Corpus, world: World) -> None:
+    """Raise DataError where a node has other tokens than the first one."""
+    identity = corpus.fingerprint["identity"]
+    first = on_first(world, lambda: identity)
+    with all_or_none(world):
+        if identity != first:
+            raise DataError(
+                f"rank {world.rank} sees other data than rank 0: give every node the same files, or put data.sources and "
+                f"data.cache on a shared disk"
+            )
+
+
+def _find_start(recipe: Recipe, run: RunFolder, start: Start, tell: Listener) -> str | None:
     """The checkpoint to resume from, or None to begin at step 1. Raises ConfigError, CheckpointError."""
+    run.check_writable()
     if start.overwrite:
         return None
     if not start.resume:
@@ -112,17 +167,17 @@ def _find_start(recipe: Recipe, run: RunFolder, start: Start, tell: Listener) ->
         raise CheckpointError(f"{newest} has no readable recipe.yaml: go on from it with `mm finetune` instead") from None
     for sentence in check_same_recipe(before, recipe.as_dict(), newest):
         tell(Notice(sentence))
-    return newest
+    return str(newest)
 
 
-def _source(recipe: Recipe, run: RunFolder, stage: str) -> Checkpoint | None:
+def _source(recipe: Recipe, run: RunFolder, stage: str, world: World) -> Checkpoint | None:
     """The checkpoint that fine-tuning starts from. Raises ConfigError, CheckpointError."""
     init_from = recipe.training.init_from
     if stage == "pretrain":
         return None
     if init_from is None:
         raise ConfigError("the recipe has no training.init_from: name the checkpoint to go on from")
-    source = open_checkpoint(init_from)
+    source = open_checkpoint(init_from, verify=world.is_first)  # one rank hashes it for all
     if source.path.resolve().is_relative_to(run.path.resolve()):
         raise ConfigError(
             f"training.init_from {init_from} lies in the run's own folder {run.path}: choose another checkpoint.folder, "
@@ -131,15 +186,27 @@ def _source(recipe: Recipe, run: RunFolder, stage: str) -> Checkpoint | None:
     return source
 
 
-def _build(recipe: Recipe, device: torch.device, source: Checkpoint | None) -> LanguageModel:
-    """The model with its first weights: drawn from the seed, or the source's."""
-    with torch.device(device):
+def build(
+    recipe: Recipe, device: torch.device, precision: str, source: Checkpoint | None = None, world: World | None = None
+) -> LanguageModel:
+    """The model with its first weights, drawn from the seed or the source's, spread over the ranks of `world`.
+
+    Over several ranks no one ever holds the whole of it: it is built without memory, cut, and each rank fills its rows.
+    """
+    world, several = world or World(), world is not None and world.size > 1
+    with torch.device("meta" if several else device):
         model = build_model(recipe.model)
+    if precision == "fp8":
+        model = use_float8(model)
+    parallelize(model, recipe.distributed, recipe.training.compile, world, precision)
+    if several:
+        model.to_empty(device="cpu" if recipe.distributed.cpu_offload else device)
     if source is None:
-        model.init_weights(recipe.training.seed)
+        with drawing_rows(local_rows):
+            model.init_weights(recipe.training.seed)
     else:
         load_weights(model, source.tensors, source.path)
-    return parallelize(model, recipe.distributed, recipe.training.compile)
+    return model
 
 
 def _job(
@@ -157,7 +224,7 @@ def _job(
     samples = Samples(corpus.train, length, recipe.data.seed)
     if samples.cut:
         tell(Notice(f"{samples.cut} conversations are longer than {length} tokens: their ends are left out"))
-    validation = _validation_batches(recipe, corpus, tell)
+    validation = _validation_batches(recipe, corpus, world.size, tell)
     return Job(
         recipe=recipe,
         model=model,
@@ -194,7 +261,7 @@ def _end_ids(tokenizer: Tokenizer, kind: str) -> int | list[int] | None:
     return turn if tokenizer.eos_id is None else [tokenizer.eos_id, turn]
 
 
-def _validation_batches(recipe: Recipe, corpus: Corpus, tell: Listener) -> Sequence:
+def _validation_batches(recipe: Recipe, corpus: Corpus, ranks: int, tell: Listener) -> Sequence:
     """Windows spread over the held-out text, the same at every validation of every run on this data."""
     training = recipe.training
     if corpus.validation is None:
@@ -202,7 +269,7 @@ def _validation_batches(recipe: Recipe, corpus: Corpus, tell: Listener) -> Seque
         return ()
     count = max(1, int(training.validation_tokens // training.sequence_length))
     samples = Samples(corpus.validation, training.sequence_length, shuffle=False, limit=count)
-    size = training.micro_batch_size or training.batch_size
+    size = min(training.micro_batch_size or training.batch_size, training.batch_size // ranks)
     starts = range(0, len(samples), size)
     return [make_batch(samples, range(start, min(start + size, len(samples)))) for start in starts]
 

@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from mmcore.config import DistributedConfig
 from mmcore.distributed.mesh import World
-from mmcore.distributed.reduce import total
+from mmcore.distributed.parallelize import micro_batch
+from mmcore.distributed.reduce import total, total_over_shards
+from mmcore.distributed.shards import local
 from mmcore.errors import NonFiniteError
 
 IGNORED = -100
@@ -33,44 +36,60 @@ class StepResult:
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    """bf16 products over fp32 master weights, or plain fp32."""
-    if precision == "bf16":
+    """bf16 products over fp32 master weights (in fp8, of whatever is not an 8-bit product), or plain fp32."""
+    if precision in ("bf16", "fp8"):
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return contextlib.nullcontext()
 
 
 def accumulate(
-    model: nn.Module, batches: Sequence, delay: int, device: torch.device, precision: str, world: World
+    model: nn.Module,
+    batches: Sequence,
+    delay: int,
+    device: torch.device,
+    precision: str,
+    world: World,
+    distributed: DistributedConfig | None = None,
 ) -> StepResult:
     """Add the gradient of the mean loss over all `batches` (and ranks) to the parameters' `.grad`.
 
-    `batches` are micro-batches with tokens, labels and documents int64 or int32 [b, T]. Each one's loss is the sum
-    over its labels divided by the number of labels of the whole step, so that the gradient is the one of a single
-    pass over everything, however the step is cut and wherever the labels lie. Nothing is clipped here.
+    `batches` are this rank's micro-batches with tokens, labels and documents int64 or int32 [b, T]. Each one's loss is
+    the sum over its labels divided by the number of labels of the whole step on all ranks, and gradients are summed over
+    micro-batches and ranks, so that the gradient is the one of a single pass over everything, however the step is cut
+    and wherever the labels lie. Nothing is clipped here.
     """
-    kept = torch.tensor(sum(int((batch.labels != IGNORED).sum()) for batch in batches), device=device)
-    kept = int(total(kept, world))
+    kept = int(total(torch.tensor(sum(int((batch.labels != IGNORED).sum()) for batch in batches)), world))
+    distributed = distributed or DistributedConfig()
     losses = []
-    for batch in batches:
+    for number, batch in enumerate(batches, start=1):
         tokens, labels, documents = (
             part.to(device, non_blocking=True) for part in (batch.tokens, batch.labels, batch.documents)
         )
+        micro_batch(model, distributed, last=number == len(batches))
         with autocast(device, precision):
             loss = model.loss(tokens, labels, documents, delay=delay, reduction="sum") / max(1, kept)
         loss.backward()
         losses.append(loss.detach().float())
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+    norm = gradient_norm(model, world)
     micro = torch.stack(losses)
     mean = total(micro.sum(), world)
     *micro_losses, loss_value, norm_value = torch.cat([micro, mean[None], norm[None].to(micro)]).tolist()
     return StepResult(loss_value, norm_value, kept, tuple(micro_losses))
 
 
+@torch.no_grad()
+def gradient_norm(model: nn.Module, world: World) -> Tensor:
+    """The 2-norm of the whole gradient, a scalar tensor; over several ranks each adds what its shards hold."""
+    gradients = [local(p.grad) for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+    return total_over_shards(norm.double().square(), world).sqrt() if world.size > 1 else norm
+
+
+@torch.no_grad()
 def clip(model: nn.Module, norm: float, largest: float) -> None:
     """Scale the gradients so that their global norm, now `norm`, is at most `largest`."""
     if norm > largest:
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        gradients = [local(p.grad) for p in model.parameters() if p.grad is not None]
         torch._foreach_mul_(gradients, largest / norm)
 
 
@@ -106,6 +125,6 @@ def _span(samples: range) -> str:
 
 def _worst_gradient(model: nn.Module) -> str:
     for name, parameter in model.named_parameters():
-        if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
+        if parameter.grad is not None and not bool(torch.isfinite(local(parameter.grad)).all()):
             return f" (first in {name})"
     return " (every entry is finite: their squares overflow)"

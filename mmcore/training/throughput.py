@@ -20,7 +20,7 @@ def peak_flops(device: torch.device, precision: str) -> float:
         published = planning.machine_here().peaks.get(precision)
         if published:
             return published
-    return measured_flops(device, torch.bfloat16 if precision == "bf16" else torch.float32)
+    return measured_flops(device, torch.float32 if precision == "fp32" else torch.bfloat16)
 
 
 def measured_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:

@@ -23,6 +23,8 @@ from mmcore.config import Recipe
 from mmcore.data.loader import Loader
 from mmcore.distributed.mesh import World
 from mmcore.distributed.reduce import agreed
+from mmcore.distributed.shards import local_rows, whole
+from mmcore.distributed.together import on_first
 from mmcore.errors import CheckpointError, DataError
 from mmcore.training import events
 from mmcore.training.events import Event, Listener
@@ -131,7 +133,7 @@ class Trainer:
 
     def _run(self, interrupts: Interrupts) -> None:
         def stopping() -> bool:
-            return agreed(interrupts.received is not None, self.job.world, self.job.device)
+            return agreed(interrupts.received is not None, self.job.world)
 
         self.model.train()
         self._peak = peak_flops(self.job.device, self.job.precision) * self.job.world.size
@@ -168,7 +170,10 @@ class Trainer:
         self.meter.start()
         micro_batches = next(batches)
         self.optimizer.zero_grad(set_to_none=True)
-        result = accumulate(self.model, micro_batches, delay, self.job.device, self.job.precision, self.job.world)
+        job = self.job
+        result = accumulate(
+            self.model, micro_batches, delay, job.device, job.precision, job.world, self.recipe.distributed
+        )
         require_finite(result, self.model, step, self._samples_of_step(), self.checkpoint, rate)
         clip(self.model, result.gradient_norm, training.gradient_clip)
         set_learning_rate(self.optimizer, rate)
@@ -229,6 +234,7 @@ class Trainer:
             self.job.precision,
             stop=stopping,
             progress=lambda done: self._emit(events.Validating(done, total)),
+            world=self.job.world,
         )
         if found is None:
             return
@@ -241,23 +247,41 @@ class Trainer:
         """Write a checkpoint of the present step, unless that is done; the newest checkpoint, None before any."""
         if self.step in (0, self._saved_step):
             return self.checkpoint
-        tensors = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
         self._emit(events.Saving(self.step))
         start = time.perf_counter()
-        self.checkpoint = save_checkpoint(
-            self.recipe.run_folder,
-            self.step,
-            model=tensors,
-            optimizer=optimizer_tensors(self.model, self.optimizer),
-            state=self._state(),
-            config=self.job.config_json,
-            files={**self.job.files, "recipe.yaml": recipe_text(self.recipe).encode()},
-            keep_last=self.recipe.checkpoint.keep_last,
-            protect=(self.resumed_from,) if self.resumed_from else (),
-        )
+        model = self._whole({name: parameter.detach() for name, parameter in self.model.named_parameters()})
+        optimizer = self._whole(optimizer_tensors(self.model, self.optimizer))
+        state = self._state()
+
+        def write() -> str:
+            folder = save_checkpoint(
+                self.recipe.run_folder,
+                self.step,
+                model=model,
+                optimizer=optimizer,
+                state=state,
+                config=self.job.config_json,
+                files={**self.job.files, "recipe.yaml": recipe_text(self.recipe).encode()},
+                keep_last=self.recipe.checkpoint.keep_last,
+                protect=(self.resumed_from,) if self.resumed_from else (),
+            )
+            return str(folder)
+
+        self.checkpoint = Path(on_first(self.job.world, write))
         self._saved_step = self.step
         self._emit(events.Saved(self.step, self.checkpoint, time.perf_counter() - start))
         return self.checkpoint
+
+    def _whole(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The tensors with all their rows, in the host memory of rank 0 where they come from several ranks."""
+        if self.job.world.size == 1:
+            return dict(tensors)
+        found = {}
+        for name, tensor in tensors.items():
+            gathered = whole(tensor)
+            if self.job.world.is_first:
+                found[name] = gathered.cpu()
+        return found
 
     def _state(self) -> dict[str, Any]:
         """What trainer.json holds: all that `restore` needs beside weights and optimizer."""
@@ -340,4 +364,5 @@ def load_weights(model: nn.Module, tensors: Mapping[str, torch.Tensor], source: 
                 f"{source} does not fit the recipe's model: {name} has shape {list(tensor.shape)} there and "
                 f"{list(parameter.shape)} here; check the recipe's model section"
             )
-        parameter.copy_(tensor)
+        rows, first = local_rows(parameter)
+        rows.copy_(tensor[first : first + rows.shape[0]])

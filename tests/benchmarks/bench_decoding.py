@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tests.benchmarks import common
 
-SIDES = ("hf", "hf static compiled", "hf bf16", "mm", "mm bf16", "mm generate", "mm llama")
+SIDES = ("hf", "hf static compiled", "hf bf16", "mm", "mm bf16", "mm int8", "mm generate", "mm llama")
 # Half-precision matrix products are up to 130 times slower than fp32 on a CPU without instructions for them: the
 # prompt would take minutes to read.
 LONGEST_BF16_PROMPT = 256
@@ -64,6 +64,8 @@ class Ours:
         dtype = torch.bfloat16 if side == "mm bf16" else torch.float32
         kind = "llama" if side == "mm llama" else "memory_mosaics_v2"
         self.model = common.build_ours(shape, length, dtype, kind).eval()
+        if side == "mm int8":
+            self.model.quantize()
 
     def read(self, prompt: Tensor) -> Tensor:
         self.state = self.model.new_state(len(prompt))
@@ -97,7 +99,8 @@ class Decoder:
         self.runner = kind(side, shape, length)
         model = self.runner.model
         embedding = model.model.embed_tokens.weight
-        read = sum(p.numel() * p.element_size() for p in model.parameters() if p is not embedding)
+        weights = {**dict(model.named_parameters()), **dict(model.named_buffers())}  # int8 weights are buffers
+        read = sum(p.numel() * p.element_size() for p in weights.values() if p is not embedding)
         self.facts = {"parameters": common.parameters(model), "bytes_per_step": read,
                       "megabytes_before_the_model": imported}
         self.vocab_size = shape.vocab_size

@@ -11,6 +11,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,8 +34,10 @@ class FreeModel:
 
     def __init__(self, vocab_size: int) -> None:
         self.config = SimpleNamespace(vocab_size=vocab_size)
-        self.classifier_weight = torch.zeros(1)
         self.logits = torch.randn(1, vocab_size, generator=torch.Generator().manual_seed(0)) * 4
+
+    def parameters(self) -> Iterator[torch.Tensor]:
+        yield self.logits
 
     def new_state(self, batch_size: int = 1) -> SimpleNamespace:
         return SimpleNamespace(length=0)

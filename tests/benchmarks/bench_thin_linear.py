@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmcore.kernels.thin_linear import thin_linear, thin_linears
+from mmcore.kernels.thin_linear import thin_linear
 from tests.benchmarks import common
 
 
@@ -47,21 +47,28 @@ def measure(shape: common.Shape, rows: int, weights: dict[torch.dtype, list[list
     half_inputs = {width: x.bfloat16() for width, x in inputs.items()}
     fp32, bf16 = weights[torch.float32], weights[torch.bfloat16]
 
+    int8 = weights[torch.int8]
+    scales = {len(weight): torch.rand(len(weight)) for group in int8 for weight in group}
+
+    def ours_int8(x: Tensor, group: list[Tensor]) -> None:
+        for weight in group:
+            thin_linear(x, weight, scales[len(weight)])
+
     def library(x: Tensor, group: list[Tensor]) -> None:
         for weight in group:
             F.linear(x, weight)
 
-    def one_by_one(x: Tensor, group: list[Tensor]) -> None:
+    def ours(x: Tensor, group: list[Tensor]) -> None:
         for weight in group:
             thin_linear(x, weight)
 
     sides = {
         "sum": lambda: common.read_bandwidth(repeats=1),
         "F.linear fp32": speed(fp32, inputs, library),
-        "thin_linear fp32": speed(fp32, inputs, one_by_one),
-        "thin_linears fp32": speed(fp32, inputs, thin_linears),
+        "thin_linear fp32": speed(fp32, inputs, ours),
         "F.linear bf16": speed(bf16, half_inputs, library),
-        "thin_linears bf16": speed(bf16, inputs, thin_linears),
+        "thin_linear bf16": speed(bf16, inputs, ours),
+        "thin_linear int8": speed(int8, inputs, ours_int8),
     }
     return {name: [value / 1e9 for value in values] for name, values in common.take_turns(sides, rounds).items()}
 
@@ -72,7 +79,6 @@ def overhead(calls: int = 2000) -> dict[str, float]:
     sides = {
         "F.linear": lambda: F.linear(x, weight),
         "thin_linear": lambda: thin_linear(x, weight),
-        "thin_linears of 8": lambda: thin_linears(x, [weight] * 8),
     }
     best = dict.fromkeys(sides, float("inf"))
     for _ in range(calls // 10):
@@ -91,7 +97,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     arguments = parser.parse_args()
     shape = common.SHAPES[arguments.shape]
-    weights = {dtype: layers_of(shape, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    weights = {dtype: layers_of(shape, dtype) for dtype in (torch.float32, torch.bfloat16, torch.int8)}
     report = {"environment": common.environment(), "shape": shape, "unit": "GB/s of weights", "rows": {}}
     for rows in arguments.rows:
         values = measure(shape, rows, weights, arguments.rounds)

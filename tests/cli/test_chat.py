@@ -180,7 +180,7 @@ class TestOneShot:
         (["--prompt", "x", "--temperature", "-1"], "temperature is -1.0: it must be a number, 0"),
         (["--prompt", "x", "--top-p", "2"], "top_p is 2.0: it must lie above 0"),
         (["--prompt", "x", "--max-new-tokens", "0"], "max_new_tokens is 0"),
-        (["--prompt", "x", "--dtype", "int3"], "--dtype is 'int3': choose float32, bfloat16 or float16"),
+        (["--prompt", "x", "--dtype", "int3"], "--dtype is 'int3': choose float32, bfloat16, float16 or int8"),
         (["--prompt", "a\udc80"], "half of a surrogate pair"),
     ])
     def test_bad_input_is_one_line(self, loaded, capsys, arguments, message):

@@ -5,7 +5,7 @@ import torch
 
 from mmcore.errors import HardwareError
 from mmcore.kernels import native
-from mmcore.kernels.thin_linear import MOST_ROWS, thin_linear, thin_linears
+from mmcore.kernels.thin_linear import MOST_ROWS, thin_linear
 
 needs_compiler = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
 IMPLEMENTATIONS = ["auto", "blocked", "reference", pytest.param("cpu", marks=needs_compiler)]
@@ -20,39 +20,46 @@ def inference_with_nan_in_fresh_memory():
     torch.use_deterministic_algorithms(False)
 
 
-def error(got, x, weight):
+DTYPES = [torch.float32, torch.bfloat16, torch.int8]
+
+
+def random_weight(out, width, dtype):
+    """A weight of the dtype and the scales that int8 wants."""
+    if dtype is torch.int8:
+        return torch.randint(-127, 128, (out, width)).to(dtype), torch.rand(out) + 0.1
+    return torch.randn(out, width).to(dtype), None
+
+
+def error(got, x, weight, scale=None):
     """The largest error over the scale of rounding: |x| |w| summed in fp32."""
-    expected = x.double() @ weight.double().T
-    scale = x.double().abs() @ weight.double().abs().T
+    exact = weight.double() if scale is None else weight.double() * scale.double()[:, None]
+    expected = x.double() @ exact.T
+    rounding = x.double().abs() @ exact.abs().T
     assert got.shape == expected.shape and got.dtype == torch.float32 and got.is_contiguous()
-    return float(((got.double() - expected).abs() / scale.clamp(min=1e-30)).max())
+    return float(((got.double() - expected).abs() / rounding.clamp(min=1e-30)).max())
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [1, 7, 16, 33, 512, 1536, 1543])
 def test_every_number_of_rows(implementation, dtype, width):
     for rows in range(1, MOST_ROWS + 1):
         for out in (1, 2, 3, 5, 50):
-            x, weight = torch.randn(rows, width), torch.randn(out, width).to(dtype)
-            assert error(thin_linear(x, weight, implementation=implementation), x, weight) < 1e-6
+            x, (weight, scale) = torch.randn(rows, width), random_weight(out, width, dtype)
+            assert error(thin_linear(x, weight, scale, implementation=implementation), x, weight, scale) < 1e-6
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_several_matrices_in_one_call(implementation, dtype, threads):
-    """Sizes that put the borders of the threads' slices inside matrices, and matrices inside slices."""
+def test_every_number_of_threads(implementation, dtype, threads):
+    """Enough rows of weights that all threads get some, and not equally many."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         for lead in ((1,), (1, 1), (3, 1), (2, 4), ()):
-            x = torch.randn(*lead, 512)
-            weights = [torch.randn(out, 512).to(dtype) for out in (64, 1, 700, 33, 8, 8, 129)]
-            results = thin_linears(x, weights, implementation=implementation)
-            assert [tuple(result.shape) for result in results] == [(*lead, len(weight)) for weight in weights]
-            for result, weight in zip(results, weights, strict=True):
-                assert error(result, x, weight) < 1e-6
+            x, (weight, scale) = torch.randn(*lead, 512), random_weight(701, 512, dtype)
+            assert error(thin_linear(x, weight, scale, implementation=implementation), x, weight, scale) < 1e-6
     finally:
         torch.set_num_threads(before)
 
@@ -80,7 +87,6 @@ def test_more_rows_other_dtypes_and_strides_are_right_too():
         expected = x.double() @ weight.double().T
         torch.testing.assert_close(thin_linear(x, weight).double(), expected, rtol=1e-4, atol=1e-4)
     assert thin_linear(torch.randn(2, 8, dtype=torch.float64), torch.randn(3, 8)).dtype == torch.float64
-    assert thin_linears(torch.randn(1, 8), []) == []
 
 
 @needs_compiler
@@ -88,16 +94,19 @@ def test_the_compiled_kernel_refuses_what_it_cannot_compute():
     for x, weight, reason in (
         (torch.randn(MOST_ROWS + 1, 8), torch.randn(3, 8), "x has 17 rows, and the kernel is for 1 to 16"),
         (torch.randn(1, 8).double(), torch.randn(3, 8), "x is torch.float64"),
-        (torch.randn(1, 8), torch.randn(3, 8).half(), "the weights are torch.float16"),
-        (torch.randn(1, 8), torch.randn(8, 3).T, "not contiguous"),
+        (torch.randn(1, 8), torch.randn(3, 8).half(), "the weight is torch.float16"),
+        (torch.randn(1, 8), torch.ones(3, 8, dtype=torch.int8), "torch.int8 with scales"),
+        (torch.randn(1, 8), torch.randn(8, 3).T, "no contiguous"),
     ):
         with pytest.raises(HardwareError, match=reason):
             thin_linear(x, weight, implementation="cpu")
 
 
 def test_misuse_is_named():
-    with pytest.raises(ValueError, match=r"x is \[1, 8\] and a weight \[3, 7\]: give \[3, 8\]"):
+    with pytest.raises(ValueError, match=r"x is \[1, 8\] and the weight \[3, 7\]: give"):
         thin_linear(torch.randn(1, 8), torch.randn(3, 7))
+    with pytest.raises(ValueError, match=r"the weight \[3, 8\] with scales \[2\]"):
+        thin_linear(torch.randn(1, 8), torch.ones(3, 8, dtype=torch.int8), torch.ones(2))
     with torch.enable_grad(), pytest.raises(ValueError, match="no gradient"):
         thin_linear(torch.randn(1, 8), torch.randn(3, 8, requires_grad=True))
 

@@ -96,29 +96,79 @@ def test_decoding_without_a_memory_equals_the_pass_without_it(memory):
         assert torch.allclose(feed(model, model.new_state(1), tokens, [11] + [1] * 29), model(tokens), atol=3e-5)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("sizes", [{}, {"hidden_size": 40, "num_attention_heads": 4, "intermediate_size": 50},
-                                   {"hidden_size": 256, "num_attention_heads": 2, "intermediate_size": 300}])
-def test_the_compiled_step_equals_the_equations(threads, dtype, sizes):
-    """One row, one token at a time, past the window and the delay, against the float64 reference over the whole."""
+ODD_SIZES = [{}, {"hidden_size": 40, "num_attention_heads": 4, "intermediate_size": 50},
+             {"hidden_size": 256, "num_attention_heads": 2, "intermediate_size": 300}]
+
+
+def in_format(dtype, **sizes):
+    """A model whose weights are kept in `dtype`, and the float64 reference with the very same weights."""
     from mmcore.kernels import native
+
     if native.why_not():
         pytest.skip(native.why_not())
-    model = tiny(**sizes).to(dtype)
-    exact = tiny(kernels="reference", **sizes).to(dtype).double()
-    tokens = random_tokens(1, 90)
-    with torch.no_grad():
-        whole = exact(tokens)
+    model, exact = tiny(**sizes), tiny(kernels="reference", **sizes)
+    if dtype is not torch.int8:
+        return model.to(dtype), exact.to(dtype).double()
+    model.quantize()
+    kept = {name: module.exact for name, module in model.named_modules() if hasattr(module, "exact")}
+    assert len(kept) == 12 * len(model.model.layers) + 1
+    for name, weight in kept.items():
+        exact.get_submodule(name).weight.data.copy_(weight)
+    return model, exact.double()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("sizes", ODD_SIZES)
+def test_the_compiled_step_equals_the_equations(threads, dtype, sizes):
+    """Few rows, one token at a time, past the window and the delay, against the float64 reference over the whole."""
+    model, exact = in_format(dtype, **sizes)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        state = model.new_state(1)
-        got = feed(model, state, tokens, [4] + [1] * 86)
-        assert state.whole_step, "the compiled step was not taken"
+        for rows in (1, 3, 8):
+            tokens = random_tokens(rows, 90)
+            state = model.new_state(rows)
+            got = feed(model, state, tokens, [4] + [1] * 86)
+            assert state.whole_step, "the compiled step was not taken"
+            with torch.no_grad():
+                whole = exact(tokens)
+            assert (got.double() - whole).abs().max() < 2e-4 * whole.abs().max()
     finally:
         torch.set_num_threads(before)
-    assert (got.double() - whole).abs().max() < 2e-4 * whole.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_the_compiled_step_knows_where_padded_rows_begin(dtype):
+    """Rows that begin at every place before, at and after the first piece; the shortest begins within the steps."""
+    model, exact = in_format(dtype)
+    lengths = [60, 58, 33, 57, 10]
+    padding = torch.tensor([60 - n for n in lengths])
+    tokens = random_tokens(5, 60)
+    state = model.new_state(5, padding=padding)
+    got = feed(model, state, tokens, [3] + [1] * 57)
+    assert state.whole_step, "the compiled step was not taken"
+    for row, pad in enumerate(padding.tolist()):
+        with torch.no_grad():
+            alone = exact(tokens[row : row + 1, pad:])[0]
+        assert (got[row, pad:].double() - alone).abs().max() < 2e-4 * alone.abs().max(), f"row {row}"
+
+
+def test_int8_weights_lose_little(tokens=40):
+    """No weight moves by more than half of its row's scale, other parameters not at all, and the loss by under 1 %."""
+    model, kept = tiny(), tiny()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    model.quantize()
+    for name, module in model.named_modules():
+        if hasattr(module, "exact"):
+            weight = before[f"{name}.weight"]
+            assert ((module.exact - weight).abs() <= weight.abs().amax(1, keepdim=True) / 254 * 1.0001).all(), name
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+    text = random_tokens(2, tokens)
+    labels = text.roll(-1, 1)
+    with torch.no_grad():
+        assert 0 < abs(model.loss(text, labels) / kept.loss(text, labels) - 1) < 0.01
 
 
 def test_the_compiled_step_and_the_layers_one_by_one_share_a_state():

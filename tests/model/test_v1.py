@@ -145,6 +145,23 @@ def test_bf16_weights_stay_close(case):
         assert (model(tokens)[0] - want).abs().max() < 1e-4 * want.abs().max()
 
 
+def test_int8_weights_are_rounded_as_documented(case):
+    """Every projection of one token and the classifier: rows to steps of a 127th of their largest entry."""
+    path, state, args = case
+    model = load_model(path, dtype=torch.int8)
+    rounded = {name: value.double() for name, value in state.items()}
+    for name, value in rounded.items():
+        matrix = value.squeeze(2) if name.endswith("conv.weight") else value
+        if name.endswith("weight") and matrix.ndim == 2 and "emb" not in name and "wte" not in name:
+            step = matrix.abs().amax(dim=1, keepdim=True) / 127
+            rounded[name] = ((matrix / step).round() * step).view(value.shape)
+    tokens = random_tokens(1, 10)
+    want = v1_loops.logits(rounded, args, tokens[0].tolist())
+    with torch.no_grad():
+        assert (model(tokens)[0] - want).abs().max() < 1e-4 * want.abs().max()
+    assert (feed(model, model.new_state(1), tokens, [4, 1, 1, 1, 3])[0] - want).abs().max() < 1e-4 * want.abs().max()
+
+
 @pytest.mark.parametrize("kernels", ["auto", "reference"])
 def test_gradients_equal_those_of_the_loops(kernels):
     """Training is possible: every parameter's gradient, by autograd through the loops."""

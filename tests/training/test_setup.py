@@ -58,9 +58,10 @@ def test_an_unknown_device(tmp_path):
     assert "choose auto, cpu or cuda" in refusal(tmp_path, ConfigError, training__device="tpu")
 
 
-def test_several_processes(tmp_path, monkeypatch):
+def test_a_batch_that_does_not_divide_over_the_ranks(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert "WORLD_SIZE is 4" in refusal(tmp_path, HardwareError)
+    text = refusal(tmp_path, ConfigError)
+    assert "training.batch_size 4 does not divide into micro-batches of 2 on 4 ranks: make it a multiple of 8" in text
 
 
 def test_missing_data(tmp_path):

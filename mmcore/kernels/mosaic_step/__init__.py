@@ -1,10 +1,10 @@
-"""One token of one conversation through a whole Memory Mosaic, at the speed the weights are read."""
+"""One token of each of a few conversations through a whole Memory Mosaic, at the speed the weights are read."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,15 +14,22 @@ from mmcore.kernels import native
 from mmcore.kernels.mosaic_step.cpu import Step
 
 
+class Matrix(NamedTuple):
+    """A weight matrix [out, in], fp32 or bf16; or int8 with the fp32 scale of each row, [out]."""
+
+    weight: Tensor
+    scale: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class MemoryWeights:
     """One kind of memory of one layer. Matrices [d, d], [d, d], [H, d], [H, d]; the rest [H]: gamma, alpha_psi, beta_0,
     beta_1 and alpha as values. `window` and `delay` limit what is read, as in memory_read."""
 
-    key: Tensor
-    value: Tensor
-    gate: Tensor
-    decay: Tensor
+    key: Matrix
+    value: Matrix
+    gate: Matrix
+    decay: Matrix
     mix: Tensor
     scale: Tensor
     base: Tensor
@@ -39,39 +46,40 @@ class LayerWeights:
     memory_norm: Tensor
     short_term: MemoryWeights
     long_term: MemoryWeights
-    out: Tensor
+    out: Matrix
     persistent_norm: Tensor
-    gate: Tensor
-    up: Tensor
-    down: Tensor
+    gate: Matrix
+    up: Matrix
+    down: Matrix
 
 
-def why_not(matrices: Sequence[Tensor]) -> str | None:
+def why_not(layers: Sequence[LayerWeights], classifier: Matrix) -> str | None:
     """The reason why these weights cannot take the compiled step, or None."""
-    dtypes = {weight.dtype for weight in matrices}
-    if len(dtypes) != 1 or not dtypes <= {torch.float32, torch.bfloat16}:
-        return f"the weights are {sorted(map(str, dtypes))}, and the step reads all fp32 or all bf16"
-    if not all(weight.is_cpu and weight.is_contiguous() for weight in matrices):
-        return "the weights are not contiguous CPU tensors"
-    return native.why_not()
-
-
-def mosaic_step(layers: Sequence[LayerWeights], norm: Tensor, classifier: Tensor, heads: int, eps: float) -> Step:
-    """Prepare the compiled step: a function `step(x, memories, position) -> logits`.
-
-    x is the token's embedding, fp32 [d]; `memories` are the states of the layers' memories, short-term and long-term
-    in turn, which have `scan`, `pending_key`, `pending_raw` and `store` (mmcore.model.state) and go on by one token;
-    `position` counts the tokens before this one. Returns fp32 logits [V]. Equal to the layers run one by one, with
-    sums in another order. The weights are looked at now: build a new step when they change.
-
-    Raises HardwareError where `why_not` has a reason.
-    """
-    matrices: list[Any] = [classifier]
+    matrices = [classifier]
     for layer in layers:
         matrices += [layer.out, layer.gate, layer.up, layer.down]
         for memory in (layer.short_term, layer.long_term):
             matrices += [memory.key, memory.value, memory.gate, memory.decay]
-    reason = why_not(matrices)
+    dtypes = {matrix.weight.dtype for matrix in matrices}
+    if len(dtypes) != 1 or not dtypes <= {torch.float32, torch.bfloat16, torch.int8}:
+        return f"the weights are {sorted(map(str, dtypes))}, and the step reads all fp32, all bf16 or all int8"
+    if not all(matrix.weight.is_cpu and matrix.weight.is_contiguous() for matrix in matrices):
+        return "the weights are not contiguous CPU tensors"
+    return native.why_not()
+
+
+def mosaic_step(layers: Sequence[LayerWeights], norm: Tensor, classifier: Matrix, heads: int, eps: float) -> Step:
+    """Prepare the compiled step: a function `step(x, memories, position, padding) -> logits` for 1 to 16 rows.
+
+    x is the tokens' embeddings, fp32 [B, d]; `memories` are the states of the layers' memories, short-term and long-term
+    in turn, which have `scan`, `pending_key`, `pending_raw` and `store` (mmcore.model.state) and go on by one token;
+    `position` counts the tokens before this one; `padding`, int64 [B] or None, those that fill each row on the left.
+    Returns fp32 logits [B, V]. Equal to the layers run one by one, with sums in another order. The weights are looked at
+    now: build a new step when they change.
+
+    Raises HardwareError where `why_not` has a reason.
+    """
+    reason = why_not(layers, classifier)
     if reason:
         raise HardwareError(f"mosaic_step cannot run: {reason}")
     return Step(layers, norm, classifier, heads, eps)

@@ -1,9 +1,10 @@
-/* One token through all layers of a Memory Mosaic in one call.
+/* One token of each of a few rows through all layers of a Memory Mosaic in one call.
 
-   At batch 1 the time of a token is the time of reading the weights once. Some 30 calls a layer from Python cost more
-   than a third of it at 36 million parameters, so one parallel region does the whole token; what is small (norms,
-   SiLU) every thread computes for itself, which is cheaper than a barrier. Pairs are read in order of memory, all
-   heads of a pair together, each thread a run of pairs, with a softmax of its own that is joined at the end. */
+   The time of a token is the time of reading the weights once, for one row as for eight. Some 30 calls a layer from
+   Python cost more than a third of it at 36 million parameters, so one parallel region does the whole token. What is
+   small (norms, SiLU) is shared out too: a barrier costs less than a microsecond. Pairs are read in order of memory,
+   all heads of a pair together, each thread a run of every row's pairs, with a softmax of its own that is joined at
+   the end. */
 
 #include <math.h>
 #include <omp.h>
@@ -12,55 +13,73 @@
 #include "thin_rows.h"
 
 #define BLOCK 32 /* pairs scored before their values are added */
+#define CHUNK 256 /* numbers of SwiGLU at a time: a multiple of STEP, so that even_then_odd may be done by chunks */
+
+struct matrix {
+    const char *weight;
+    const float *scale; /* of the rows of int8 weights */
+};
 
 struct memory {
-    const char *key, *value, *gate, *decay;               /* [d, d], [d, d], [H, d], [H, d] */
+    struct matrix key, value, gate, decay;                /* [d, d], [d, d], [H, d], [H, d] */
     const float *mix, *scale, *base, *slope, *exponent;   /* [H] */
-    float *vector, *log_scale;                            /* recurrence: [H, D], [H] */
-    float *pending_key, *pending_raw;                     /* [H, D]: the pair that this token completes */
-    float *keys, *values;                                 /* [capacity, H, D] */
-    int64_t used;                                         /* pairs stored before this token */
-    int64_t first;                                        /* time of the pair in slot 0 */
+    float *vector, *log_scale;                            /* recurrence: [B, H, D], [B, H] */
+    float *pending_key, *pending_raw;                     /* [B, H, D]: the pairs that this token completes */
+    float *keys, *values;                                 /* [B, capacity, H, D] */
+    int64_t capacity;
+    int64_t used;                                         /* pairs stored of each row before this token */
+    int64_t first;                                        /* time of the pairs in slot 0 */
     int64_t window, delay;                                /* window 0: none */
 };
 
 struct layer {
     const float *memory_norm, *persistent_norm;
-    const char *out, *gate, *up, *down;                   /* [d, 2d], [F, d], [F, d], [d, F] */
+    struct matrix out, gate, up, down;                    /* [d, 2d], [F, d], [F, d], [d, F] */
     struct memory memories[2];
 };
 
 struct shape {
     int64_t layers, width, heads, inner, vocabulary;
     float eps;
-    int32_t bf16;
+    int32_t format;
 };
 
-/* Where threads meet: projections of both memories, W_o's and W_2's products, and each thread's share of the reads. */
-struct shared {
-    float *projected[2][4], *delta, *gate, *up;
-    float *most, *total, *sums;                           /* [2, threads, H], [2, threads, H], [2, threads, d] */
+/* One call: B rows at `position`; padding [B] counts the tokens that fill each row on the left, NULL for none. */
+struct call {
+    const struct shape *shape;
+    int64_t rows, position;
+    const int64_t *padding;
+    /* x [B, d] is the residual stream, input and sorted [B, max(2d, F)] what a product reads; then the projections of
+       both memories, W_o's and W_2's products, SwiGLU's two, and each thread's share of the reads. */
+    float *x, *input, *sorted, *projected[2][4], *delta, *gate, *up;
+    float *most, *total, *sums;                           /* [2, threads, B, H] twice, [2, threads, B, d] */
 };
 
-static void norm(float *y, const float *x, const float *weight, int64_t width, float eps) {
-    float squares = 0;
-    for (int64_t i = 0; i < width; i++) squares += x[i] * x[i];
-    float factor = 1 / sqrtf(squares / width + eps);
-    for (int64_t i = 0; i < width; i++) y[i] = x[i] * factor * weight[i];
-}
+static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* x as `multiply` wants it. */
-static const float *ordered(const float *x, float *sorted, int64_t width, int bf16) {
-    if (!bf16) return x;
-    even_then_odd(x, sorted, 1, width);
-    return sorted;
+/* input = norm(x + delta) for every row, in the order that `multiply` wants; delta NULL: there is nothing to add. */
+static void add_and_norm(struct call *c, const float *delta, const float *weight) {
+    int64_t d = c->shape->width;
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < c->rows; r++) {
+        float *x = c->x + r * d, *y = c->input + r * d, squares = 0;
+        for (int64_t i = 0; delta && i < d; i++) x[i] += delta[r * d + i];
+        for (int64_t i = 0; i < d; i++) squares += x[i] * x[i];
+        float factor = 1 / sqrtf(squares / d + c->shape->eps);
+        for (int64_t i = 0; i < d; i++) y[i] = x[i] * factor * weight[i];
+        if (c->shape->format == BF16) even_then_odd(y, c->sorted + r * d, 1, d);
+    }
 }
 
 /* Not inlined: five copies took 10 s to compile. */
-static __attribute__((noinline)) void multiply_one(const struct product *list, int64_t count, const float *x, int64_t in,
-                                                   int bf16) {
-    multiply(list, count, x, 1, in, bf16);
+static __attribute__((noinline)) void multiply_input(struct call *c, const struct product *list, int64_t count,
+                                                     int64_t in) {
+    int format = c->shape->format;
+    multiply(list, count, format == BF16 ? c->sorted : c->input, c->rows, in, format);
 }
+
+static struct product product(struct matrix m, int64_t out, float *y) { return (struct product){m.weight, m.scale, out, y}; }
 
 /* y = scale x / ||x||, zero for zero. */
 static void to_length(float *y, const float *x, float scale, int64_t size) {
@@ -70,21 +89,24 @@ static void to_length(float *y, const float *x, float scale, int64_t size) {
     for (int64_t i = 0; i < size; i++) y[i] = x[i] * factor;
 }
 
-/* Equations (8) and (9) for one head: store the waiting pair, advance the recurrence, let the new pair wait. */
-static void remember(struct memory *m, float *const projected[4], int64_t h, int64_t width, int64_t size) {
-    const float *raw_key = projected[0] + h * size, *raw_value = projected[1] + h * size;
-    float *u = m->vector + h * size, *waiting = m->pending_raw + h * size, mixed[size];
-    float *key = m->pending_key + h * size;
-    int64_t slot = m->used * width + h * size;
+/* Equations (8) and (9) for one head of one row: store the waiting pair, advance the recurrence, let the new pair
+   wait. The recurrence of a padded row begins at its first token. */
+static void remember(const struct call *c, struct memory *m, float *const projected[4], int64_t row, int64_t h) {
+    int64_t width = c->shape->width, heads = c->shape->heads, size = width / heads, place = row * width + h * size;
+    const float *raw_key = projected[0] + place, *raw_value = projected[1] + place;
+    float *u = m->vector + place, *waiting = m->pending_raw + place, *key = m->pending_key + place, mixed[size];
+    int64_t slot = (row * m->capacity + m->used) * width + h * size;
     for (int64_t i = 0; i < size; i++) mixed[i] = m->mix[h] * waiting[i] + (1 - m->mix[h]) * raw_value[i];
     to_length(m->values + slot, mixed, m->scale[h], size);
     memcpy(m->keys + slot, key, size * sizeof *key);
     memcpy(waiting, raw_value, size * sizeof *waiting);
 
-    float gate = projected[2][h], kept = m->log_scale[h] - fabsf(projected[3][h]);
+    int begins = c->padding && c->padding[row] == c->position;
+    float *log_scale = m->log_scale + row * heads + h, gate = projected[2][row * heads + h];
+    float kept = begins ? -INFINITY : *log_scale - fabsf(projected[3][row * heads + h]);
     float largest = gate > kept ? gate : kept;
-    float a = exp_negative(gate - largest), b = exp_negative(kept - largest);
-    m->log_scale[h] = largest;
+    float a = exp_negative(gate - largest), b = begins ? 0 : exp_negative(kept - largest);
+    *log_scale = largest;
     for (int64_t i = 0; i < size; i++) u[i] = a * raw_key[i] + b * u[i];
     to_length(key, u, 1, size);
 }
@@ -98,9 +120,10 @@ INLINE float dot(const float *a, const float *b, int64_t size) {
     return total;
 }
 
-/* Equation (4) over one thread's run of pairs, all heads: largest score, sum of weights, weighted sum of values. */
-static void read_run(const struct memory *m, int64_t from, int64_t to, const float *bandwidth, int64_t heads,
-                     int64_t size, float *most, float *total, float *sums) {
+/* Equation (4) over one thread's run of a row's pairs, all heads: largest score, sum of weights, weighted sum of
+   values. keys and values [., H, D]. */
+static void read_run(const float *query, const float *keys, const float *values, int64_t from, int64_t to,
+                     const float *bandwidth, int64_t heads, int64_t size, float *most, float *total, float *sums) {
     int64_t width = heads * size;
     for (int64_t h = 0; h < heads; h++) most[h] = -INFINITY, total[h] = 0;
     memset(sums, 0, width * sizeof *sums);
@@ -109,7 +132,7 @@ static void read_run(const struct memory *m, int64_t from, int64_t to, const flo
         float scores[heads][BLOCK];
         for (int64_t j = 0; j < count; j++)
             for (int64_t h = 0; h < heads; h++)
-                scores[h][j] = bandwidth[h] * dot(m->pending_key + h * size, m->keys + (start + j) * width + h * size, size);
+                scores[h][j] = bandwidth[h] * dot(query + h * size, keys + (start + j) * width + h * size, size);
         for (int64_t h = 0; h < heads; h++) {
             float largest = most[h], factor, sum = 0, *acc = sums + h * size;
             for (int64_t j = 0; j < count; j++) largest = scores[h][j] > largest ? scores[h][j] : largest;
@@ -123,123 +146,155 @@ static void read_run(const struct memory *m, int64_t from, int64_t to, const flo
         }
         for (int64_t j = 0; j < count; j++)
             for (int64_t h = 0; h < heads; h++) {
-                const float *value = m->values + (start + j) * width + h * size;
+                const float *value = values + (start + j) * width + h * size;
                 float weight = scores[h][j], *acc = sums + h * size;
                 for (int64_t i = 0; i < size; i++) acc[i] += weight * value[i];
             }
     }
 }
 
-/* The slots that a query at `position` reads: [*low, *high). */
-static void reach(const struct memory *m, int64_t position, int64_t *low, int64_t *high) {
-    *high = position - m->delay + 1 - m->first;
-    *low = m->window ? position - m->window + 1 - m->first : 0;
-    if (*low < 0) *low = 0;
-    if (*high < *low) *high = *low;
+/* The slots that a row's query reads: [*low, *high). */
+static void reach(const struct call *c, const struct memory *m, int64_t row, int64_t *low, int64_t *high) {
+    *high = c->position - m->delay + 1 - m->first;
+    *low = m->window ? c->position - m->window + 1 - m->first : 0;
+    if (c->padding) *low = larger(*low, c->padding[row] - m->first);
+    *low = larger(*low, 0);
+    *high = larger(*high, *low);
 }
 
-/* Equations (6) and (4): this thread's share of one memory's reading. */
-static void read_share(const struct memory *m, int64_t position, const struct shape *s, int thread, int threads,
-                       float *most, float *total, float *sums) {
-    int64_t low, high, size = s->width / s->heads;
-    float bandwidth[s->heads];
-    reach(m, position, &low, &high);
-    for (int64_t h = 0; h < s->heads; h++)
+/* Equations (6) and (4): this thread's share of what one row reads of one memory. `place` counts in rows. */
+static void read_share(struct call *c, const struct memory *m, int64_t row, int thread, int threads, int64_t place) {
+    int64_t low, high, heads = c->shape->heads, width = c->shape->width, base = row * m->capacity * width;
+    float bandwidth[heads];
+    reach(c, m, row, &low, &high);
+    for (int64_t h = 0; h < heads; h++)
         bandwidth[h] = m->slope[h] * powf((float)(high - low), m->exponent[h]) + m->base[h];
     int64_t share = (high - low + threads - 1) / threads, from = low + thread * share;
-    int64_t to = from + share < high ? from + share : high;
-    read_run(m, from, to, bandwidth, s->heads, size, most, total, sums);
+    read_run(m->pending_key + row * width, m->keys + base, m->values + base, from, smaller(from + share, high), bandwidth,
+             heads, width / heads, c->most + place * heads, c->total + place * heads, c->sums + place * width);
 }
 
-/* Joins what the threads read of one memory; nothing read is zero. */
-static void join(float *out, const float *most, const float *total, const float *sums, int threads, int64_t heads,
-                 int64_t size) {
-    memset(out, 0, heads * size * sizeof *out);
+/* Joins what the threads read of one row of one memory; nothing read is zero. `place` is the first thread's. */
+static void join(const struct call *c, float *out, int64_t place, int threads) {
+    int64_t heads = c->shape->heads, width = c->shape->width, size = width / heads;
+    memset(out, 0, width * sizeof *out);
     for (int64_t h = 0; h < heads; h++) {
         float largest = -INFINITY, all = 0;
-        for (int t = 0; t < threads; t++) largest = most[t * heads + h] > largest ? most[t * heads + h] : largest;
         for (int t = 0; t < threads; t++) {
-            if (!(total[t * heads + h] > 0)) continue;
-            float factor = exp_negative(most[t * heads + h] - largest);
-            all += factor * total[t * heads + h];
-            for (int64_t i = 0; i < size; i++) out[h * size + i] += factor * sums[(t * heads + h) * size + i];
+            float most = c->most[(place + t * c->rows) * heads + h];
+            largest = most > largest ? most : largest;
+        }
+        for (int t = 0; t < threads; t++) {
+            int64_t at = place + t * c->rows;
+            float total = c->total[at * heads + h], factor = exp_negative(c->most[at * heads + h] - largest);
+            if (!(total > 0)) continue;
+            all += factor * total;
+            for (int64_t i = 0; i < size; i++) out[h * size + i] += factor * c->sums[at * width + h * size + i];
         }
         for (int64_t i = 0; all > 0 && i < size; i++) out[h * size + i] /= all;
     }
 }
 
-/* One layer; x is the thread's own copy of the residual stream, a and b its work space, [max(2d, F)] each. */
-static void one_layer(struct layer *l, const struct shape *s, struct shared *w, int64_t position, int threads, float *x,
-                      float *a, float *b) {
-    int64_t d = s->width, H = s->heads, size = d / H;
+/* What both memories of a layer give W_o: input [B, 2d]. */
+static void read_memories(struct call *c, struct layer *l, int threads) {
+    int64_t d = c->shape->width, H = c->shape->heads, B = c->rows;
     int thread = omp_get_thread_num();
-    struct product memories[8], out = {l->out, d, w->delta}, down = {l->down, d, w->delta + d};
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < 2 * B * H; i++) {
+        int64_t k = i / (B * H);
+        remember(c, &l->memories[k], c->projected[k], i / H % B, i % H);
+    }
+    for (int64_t k = 0; k < 2; k++)
+        for (int64_t row = 0; row < B; row++)
+            read_share(c, &l->memories[k], row, thread, threads, (k * threads + thread) * B + row);
+#pragma omp barrier
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < 2 * B; i++) join(c, c->input + (i % B * 2 + i / B) * d, i / B * threads * B + i % B, threads);
+    if (c->shape->format == BF16) {
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < B; row++) even_then_odd(c->input + row * 2 * d, c->sorted + row * 2 * d, 1, 2 * d);
+    }
+}
+
+/* input [B, F] = SiLU(gate) up. */
+static void activate(struct call *c) {
+    int64_t F = c->shape->inner, chunks = (F + CHUNK - 1) / CHUNK;
+#pragma omp for schedule(static)
+    for (int64_t part = 0; part < c->rows * chunks; part++) {
+        int64_t from = part % chunks * CHUNK, count = smaller(CHUNK, F - from), at = part / chunks * F + from;
+        for (int64_t i = at; i < at + count; i++) {
+            float z = c->gate[i], e = exp_negative(z < 0 ? z : -z); /* both sides of the sigmoid without overflow */
+            c->input[i] = z * (z < 0 ? e : 1) / (1 + e) * c->up[i];
+        }
+        if (c->shape->format == BF16) even_then_odd(c->input + at, c->sorted + at, 1, count);
+    }
+}
+
+static void one_layer(struct call *c, struct layer *l, const float *before, int threads) {
+    int64_t d = c->shape->width, H = c->shape->heads, F = c->shape->inner;
+    struct product memories[8], inner[2] = {product(l->gate, F, c->gate), product(l->up, F, c->up)};
+    struct product out = product(l->out, d, c->delta), down = product(l->down, d, c->delta);
     for (int k = 0; k < 2; k++) {
         struct memory *m = &l->memories[k];
-        memories[k * 4] = (struct product){m->key, d, w->projected[k][0]};
-        memories[k * 4 + 1] = (struct product){m->value, d, w->projected[k][1]};
-        memories[k * 4 + 2] = (struct product){m->gate, H, w->projected[k][2]};
-        memories[k * 4 + 3] = (struct product){m->decay, H, w->projected[k][3]};
+        memories[k * 4] = product(m->key, d, c->projected[k][0]);
+        memories[k * 4 + 1] = product(m->value, d, c->projected[k][1]);
+        memories[k * 4 + 2] = product(m->gate, H, c->projected[k][2]);
+        memories[k * 4 + 3] = product(m->decay, H, c->projected[k][3]);
     }
-    norm(a, x, l->memory_norm, d, s->eps);
-    multiply_one(memories, 8, ordered(a, b, d, s->bf16), d, s->bf16);
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < 2 * H; i++) remember(&l->memories[i / H], w->projected[i / H], i % H, d, size);
-    for (int k = 0; k < 2; k++) {
-        int64_t place = (int64_t)k * threads + thread;
-        read_share(&l->memories[k], position, s, thread, threads, w->most + place * H, w->total + place * H,
-                   w->sums + place * d);
-    }
-#pragma omp barrier
-    for (int k = 0; k < 2; k++) {
-        int64_t place = (int64_t)k * threads;
-        join(a + k * d, w->most + place * H, w->total + place * H, w->sums + place * d, threads, H, size);
-    }
-    multiply_one(&out, 1, ordered(a, b, 2 * d, s->bf16), 2 * d, s->bf16);
-    for (int64_t i = 0; i < d; i++) x[i] += w->delta[i];
-
-    struct product inner[2] = {{l->gate, s->inner, w->gate}, {l->up, s->inner, w->up}};
-    norm(a, x, l->persistent_norm, d, s->eps);
-    multiply_one(inner, 2, ordered(a, b, d, s->bf16), d, s->bf16);
-    for (int64_t i = 0; i < s->inner; i++) {
-        float z = w->gate[i], e = exp_negative(z < 0 ? z : -z); /* both sides of the sigmoid without overflow */
-        a[i] = z * (z < 0 ? e : 1) / (1 + e) * w->up[i];
-    }
-    multiply_one(&down, 1, ordered(a, b, s->inner, s->bf16), s->inner, s->bf16);
-    for (int64_t i = 0; i < d; i++) x[i] += w->delta[d + i];
+    add_and_norm(c, before, l->memory_norm);
+    multiply_input(c, memories, 8, d);
+    read_memories(c, l, threads);
+    multiply_input(c, &out, 1, 2 * d);
+    add_and_norm(c, c->delta, l->persistent_norm);
+    multiply_input(c, inner, 2, d);
+    activate(c);
+    multiply_input(c, &down, 1, F);
 }
 
-static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+static float *cut(float **rest, int64_t count) {
+    float *part = *rest;
+    *rest += count;
+    return part;
+}
+
+/* Lays the work space out; returns the floats it takes. */
+static int64_t lay_out(struct call *c, float *scratch, int threads) {
+    int64_t d = c->shape->width, H = c->shape->heads, F = c->shape->inner, B = c->rows;
+    float *rest = scratch;
+    c->x = cut(&rest, B * d);
+    c->input = cut(&rest, B * larger(2 * d, F));
+    c->sorted = cut(&rest, B * larger(2 * d, F));
+    for (int k = 0; k < 2; k++)
+        for (int part = 0; part < 4; part++) c->projected[k][part] = cut(&rest, B * (part < 2 ? d : H));
+    c->delta = cut(&rest, B * d);
+    c->gate = cut(&rest, B * F);
+    c->up = cut(&rest, B * F);
+    c->most = cut(&rest, 2 * threads * B * H);
+    c->total = cut(&rest, 2 * threads * B * H);
+    c->sums = cut(&rest, 2 * threads * B * d);
+    return rest - scratch;
+}
 
 /* Floats of scratch that mm_mosaic_step needs. */
-int64_t mm_mosaic_step_scratch(const struct shape *s, int threads) {
-    int64_t own = s->width + 2 * larger(2 * s->width, s->inner);
-    int64_t met = 2 * (2 * s->width + 2 * s->heads) + 2 * s->width + 2 * s->inner;
-    return met + threads * (own + 2 * (2 * s->heads + s->width));
+int64_t mm_mosaic_step_scratch(const struct shape *s, int64_t rows, int threads) {
+    struct call c = {.shape = s, .rows = rows};
+    return lay_out(&c, (float *)sizeof(float), threads); /* only counted */
 }
 
-/* x [d], the token's embedding -> logits [V]. The memories' states go on by one token, `used` excepted. */
-void mm_mosaic_step(const struct shape *s, struct layer *layers, const float *final_norm, const char *classifier,
-                    const float *x, float *logits, float *scratch, int64_t position, int threads) {
-    int64_t d = s->width, H = s->heads, work = larger(2 * d, s->inner);
-    struct shared w;
-    for (int k = 0; k < 2; k++)
-        for (int part = 0; part < 4; part++) w.projected[k][part] = scratch, scratch += part < 2 ? d : H;
-    w.delta = scratch, scratch += 2 * d;
-    w.gate = scratch, scratch += s->inner;
-    w.up = scratch, scratch += s->inner;
-    w.most = scratch, scratch += 2 * threads * H;
-    w.total = scratch, scratch += 2 * threads * H;
-    w.sums = scratch, scratch += 2 * threads * d;
+/* x [B, d], the tokens' embeddings -> logits [B, V]. The memories' states go on by one token, `used` excepted. */
+void mm_mosaic_step(const struct shape *s, struct layer *layers, const float *final_norm, struct matrix classifier,
+                    const float *x, float *logits, float *scratch, int64_t rows, int64_t position,
+                    const int64_t *padding, int threads) {
+    struct call call = {.shape = s, .rows = rows, .position = position, .padding = padding}, *c = &call;
+    lay_out(c, scratch, threads);
+    memcpy(c->x, x, rows * s->width * sizeof *x);
 #pragma omp parallel num_threads(threads)
     {
         /* The team may be smaller than asked for; the shares must cover every pair all the same. */
         int team = omp_get_num_threads();
-        float *own = scratch + omp_get_thread_num() * (d + 2 * work), *a = own + d, *b = a + work;
-        struct product last = {classifier, s->vocabulary, logits};
-        memcpy(own, x, d * sizeof *x);
-        for (int64_t l = 0; l < s->layers; l++) one_layer(&layers[l], s, &w, position, team, own, a, b);
-        norm(a, own, final_norm, d, s->eps);
-        multiply_one(&last, 1, ordered(a, b, d, s->bf16), d, s->bf16);
+        struct product last = product(classifier, s->vocabulary, logits);
+        for (int64_t l = 0; l < s->layers; l++) one_layer(c, &layers[l], l ? c->delta : NULL, team);
+        add_and_norm(c, c->delta, final_norm);
+        multiply_input(c, &last, 1, s->width);
     }
 }

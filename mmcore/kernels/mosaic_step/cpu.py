@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from mmcore.kernels import native
+from mmcore.kernels.thin_linear.cpu import FORMATS
 
 if TYPE_CHECKING:
-    from mmcore.kernels.mosaic_step import LayerWeights, MemoryWeights
+    from mmcore.kernels.mosaic_step import LayerWeights, Matrix, MemoryWeights
 
 
 def _structure(name: str, **fields: type) -> type[ctypes.Structure]:
@@ -22,51 +23,53 @@ def _structure(name: str, **fields: type) -> type[ctypes.Structure]:
 
 
 _ADDRESS, _INT = ctypes.c_void_p, ctypes.c_int64
+_Matrix = _structure("Matrix", weight=_ADDRESS, scale=_ADDRESS)
 _Memory = _structure(
     "Memory",
-    **dict.fromkeys(("key", "value", "gate", "decay", "mix", "scale", "base", "slope", "exponent", "vector", "log_scale",
-                     "pending_key", "pending_raw", "keys", "values"), _ADDRESS),
-    **dict.fromkeys(("used", "first", "window", "delay"), _INT),
+    **dict.fromkeys(("key", "value", "gate", "decay"), _Matrix),
+    **dict.fromkeys(("mix", "scale", "base", "slope", "exponent", "vector", "log_scale", "pending_key", "pending_raw",
+                     "keys", "values"), _ADDRESS),
+    **dict.fromkeys(("capacity", "used", "first", "window", "delay"), _INT),
 )
 _Layer = _structure(
-    "Layer", **dict.fromkeys(("memory_norm", "persistent_norm", "out", "gate", "up", "down"), _ADDRESS),
+    "Layer", memory_norm=_ADDRESS, persistent_norm=_ADDRESS, **dict.fromkeys(("out", "gate", "up", "down"), _Matrix),
     memories=_Memory * 2,
 )
 _Shape = _structure(
     "Shape", **dict.fromkeys(("layers", "width", "heads", "inner", "vocabulary"), _INT),
-    eps=ctypes.c_float, bf16=ctypes.c_int32,
+    eps=ctypes.c_float, format=ctypes.c_int32,
 )
 
 
 @functools.cache
 def _library() -> ctypes.CDLL:
     library = native.load(Path(__file__).with_name("cpu.c"))
-    library.mm_mosaic_step.argtypes = [_ADDRESS] * 7 + [_INT, ctypes.c_int]
+    library.mm_mosaic_step.argtypes = [_ADDRESS] * 3 + [_Matrix] + [_ADDRESS] * 3 + [_INT] * 2 + [_ADDRESS, ctypes.c_int]
     library.mm_mosaic_step.restype = None
-    library.mm_mosaic_step_scratch.argtypes = [_ADDRESS, ctypes.c_int]
+    library.mm_mosaic_step_scratch.argtypes = [_ADDRESS, _INT, ctypes.c_int]
     library.mm_mosaic_step_scratch.restype = _INT
     return library
 
 
 class Step:
-    """`step(x, memories, position) -> logits`; see `mosaic_step`."""
+    """`step(x, memories, position, padding) -> logits`; see `mosaic_step`."""
 
-    def __init__(self, layers: Sequence[LayerWeights], norm: Tensor, classifier: Tensor, heads: int, eps: float) -> None:
+    def __init__(self, layers: Sequence[LayerWeights], norm: Tensor, classifier: Matrix, heads: int, eps: float) -> None:
         self._kept: list[Tensor] = []  # what the addresses point to must live as long as they
         self._norm = self._exact(norm)
-        self._classifier = self._address(classifier)
-        vocabulary, width = classifier.shape
-        inner = layers[0].gate.shape[0]
-        widened = classifier.dtype is torch.bfloat16
-        self._shape = _Shape(len(layers), width, heads, inner, vocabulary, eps, widened)
+        self._classifier = self._matrix(classifier)
+        vocabulary, width = classifier.weight.shape
+        inner = layers[0].gate.weight.shape[0]
+        self._shape = _Shape(len(layers), width, heads, inner, vocabulary, eps, FORMATS[classifier.weight.dtype])
         self._layers = (_Layer * len(layers))(*map(self._layer, layers))
         self._memories = [memory for layer in self._layers for memory in layer.memories]
-        self._scratch: dict[int, Tensor] = {}
+        self._scratch: dict[tuple[int, int], Tensor] = {}
 
-    def __call__(self, x: Tensor, memories: Sequence[Any], position: int) -> Tensor:
-        threads = torch.get_num_threads()
-        if threads not in self._scratch:
-            self._scratch[threads] = torch.empty(_library().mm_mosaic_step_scratch(ctypes.byref(self._shape), threads))
+    def __call__(self, x: Tensor, memories: Sequence[Any], position: int, padding: Tensor | None = None) -> Tensor:
+        rows, threads = x.numel() // self._shape.width, torch.get_num_threads()
+        if (rows, threads) not in self._scratch:
+            size = _library().mm_mosaic_step_scratch(ctypes.byref(self._shape), rows, threads)
+            self._scratch[rows, threads] = torch.empty(size)
         for memory, fields in zip(memories, self._memories, strict=True):
             store = memory.store
             store.reserve(1, memory.pending_key)
@@ -74,28 +77,32 @@ class Step:
             fields.vector, fields.log_scale = vector.data_ptr(), log_scale.data_ptr()
             fields.pending_key, fields.pending_raw = memory.pending_key.data_ptr(), memory.pending_raw.data_ptr()
             fields.keys, fields.values = store.keys.data_ptr(), store.values.data_ptr()
-            fields.used, fields.first = store.used, store.first
+            fields.capacity, fields.used, fields.first = store.keys.shape[1], store.used, store.first
             store.used += 1
-        logits = torch.empty(self._shape.vocabulary)
+        logits = torch.empty(rows, self._shape.vocabulary)
         _library().mm_mosaic_step(
             ctypes.byref(self._shape), self._layers, self._norm, self._classifier, x.data_ptr(), logits.data_ptr(),
-            self._scratch[threads].data_ptr(), position, threads,
+            self._scratch[rows, threads].data_ptr(), rows, position, None if padding is None else padding.data_ptr(),
+            threads,
         )
         return logits
 
     def _layer(self, layer: LayerWeights) -> ctypes.Structure:
         memories = (_Memory * 2)(self._memory(layer.short_term), self._memory(layer.long_term))
         return _Layer(
-            self._exact(layer.memory_norm), self._exact(layer.persistent_norm), self._address(layer.out),
-            self._address(layer.gate), self._address(layer.up), self._address(layer.down), memories,
+            self._exact(layer.memory_norm), self._exact(layer.persistent_norm), self._matrix(layer.out),
+            self._matrix(layer.gate), self._matrix(layer.up), self._matrix(layer.down), memories,
         )
 
     def _memory(self, memory: MemoryWeights) -> ctypes.Structure:
         matrices = (memory.key, memory.value, memory.gate, memory.decay)
         scalars = (memory.mix, memory.scale, memory.base, memory.slope, memory.exponent)
-        fields = _Memory(*map(self._address, matrices), *map(self._exact, scalars))
+        fields = _Memory(*map(self._matrix, matrices), *map(self._exact, scalars))
         fields.window, fields.delay = memory.window or 0, memory.delay
         return fields
+
+    def _matrix(self, matrix: Matrix) -> ctypes.Structure:
+        return _Matrix(self._address(matrix.weight), None if matrix.scale is None else self._exact(matrix.scale))
 
     def _address(self, tensor: Tensor) -> int:
         self._kept.append(tensor)

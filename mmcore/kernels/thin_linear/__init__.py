@@ -1,8 +1,6 @@
-"""Products of a few rows with weight matrices, for decoding: as fast as the weights can be read."""
+"""The product of a few rows with a weight matrix, for decoding: as fast as the weights can be read."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,33 +12,29 @@ from mmcore.kernels.thin_linear import cpu, reference
 MOST_ROWS = 16
 """Rows of x up to which the compiled kernel is used; a library's matrix product is better with more."""
 
-_TABLE = {"cpu": cpu.thin_linears, "blocked": reference.library_linears, "reference": reference.thin_linears}
+_TABLE = {"cpu": cpu.thin_linear, "blocked": reference.library_linear, "reference": reference.thin_linear}
 
 
-def thin_linear(x: Tensor, weight: Tensor, *, implementation: str = "auto") -> Tensor:
-    """x @ weight.T. One matrix; see `thin_linears`."""
-    return thin_linears(x, (weight,), implementation=implementation)[0]
+def thin_linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, *, implementation: str = "auto") -> Tensor:
+    """x @ weight.T, for inference: the result has no gradient.
 
-
-def thin_linears(x: Tensor, weights: Sequence[Tensor], *, implementation: str = "auto") -> list[Tensor]:
-    """[x @ weight.T for weight in weights], for inference: the result has no gradient.
-
-    x [..., in] is fp32; the weights [out_m, in] are all of one dtype; bf16 weights are widened to fp32 one by one,
-    never rounded further. Returns contiguous fp32 tensors [..., out_m]. With up to 16 rows of x and fp32 or bf16 weights
-    on a CPU, all the matrices are read in one pass by all threads: the projections of one layer cost one call, not
-    six. More rows, other dtypes and other devices take the library's matrix product (in x's dtype).
+    x [..., in] is fp32; the weight [out, in] fp32, bf16, or int8 with `scale` fp32 [out], which multiplies its rows.
+    bf16 and int8 weights are widened to fp32 one by one, never rounded further. Returns a contiguous fp32 tensor
+    [..., out]. Up to 16 rows of x on a CPU take a compiled kernel. More rows, other dtypes and other devices take the
+    library's matrix product (in x's dtype).
 
     Raises ValueError where a gradient is asked for or shapes do not fit, HardwareError where implementation="cpu" is
     given something that it cannot compute.
     """
-    if torch.is_grad_enabled() and (x.requires_grad or any(weight.requires_grad for weight in weights)):
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         raise ValueError("thin_linear has no gradient: call it under torch.no_grad(), or use F.linear")
+    out, inside = weight.shape
+    if inside != x.shape[-1] or (scale is not None and scale.shape != (out,)):
+        scales = "" if scale is None else f" with scales {list(scale.shape)}"
+        raise ValueError(f"thin_linear: x is {list(x.shape)} and the weight {[out, inside]}{scales}: give [out, in], [out]")
     function = dispatch.choose("thin_linear", _TABLE, implementation, x.device)
-    if function is not cpu.thin_linears:
-        return function(x, weights)
-    call = cpu.prepare(x, weights, MOST_ROWS)
-    if not isinstance(call, str):
-        return cpu.thin_linears(x, call)
-    if implementation == "cpu":
-        raise HardwareError(f"thin_linear cannot run as 'cpu': {call}")
-    return reference.library_linears(x, weights)
+    if function is cpu.thin_linear and (reason := cpu.why_not(x, weight, scale, MOST_ROWS)):
+        if implementation == "cpu":
+            raise HardwareError(f"thin_linear cannot run as 'cpu': {reason}")
+        function = reference.library_linear
+    return function(x, weight, scale)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def thin_linears(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-    """y[..., o] = sum_i x[..., i] weight[o, i], in x's dtype."""
-    return [(x[..., None, :] * weight.to(x.dtype)).sum(-1) for weight in weights]
+def thin_linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    """y[..., o] = sum_i x[..., i] weight[o, i] scale[o], in x's dtype."""
+    return (x[..., None, :] * _widened(weight, scale, x)).sum(-1)
 
 
-def library_linears(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+def library_linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
     """The same through F.linear; weights of another dtype are converted to x's for the length of the call."""
-    return [F.linear(x, weight.to(x.dtype)) for weight in weights]
+    return F.linear(x, _widened(weight, scale, x))
+
+
+def _widened(weight: Tensor, scale: Tensor | None, x: Tensor) -> Tensor:
+    return weight.to(x.dtype) if scale is None else weight.to(x.dtype) * scale[:, None].to(x.dtype)
