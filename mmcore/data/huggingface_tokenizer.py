@@ -18,6 +18,7 @@ import tokenizers
 from mmcore.data.tokenizer import BEGIN_NAMES, CHAT_TOKENS, END_NAMES
 from mmcore.errors import DataError
 
+_MOST_IDS = 1 << 22
 _CONTROL_NAME = re.compile(r"<\|[^|]*\|>")
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 _SPACE = "\u2581"
@@ -42,12 +43,16 @@ class HuggingFaceModel:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # noqa: BLE001 (the library raises bare Exception for every fault in a file)
-            raise DataError(f"{origin} is no tokenizer.json that can be read ({error})") from None
+            told = str(error)[:300]
+            told = told if told.isprintable() else ascii(told)  # it quotes the file
+            raise DataError(f"{origin} is no tokenizer.json that can be read ({told})") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True  # control tokens spelled in text are text
         self._added = self._tokenizer.get_added_tokens_decoder()
-        self.size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=0) + 1
+        if self.size > _MOST_IDS:  # tables of this size are made
+            raise DataError(f"{origin} has the token id {self.size - 1}, above {_MOST_IDS}: the file is damaged")
         wanted = {*declared, *BEGIN_NAMES, *END_NAMES, *CHAT_TOKENS}
         self.controls = {
             token.content: i for i, token in sorted(self._added.items())

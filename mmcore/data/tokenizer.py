@@ -279,11 +279,28 @@ def _read_config(folder: Path) -> dict[str, Any]:
         return {}
     try:
         config = json.loads(file.read_text("utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise DataError(f"{file} is no JSON ({error}): correct or remove it") from None
     if not isinstance(config, dict):
         raise DataError(f"{file} holds no JSON object: correct or remove it")
+    for key in ("bos_token", "eos_token", "chat_template"):
+        value = config.get(key)
+        if isinstance(value, dict) and key != "chat_template":  # a token as text, or as {"content": text, ...}
+            value = value.get("content")
+        if value is not None and not _is_text(value):
+            raise DataError(f"{file}: {key} is no text: correct or remove it")
+    added = config.get("added_tokens_decoder") or {}
+    if not isinstance(added, dict) or not all(isinstance(t, dict) and _is_text(t.get("content")) for t in added.values()):
+        raise DataError(f"{file}: added_tokens_decoder does not name tokens: correct or remove it")
     return config
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value from JSON is text that UTF-8 can hold."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
 
 
 def _refuse_surrogates(text: str) -> None:

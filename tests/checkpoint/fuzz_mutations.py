@@ -97,7 +97,7 @@ def _near(draw: random.Random, value: Any) -> Any:
     if isinstance(value, int):
         return draw.choice((value + 1, value - 1, value * 2, -value, value // 2, float(value), str(value), value + (1 << 32)))
     if isinstance(value, float):
-        return draw.choice((value * 2, -value, int(value), value * 1e30))
+        return draw.choice((value * 2, -value, value // 1, value * 1e30))
     if isinstance(value, str):
         return draw.choice((value + "x", value[:-1], value.upper(), value[::-1], value + "\x00", "../" + value, value * 3))
     if isinstance(value, list) and value:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import json
+import mmap
 import os
 import random
 import resource
@@ -33,8 +34,10 @@ from mmcore.checkpoint import disk
 from mmcore.errors import MMError
 from tests.checkpoint.fuzz_seeds import Target, build
 
-BATCH = 2000
+BATCH = 5000
 """Cases that one child runs."""
+PIECE = 250
+"""Cases that it reports at once: those behind the last report are run again where it crashes."""
 _FORBIDDEN = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "socket.connect", "socket.bind", "pickle.find_class",
               "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "shutil.rmtree")
 _LARGEST_SENTENCE = 20_000
@@ -128,21 +131,32 @@ def _ill_said(sentence: str) -> str | None:
     return f"its message has {len(sentence)} characters" if len(sentence) > _LARGEST_SENTENCE else None
 
 
-def _child(targets: list[Target], options: argparse.Namespace, numbers: range, out: int) -> None:
-    """Run cases and write a line of JSON for each; never returns."""
-    faulthandler.enable()
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    limit = used + (options.megabytes << 20)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    signal.signal(signal.SIGALRM, _alarm)
-    watch = Watch()
-    with os.fdopen(out, "w", buffering=1) as pipe:
-        for number in numbers:
-            pipe.write(json.dumps([number]) + "\n")
-            faulthandler.dump_traceback_later(30 * options.seconds, exit=True)  # for a hang in C, which no alarm ends
-            pipe.write(json.dumps([number, *run_case(targets, options.seed, number, options.seconds, watch)]) + "\n")
-            faulthandler.cancel_dump_traceback_later()
-    os._exit(0)
+def _child(targets: list[Target], options: argparse.Namespace, numbers: list[int], out: int, current: mmap.mmap) -> None:
+    """Run cases and report them in pieces; `current` always names the one at work. Never returns."""
+    status = 1
+    try:
+        faulthandler.enable()
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        limit = used + (options.megabytes << 20)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        signal.signal(signal.SIGALRM, _alarm)
+        watch = Watch()
+        with os.fdopen(out, "w") as pipe:
+            for start in range(0, len(numbers), PIECE):
+                # for a hang in C, which no alarm ends
+                faulthandler.dump_traceback_later(PIECE * options.seconds + 60, exit=True)
+                piece = []
+                for number in numbers[start : start + PIECE]:
+                    current[:8] = number.to_bytes(8, "little")
+                    piece.append([number, *run_case(targets, options.seed, number, options.seconds, watch)])
+                faulthandler.cancel_dump_traceback_later()
+                pipe.write(json.dumps(piece) + "\n")
+                pipe.flush()
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
 
 
 def _alarm(*_: object) -> None:
@@ -161,15 +175,11 @@ def fuzz(options: argparse.Namespace) -> dict:
         targets = [target for target in build(root) if options.only in (None, target.name)]
         for target in targets:
             target.read(target.folder)  # the unspoiled files are whole, and what Python loads lazily is loaded
-        first, end = (options.case, options.case + 1) if options.case is not None else (0, options.count)
-        while first < end:
-            done, last, died = _batch(targets, options, range(first, min(end, first + BATCH)), outcomes, defects)
-            if died and last is not None and last >= done:
-                defects.append({"case": last, "target": "?", "defect": died})
-                done = last + 1
-            first = max(done, first + 1)
+        numbers = [options.case] if options.case is not None else list(range(options.count))
+        for start in range(0, len(numbers), BATCH):
+            _batch(targets, options, numbers[start : start + BATCH], outcomes, defects)
             if options.verbose:
-                print(f"{first:,} cases, {len(defects)} defects, {time.monotonic() - begun:.0f} s", file=sys.stderr)
+                print(f"{start + BATCH:,} cases, {len(defects)} defects, {time.monotonic() - begun:.0f} s", file=sys.stderr)
     finally:
         shutil.rmtree(root, ignore_errors=True)
     counts = {name: dict(sorted(counter.items())) for name, counter in sorted(outcomes.items())}
@@ -178,34 +188,35 @@ def fuzz(options: argparse.Namespace) -> dict:
             "seconds": round(time.monotonic() - begun, 1)}  # fmt: skip
 
 
-def _batch(targets: list[Target], options: argparse.Namespace, numbers: range, outcomes: dict, defects: list) -> tuple[int, int | None, str]:
-    """(next case, last case begun, how the child died or "") of cases in a child."""
+def _batch(targets: list[Target], options: argparse.Namespace, numbers: list[int], outcomes: dict, defects: list) -> None:
+    """Run the cases in children, a new one behind each case that kills its child."""
     pristine = {target.folder / target.file: (target.folder / target.file).read_bytes() for target in targets}
     pristine |= {path: path.read_bytes() for target in targets if (path := target.folder / "manifest.json").is_file()}
-    inward, outward = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(inward)
-        _child(targets, options, numbers, outward)
-    os.close(outward)
-    done, last = numbers.start, None
-    with os.fdopen(inward) as pipe:
-        for line in pipe:
-            number, *rest = json.loads(line)
-            last = number
-            if rest:
-                name, outcome, defect = rest
-                outcomes.setdefault(name, Counter())[outcome] += 1
-                done = number + 1
-                if defect:
-                    defects.append({"case": number, "target": name, "defect": defect})
-    _, status = os.waitpid(child, 0)
-    if status == 0:
-        return done, last, ""
-    for path, content in pristine.items():
-        path.write_bytes(content)
-    how = f"killed by signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"exit status {os.WEXITSTATUS(status)}"
-    return done, last, f"the reader crashed or hung ({how})"
+    current = mmap.mmap(-1, 8)
+    while numbers:
+        inward, outward = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(inward)
+            _child(targets, options, numbers, outward, current)
+        os.close(outward)
+        done = set()
+        with os.fdopen(inward) as pipe:
+            for line in pipe:
+                for number, name, outcome, defect in json.loads(line):
+                    done.add(number)
+                    outcomes.setdefault(name, Counter())[outcome] += 1
+                    if defect:
+                        defects.append({"case": number, "target": name, "defect": defect})
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if status:
+            for path, content in pristine.items():
+                path.write_bytes(content)
+            killer = int.from_bytes(current[:8], "little")
+            how = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
+            defects.append({"case": killer, "target": "?", "defect": f"the reader crashed or hung ({how})"})
+            done.add(killer)
+        numbers = [number for number in numbers if number not in done]
 
 
 def main() -> int:
