@@ -59,7 +59,7 @@ class PlainView:
             case events.Validated():
                 self.say(validation_line(event))
             case events.Saved():
-                self.say(f"step {event.step:,}: saved {shown_path(event.path)} in {seconds(event.seconds)}")
+                self.say(saved_line(event))
             case events.Stopping():
                 self.say(f"{event.signal_name}: finishing this step and saving (Ctrl-C quits at once)")
             case events.Quitting():
@@ -292,6 +292,12 @@ def validation_line(event: events.Validated) -> str:
     bits = f" ({event.bits_per_byte:.4f} bits per byte)" if event.bits_per_byte is not None else ""
     where = f"on {count(event.tokens)} tokens, {seconds(event.seconds)}"
     return f"step {event.step:,}: validation loss {event.loss:.4f}{bits} {where}"
+
+
+def saved_line(event: events.Saved) -> str:
+    """Where a checkpoint lies, and what it cost."""
+    stalled = f", training stood still for {seconds(event.stalled_seconds)}" if event.stalled_seconds < event.seconds else ""
+    return f"step {event.step:,}: saved {shown_path(event.path)} in {seconds(event.seconds)}{stalled}"
 
 
 def started_line(event: events.Started) -> str:

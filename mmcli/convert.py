@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
 import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,20 +17,23 @@ from mmcore.errors import ConfigError
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _DTYPES = ("float32", "bfloat16", "float16")
+_TARGETS = ("hf", "train", "torch")
 
 
 def convert(
     source: Annotated[
         Path | None,
         typer.Argument(metavar="SRC", help="A run folder, a training checkpoint, an exported or Hugging Face Llama "
-                       "folder, or a llama2.c .bin.", show_default=False),
+                       "folder, a PyTorch state dict, or a llama2.c .bin.", show_default=False),
     ] = None,
     target: Annotated[
         Path | None,
-        typer.Argument(metavar="DST", help="The folder to write; it appears whole or not at all.", show_default=False),
+        typer.Argument(metavar="DST", help="What to write; it appears whole or not at all.", show_default=False),
     ] = None,
     to: Annotated[
-        str, typer.Option("--to", help="hf: config.json and safetensors, the baseline as LlamaForCausalLM.")
+        str,
+        typer.Option("--to", help="hf: a folder of safetensors, the baseline as LlamaForCausalLM. train: a run folder "
+                     "to go on training from. torch: one .pt file."),
     ] = "hf",
     dtype: Annotated[
         str | None,
@@ -35,19 +41,33 @@ def convert(
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest file of weights, such as 5GB or 500MB.")] = "5GB",
     force: Annotated[bool, typer.Option("--force", help="Replace DST once the new checkpoint is whole.")] = False,
+    allow_nan: Annotated[
+        bool, typer.Option("--allow-nan", help="Convert weights that hold NaN or infinity as they are.")
+    ] = False,
+    verify: Annotated[
+        Path | None,
+        typer.Option("--verify", metavar="CKPT", help="Check what was converted before against its certificate, and stop.",
+                     show_default=False),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the certificate as JSON.")] = False,
     list_formats: Annotated[bool, typer.Option("--list", help="Print the formats and stop.")] = False,
 ) -> None:
     """Convert a checkpoint, and certify that source and result compute the same.
 
-    Example: mm convert runs/quickstart exported --dtype bfloat16
-    """
+    \b
+    Example:
+      mm convert runs/quickstart exported --dtype bfloat16
+      mm convert Llama-3.2-1B runs/mine --to train
+      mm convert --verify exported
+    """  # fmt: skip
     if list_formats:
         return _print_formats(as_json)
+    if verify is not None:
+        return _verify(verify, as_json)
     if source is None or target is None:
         raise ConfigError("mm convert needs SRC and DST: for instance `mm convert runs/quickstart exported`")
-    if to != "hf":
-        raise ConfigError(f"--to is {to!r}: choose hf")
+    if to not in _TARGETS:
+        raise ConfigError(f"--to is {to!r}: choose one of {', '.join(_TARGETS)}")
     if dtype is not None and dtype not in _DTYPES:
         raise ConfigError(f"--dtype is {dtype!r}: choose one of {', '.join(_DTYPES)}")
     limit = parse_size(max_shard_size)
@@ -56,14 +76,19 @@ def convert(
 
     from mmcore.checkpoint.convert import convert_checkpoint
 
-    certificate = convert_checkpoint(
-        source, target, dtype=getattr(torch, dtype) if dtype else None, max_shard_bytes=limit, force=force,
-        command=shlex.join(["mm", *sys.argv[1:]]),
-    )  # fmt: skip
+    try:
+        with _progress() as tell:
+            made = convert_checkpoint(
+                source, target, to=to, dtype=getattr(torch, dtype) if dtype else None, max_shard_bytes=limit,
+                force=force, allow_nonfinite=allow_nan, command=shlex.join(["mm", *sys.argv[1:]]), progress=tell,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from the files that are finished", file=sys.stderr)
+        raise
     if as_json:
-        _print_json(certificate)
+        _print_json(made)
     else:
-        _print_certificate(certificate)
+        _print_certificate(made)
 
 
 def parse_size(text: str) -> int:
@@ -75,46 +100,115 @@ def parse_size(text: str) -> int:
     return size
 
 
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Takes (what, bytes done, all bytes): bars with rate and time left in a terminal, else a line now and then."""
+    if not sys.stderr.isatty():
+        yield _Lines()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description:<20}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def tell(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total or None)
+            bars.update(tasks[what], completed=done, total=total or None)
+
+        yield tell
+
+
+class _Lines:
+    """Progress where no cursor can be moved: a line every five seconds of one piece of work."""
+
+    def __init__(self, interval: float = 5.0):
+        self.interval, self._what = interval, ""
+        self._began = self._last = 0.0
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        from mmcli.console import seconds, size
+
+        now = time.monotonic()
+        if what != self._what:
+            self._what, self._began, self._last = what, now, now
+        if now - self._last < self.interval or not total or not done:
+            return
+        self._last = now
+        rate = done / (now - self._began)
+        left = seconds(max(0, total - done) / rate)
+        print(f"{what}: {size(done)} of {size(total)}, {size(rate)}/s, {left} left", file=sys.stderr, flush=True)
+
+
 def _print_formats(as_json: bool) -> None:
     from mmcore.checkpoint.formats import FORMATS
 
     if as_json:
+        import dataclasses
         import json
 
-        rows = [{"name": name, "what": what, "can": can} for name, (what, can) in FORMATS.items()]
-        print(json.dumps(rows, indent=2))
+        print(json.dumps([{"name": name} | dataclasses.asdict(row) for name, row in FORMATS.items()], indent=2))
         return
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("format", "what it is", "mm convert can")
-    for name, (what, can) in FORMATS.items():
-        table.add_row(name, what, can)
+    table = Table("format", "what it is", "mm convert can", "carries", "lost", show_lines=True)
+    for name, row in FORMATS.items():
+        table.add_row(name, row.what, row.can, row.carries, row.lost)
     Console().print(table)
 
 
-def _print_json(certificate: object) -> None:
+def _verify(path: Path, as_json: bool) -> None:
+    from mmcore.checkpoint.convert import verify_conversion
+
+    with _progress() as tell:
+        found = verify_conversion(path, tell)
+    if as_json:
+        return _print_json(found)
+    logits = {"equal": "equal to the last bit", "close": f"within {found.largest_difference:.3g} (another machine or version)"}
+    _print_table(
+        {
+            "verified": found.result,
+            "files": f"{found.files}, all as recorded",
+            "logits": logits[found.logits],
+            "source": found.source,
+            "certificate": found.certificate,
+        }
+    )
+
+
+def _print_json(values: object) -> None:
     import dataclasses
     import json
 
-    print(json.dumps(dataclasses.asdict(certificate), indent=2))
+    print(json.dumps(dataclasses.asdict(values), indent=2))
 
 
-def _print_certificate(certificate: object) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
+def _print_certificate(made: Any) -> None:
+    from mmcore.checkpoint.certificate import path_of
+    from mmcore.checkpoint.convert import next_command
 
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    allowed = f"at most {made.tolerance:.3g} for {made.dtype}" if made.rounded else "nothing is rounded: it must be 0"
+    largest = f"largest logit {made.largest_logit:.3g}" if made.largest_logit is not None else "logits are not finite"
     rows = {
-        "source": f"{certificate.source} ({certificate.source_format})",
-        "result": f"{certificate.result} ({certificate.dtype})",
-        "largest logit difference": f"{certificate.largest_difference:.3g} over {certificate.tokens} tokens "
-        f"(at most {certificate.tolerance:.3g}; largest logit {certificate.largest_logit:.3g})",
-        "certificate": str(Path(certificate.result) / "certificate.json"),
+        "source": f"{made.source} ({made.source_format})",
+        "result": f"{made.result} ({made.result_format}, {made.dtype})",
+        "tensors": f"{made.tensors}, each the source's in {made.dtype}, bit for bit",
+        "largest logit difference": f"{made.largest_difference:.3g} over {made.tokens} tokens ({allowed}; {largest})",
     }
+    if made.optimizer is not None:
+        rows["optimizer"] = made.optimizer
+    rows |= {f"note {number}": note for number, note in enumerate(made.notes, 1)}
+    if made.result_format != "train":
+        rows["certificate"] = str(path_of(Path(made.result)))
+    _print_table(rows)
+    print(f"Next: {next_command(made)}")
+
+
+def _print_table(rows: dict[str, str]) -> None:
+    """Names and values; long values are not broken, so that paths can be copied."""
+    width = max(map(len, rows)) + 2
     for name, value in rows.items():
-        table.add_row(name, escape(value))
-    console = Console()
-    console.print(table)
-    console.print(f"Next: [bold]mm chat {escape(shlex.quote(certificate.result))}[/bold]", highlight=False)
+        print(f"{name:<{width}}{''.join(c if c.isprintable() else ' ' for c in value)}")

@@ -1,4 +1,4 @@
-"""`mm eval`: loss, perplexity, bits per byte, and the loss by position."""
+"""`mm eval`: loss, perplexity, bits per byte, and the loss by position; the paper's suites; what a model's heads read."""
 
 from __future__ import annotations
 
@@ -21,8 +21,18 @@ def evaluate(
     data: Annotated[
         list[Path] | None,
         typer.Option("--data", metavar="FILE", help="Text to measure on (file or folder); may be repeated. "
-                     "Without it: the documents that the first run held out."),
+                     "Without it: the documents that the first run held out. With --suite: folders and files of data."),
     ] = None,
+    suite: Annotated[
+        list[str] | None,
+        typer.Option("--suite", metavar="SUITE", help="persistent, new-knowledge, in-context or all; may be repeated."),
+    ] = None,
+    inspect: Annotated[
+        Path | None, typer.Option("--inspect", metavar="FILE", help="Show what each head reads at a token of this text.")
+    ] = None,
+    token: Annotated[
+        int, typer.Option("--token", help="With --inspect: the token, 0 is the begin token, -1 the last.")
+    ] = -1,
     without: Annotated[
         list[str] | None,
         typer.Option("--without", metavar="MEMORY", help="Read long_term, short_term, contextual (v1) or persistent as "
@@ -47,8 +57,25 @@ def evaluate(
         str | None, typer.Option("--tokenizer", metavar="FILE", help="A tokenizer's file or folder, for checkpoints "
                                  "without one. Default: each checkpoint's own.")
     ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="Suites: items of each task and setting.")] = None,
+    tasks: Annotated[
+        list[str] | None, typer.Option("--tasks", metavar="NAMES", help="Suites: only these, such as qa_1,banking77.")
+    ] = None,
+    lengths: Annotated[
+        str | None, typer.Option("--lengths", help="New knowledge: tokens of the prompts, such as 1k,4k,128k. "
+                                 "Default: 1, 2, 4 and 8 times the trained context.")
+    ] = None,
+    shots: Annotated[str, typer.Option("--shots", help="In context: examples of every class.")] = "1,2,4,8",
+    seed: Annotated[int, typer.Option("--seed", help="Suites: of every draw.")] = 0,
+    ruler_exact: Annotated[
+        bool, typer.Option("--ruler-exact", help="New knowledge: build qa prompts as RULER published them, flaws included.")
+    ] = False,
+    online: Annotated[
+        bool, typer.Option("--online", help="Persistent: let the harness load data that are not in --data.")
+    ] = False,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Folder of the results. Default: eval-<time> in the run.")
+        Path | None, typer.Option("--out", help="Folder of the results. Default: eval-<time> in the run; for suites "
+                                  "eval-suite-<hash of what is asked>, where an interrupted one goes on.")
     ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
@@ -62,7 +89,16 @@ def evaluate(
       mm eval runs/quickstart --compressors
       mm eval runs/stories runs/stories-transformer --data book.txt
       mm eval runs/stories --data book.txt --without long_term
+      mm eval runs/a runs/b --suite all --without long_term --data data/ --limit 100
+      mm eval runs/stories --suite in-context --data my-labels.csv --shots 1,2,4
+      mm eval runs/stories --inspect story.txt --token -1
     """
+    if suite or inspect:
+        _other(checkpoints, suite, inspect, token, data, without, out, device, as_json, {
+            "limit": limit, "tasks": tasks, "lengths": lengths, "shots": shots, "seed": seed,
+            "ruler_exact": ruler_exact, "online": online,
+        })
+        return
     from mmcore.evaluation import report as reports
     from mmcore.evaluation.runner import Settings
     from mmcore.evaluation.runner import evaluate as measure
@@ -83,6 +119,23 @@ def evaluate(
     _show(report)
     print(f"Results and plot: {folder}")
     print(f"Next: mm chat {shlex.quote(str(checkpoints[0]))}")
+
+
+def _other(
+    checkpoints: list[Path], suite: list[str] | None, inspect: Path | None, token: int, data: list[Path] | None,
+    without: list[str] | None, out: Path | None, device: str, as_json: bool, options: dict[str, Any],
+) -> None:
+    """The suites, or the inspection."""
+    from mmcli import evaluate_suites
+    from mmcore.errors import ConfigError
+
+    if inspect and (suite or len(checkpoints) > 1):
+        raise ConfigError("--inspect looks at one text in one checkpoint: give it one, and no --suite")
+    if inspect:
+        evaluate_suites.run_inspection(checkpoints[0], inspect, token, without or (), device, out, as_json)
+        return
+    options |= {"without": tuple(without or ()), "device": device}
+    evaluate_suites.run_suites(checkpoints, suite or (), data or (), options, out, as_json)
 
 
 def _show(report: dict[str, Any]) -> None:

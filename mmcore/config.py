@@ -297,10 +297,32 @@ class CheckpointConfig:
     """Steps between checkpoints; the last step is always saved."""
     keep_last: int = 2
     """Older checkpoints are removed once a newer one is whole; 0 keeps all."""
+    keep_every: int = 0
+    """Checkpoints of the steps that this divides stay for ever, whatever keep_last says; a multiple of every, or 0
+    for none."""
+    asynchronous: bool = True
+    """Go on training while a checkpoint is written: each rank first copies its rows of weights and moments to the
+    host's memory (12 bytes a parameter, over all ranks), and only that copy takes time. Off, training stands still
+    until the checkpoint is on the disk."""
+    final: str = "full"
+    """What the last step's checkpoint holds: full, or model, which leaves the optimizer's moments out: a third of the
+    size, for reading and fine-tuning; a longer run cannot go on from it."""
 
     def __post_init__(self) -> None:
-        if self.every < 1 or self.keep_last < 0:
-            raise ConfigError("checkpoint.every must be at least 1 and checkpoint.keep_last at least 0")
+        problems = []
+        if self.every < 1 or self.keep_last < 0 or self.keep_every < 0:
+            problems.append(
+                "checkpoint.every must be at least 1, checkpoint.keep_last and checkpoint.keep_every at least 0"
+            )
+        elif self.keep_every % self.every:
+            problems.append(
+                f"checkpoint.keep_every {self.keep_every} is no multiple of checkpoint.every {self.every}, so most of "
+                f"those steps have no checkpoint: make it one"
+            )
+        if self.final not in ("full", "model"):
+            problems.append(f"checkpoint.final is {self.final!r}: choose full or model")
+        if problems:
+            raise ConfigError("; ".join(problems))
 
 
 @dataclass(frozen=True)

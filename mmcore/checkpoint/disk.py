@@ -21,7 +21,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,8 +121,8 @@ def json_bytes(values: dict[str, Any]) -> bytes:
     return (json.dumps(values, indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode()
 
 
-def hash_file(path: Path) -> FileRecord:
-    """Size and SHA-256 of a file, read in pieces. Raises OSError."""
+def hash_file(path: Path, progress: Callable[[int], None] | None = None) -> FileRecord:
+    """Size and SHA-256 of a file, read in pieces; `progress` hears of the bytes of each. Raises OSError."""
     digest, size = hashlib.sha256(), 0
     with open(path, "rb", buffering=0) as file:
         buffer = bytearray(CHUNK)
@@ -130,6 +130,8 @@ def hash_file(path: Path) -> FileRecord:
         while count := file.readinto(buffer):
             digest.update(view[:count])
             size += count
+            if progress is not None:
+                progress(count)
     return FileRecord(size, digest.hexdigest())
 
 
@@ -226,21 +228,62 @@ def publish(temporary: Path, target: Path) -> None:
         remove_folder(old)
 
 
-def recover(parent: Path, wanted: Callable[[str], bool]) -> None:
+def recover(parent: Path, wanted: Callable[[str], bool], spare: Path | None = None) -> None:
     """Clear away what killed writers left in `parent` of the folders whose names are `wanted`.
 
     A folder that stepped aside for one that never came gets its name back; everything else temporary goes,
-    but not what a living process is writing. Raises OSError.
+    but not what a living process is writing, nor `spare`. Raises OSError.
     """
     for path in sorted(parent.iterdir()):
         name, kind = final_name(path)
-        if kind is None or not wanted(name) or not _abandoned(path):
+        if kind is None or path == spare or not wanted(name) or not _abandoned(path):
             continue
         if kind == "old" and not os.path.lexists(parent / name):
             os.rename(path, parent / name)
             sync_folder(parent)
         else:
             remove_folder(path)
+
+
+def lock_folder(path: Path) -> int | None:
+    """A descriptor that keeps `recover` off a folder until it is closed; None where another process has one.
+
+    Raises OSError, also for a link.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    if _try_lock(descriptor) is False:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+class Hold:
+    """Keeps a finished folder from being purged by another process while this object lives.
+
+    Holds nothing where the file system has no locks, or where the folder is gone: who reads it then says so.
+    """
+
+    def __init__(self, folder: Path):
+        self._descriptor = -1
+        with suppress(OSError):
+            self._descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            fcntl.flock(self._descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+    def __del__(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+
+
+def remove_unless_held(path: Path) -> bool:
+    """Remove a folder unless a living process holds it; whether it is gone. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        if _try_lock(descriptor) is False:
+            return False
+        remove_folder(path)
+        return True
+    finally:
+        os.close(descriptor)
 
 
 def _try_lock(descriptor: int) -> bool | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,13 +26,13 @@ def load_model(
     kernels: str = "auto",
 ) -> LanguageModel:
     """A model in eval mode from any readable checkpoint: a run folder, a training checkpoint, an exported or
-    Hugging Face Llama folder, a llama2.c file.
+    Hugging Face Llama folder, a PyTorch state dict, a llama2.c file.
 
     dtype: of the weights; None keeps the file's; torch.int8 keeps the matrices in int8 with a scale for each row, for
-    inference (LanguageModel.quantize), and the rest as in the file. without: memories that read as
-    empty, such as ("long_term",). kernels: the implementation of every kernel. Peak memory is the model plus one tensor,
-    and for int8 the model in the file's dtype. Raises CheckpointError for a checkpoint that is damaged or does not fit, HardwareError for a device that is not there, ConfigError for
-    a memory that the model does not have.
+    inference (LanguageModel.quantize), and the rest as in the file. without: memories that read as empty, such as
+    ("long_term",). kernels: the implementation of every kernel. Peak memory is the model plus one tensor, and for int8
+    the model in the file's dtype. Raises CheckpointError for a checkpoint that is damaged or does not fit,
+    HardwareError for a device that is not there, ConfigError for a memory that the model does not have.
     """
     return model_from(open_checkpoint(path), dtype=dtype, device=device, without=without, kernels=kernels)
 
@@ -110,6 +111,13 @@ def load_tokenizer(path: str | Path, tokenizer: str | Path | None = None) -> Tok
         return load(tokenizer)
     # the weights' hashes say nothing about the tokenizer: sizes are enough here
     checkpoint = open_checkpoint(path, verify=False)
+    if checkpoint.files:
+        with tempfile.TemporaryDirectory() as folder:
+            for name, content in checkpoint.files.items():
+                (Path(folder) / name).write_bytes(content)
+            tokenizer = load(folder)
+        tokenizer.origin = f"the tokenizer of {checkpoint.path}"
+        return tokenizer
     if checkpoint.tokenizer_path is None:
         raise CheckpointError(
             f"{checkpoint.path} has no tokenizer: put its tokenizer.json or tokenizer.model there, or give one "

@@ -1,14 +1,12 @@
 """manifest.json of a training checkpoint: the size and SHA-256 of every other file, written last.
 
-A checkpoint is whole where its manifest is there, can be read, and every file it names is as it says. Files
-that it does not name are never read, so they do no harm.
+A checkpoint is whole where its manifest is there, can be read, and every file it names is as it says
+(integrity.py). Files that it does not name are never read, so they do no harm.
 """
 
 from __future__ import annotations
 
-import os
 import re
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -57,35 +55,5 @@ def _record(path: Path, name: str, entry: Any) -> FileRecord:
     raise CheckpointError(f"{path} is damaged: its entry {shown(name)} is not a file's size and hash")
 
 
-def check(folder: Path, *, hashes: bool = True) -> dict[str, FileRecord]:
-    """Verify a training checkpoint and return its records. Raises CheckpointError with all that is wrong.
-
-    hashes=False compares only names and sizes; otherwise every byte is read, in as many threads as pay.
-    """
-    step, records = read_manifest(folder)
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # hashing releases the interpreter's lock
-        faults = pool.map(lambda item: _fault(folder / item[0], item[1], hashes), records.items())
-        problems = [fault for fault in faults if fault]
-    if folder.name.startswith("step-") and disk.final_name(folder)[0] != folder_name(step):
-        problems.append(f"its manifest is of step {step}")
-    if problems:
-        raise CheckpointError(f"{folder} is not whole: {'; '.join(problems)}")
-    return records
-
-
 def folder_name(step: int) -> str:
     return f"step-{step:06d}"
-
-
-def _fault(path: Path, record: FileRecord, hashes: bool) -> str | None:
-    try:
-        size = untrusted.require_regular(path)
-        if size != record.bytes:
-            return f"{path.name} has {size} bytes of {record.bytes}"
-        if hashes and disk.hash_file(path) != record:
-            return f"{path.name} was altered"
-    except CheckpointError:
-        return f"{path.name} is missing" if not os.path.lexists(path) else f"{path.name} is a link or no file"
-    except OSError as error:
-        return f"{path.name} cannot be read ({error.strerror})"
-    return None

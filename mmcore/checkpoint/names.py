@@ -35,6 +35,8 @@ META_NAMES = {
 }
 """Hugging Face's Llama names -> Meta's."""
 
+EMBEDDING, CLASSIFIER = "model.embed_tokens.weight", "lm_head.weight"
+
 _IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 _LISTED = 20  # names of one kind in a message; more are counted
 
@@ -123,14 +125,15 @@ def check_tensors(config: ModelConfig, found: Mapping[str, tuple[int, ...]], ori
     Raises one CheckpointError that lists all missing, unexpected and misshapen tensors, and further `problems`.
     Rotary tables that old Llama files carry are left out: they follow from the configuration.
     """
+    faults = list(problems)
     if config.num_hidden_layers > len(found):  # before a list of the layers is made
         raise CheckpointError(
             f"{origin}: config.json says {config.num_hidden_layers} layers and the files hold {len(found)} tensors: "
-            f"they do not belong together"
+            f"they do not belong together{''.join(f'; {problem}' for problem in faults)}"
         )
     expected = expected_tensors(config)
     found = {name: shape for name, shape in found.items() if name in expected or not _IGNORED.fullmatch(name)}
-    faults = shape_faults(expected, found, problems)
+    faults = shape_faults(expected, found, faults)
     if faults:
         raise CheckpointError(f"{origin} does not fit its config.json: {'; '.join(faults)}")
     return list(expected)
@@ -150,6 +153,12 @@ def shape_faults(expected: Shapes, found: Mapping[str, tuple[int, ...]], problem
         if names:
             faults.append(f"{len(names)} {word} ({_listed(names)})")
     return faults
+
+
+def twin_of(config: ModelConfig, found: Mapping[str, tuple[int, ...]]) -> str | None:
+    """The classifier where a tied model's file holds it a second time: it is left out, and must equal the embedding."""
+    twice = config.tie_word_embeddings and CLASSIFIER in found and EMBEDDING in found
+    return CLASSIFIER if twice and found[CLASSIFIER] == found[EMBEDDING] else None
 
 
 def _listed(names: list[str]) -> str:

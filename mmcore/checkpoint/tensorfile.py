@@ -10,8 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Container, Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from mmcore.checkpoint import disk, untrusted
 from mmcore.checkpoint.disk import FileRecord, NewFile
+from mmcore.checkpoint.resumable import Staging
 from mmcore.checkpoint.untrusted import shown
 from mmcore.errors import CheckpointError
 
@@ -41,6 +41,9 @@ _EXPONENTS = {
     torch.float16: (np.uint16, np.uint16(0x1F << 10)),
 }
 """dtype -> a word of its size, and the bits of its exponent."""
+WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""What weights may be, the widest first."""
+
 _PIECE = 1 << 16
 _HEADER_LIMIT = 100_000_000  # the library's own limit
 
@@ -64,22 +67,49 @@ class LazyTensors(Mapping[str, Tensor]):
     """Tensors that are read when they are asked for. NaN and infinity are refused unless allowed."""
 
     def __init__(self, readers: Mapping[str, Callable[[], Tensor]], specs: Mapping[str, TensorSpec], origin: Path,
-                 allow_nonfinite: bool = False):  # fmt: skip
+                 allow_nonfinite: bool = False, twins: Mapping[str, str] | None = None, hold: object = None):  # fmt: skip
+        """twins: name -> another name in `readers` whose tensor must be the same; the other is not part of the mapping.
+        hold: whatever keeps the files there, let go with this mapping."""
         self._readers, self.specs, self.origin, self._allow_nonfinite = readers, specs, origin, allow_nonfinite
+        self._twins, self._hold = dict(twins or {}), hold
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = self._readers[name]()
+        if name in self._twins and not same_bits(tensor, self._readers[self._twins[name]]()):
+            raise CheckpointError(
+                f"{self.origin}: its config.json ties {self._twins[name]} to {name}, but the two differ: correct "
+                f"tie_word_embeddings"
+            )
+        return self._checked(name, tensor)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows start .. stop-1 of a tensor; of a safetensors file only those are read."""
+        reader = self._readers[name]
+        if name in self._twins or not isinstance(reader, Stored):
+            return self[name][start:stop]
+        return self._checked(name, reader.rows(start, stop))
+
+    def _checked(self, name: str, tensor: Tensor) -> Tensor:
         if not self._allow_nonfinite and not is_finite(tensor):
             raise CheckpointError(
-                f"{self.origin}: tensor {shown(name)} holds NaN or infinity: go back to an earlier checkpoint"
+                f"{self.origin}: tensor {shown(name)} holds NaN or infinity: go back to an earlier checkpoint, or "
+                f"convert it as it is with --allow-nan"
             )
         return tensor
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._readers)
+        return iter(self.specs)
 
     def __len__(self) -> int:
-        return len(self._readers)
+        return len(self.specs)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one dtype are equal bit for bit (NaN equals itself, and -0 is not 0)."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    word = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.dtype.itemsize]
+    return torch.equal(a.contiguous().view(word), b.contiguous().view(word))
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -133,7 +163,7 @@ def _specs_of(header: dict[str, Any], data_bytes: int) -> dict[str, TensorSpec]:
         dtype, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(dtype, str) or dtype not in DTYPES:
             raise ValueError(f"{shown(name)} has the unknown dtype {shown(str(dtype))}")
-        if not _sizes(shape) or not _sizes(span) or len(span) != 2 or len(shape) > 8:
+        if not are_sizes(shape) or not are_sizes(span) or len(span) != 2 or len(shape) > 8:
             raise ValueError(f"{shown(name)} has a wrong shape or place")
         spec = TensorSpec(DTYPES[dtype], tuple(shape))
         if span[1] - span[0] != spec.nbytes:
@@ -150,8 +180,18 @@ def _specs_of(header: dict[str, Any], data_bytes: int) -> dict[str, TensorSpec]:
     return specs
 
 
-def _sizes(values: Any) -> bool:
+def are_sizes(values: Any) -> bool:
+    """Whether `values` is a list of whole numbers that can be sizes or places."""
     return isinstance(values, list) and all(type(v) is int and 0 <= v < 1 << 62 for v in values)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows start .. stop-1 of a tensor, which a file holds under the tensor's name."""
+
+    path: Path
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)
@@ -160,7 +200,15 @@ class TensorFiles:
 
     specs: dict[str, TensorSpec]
     places: dict[str, Path]
+    """Of the tensors that lie in one file whole."""
     problems: list[str]
+    pieces: dict[str, tuple[Piece, ...]] = field(default_factory=dict)
+    """Of the tensors that are cut into rows, in the order of the rows."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All files that hold tensors."""
+        return tuple(sorted({*self.places.values(), *(piece.path for cut in self.pieces.values() for piece in cut)}))
 
 
 def find_tensors(folder: Path, stem: str, listed: Container[str] | None = None) -> TensorFiles:
@@ -197,23 +245,69 @@ def find_tensors(folder: Path, stem: str, listed: Container[str] | None = None) 
     return found
 
 
-def lazy_tensors(files: TensorFiles, names: list[str], origin: Path, allow_nonfinite: bool = False) -> LazyTensors:
-    """The named tensors of a folder, mapped from disk when they are asked for."""
+def lazy_tensors(files: TensorFiles, names: list[str], origin: Path, allow_nonfinite: bool = False,
+                 twins: Mapping[str, str] | None = None, hold: object = None) -> LazyTensors:  # fmt: skip
+    """The named tensors of a folder, mapped from disk when they are asked for; twins and hold: see LazyTensors."""
     handles: dict[Path, Any] = {}
-    readers = {name: partial(_read, handles, files.places[name], name, files.specs[name]) for name in names}
-    return LazyTensors(readers, {name: files.specs[name] for name in names}, origin, allow_nonfinite)
+    readers = {
+        name: Stored(handles, files.places.get(name), files.pieces.get(name, ()), name, files.specs[name])
+        for name in [*names, *(twins or {}).values()]
+    }
+    return LazyTensors(readers, {name: files.specs[name] for name in names}, origin, allow_nonfinite, twins, hold)
 
 
-def _read(handles: dict[Path, Any], path: Path, name: str, spec: TensorSpec) -> Tensor:
-    try:
-        if path not in handles:
-            handles[path] = safe_open(path, framework="pt", device="cpu")
-        tensor = handles[path].get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"cannot read {shown(name)} from {path}: {shown(str(error))}") from error
-    if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
-        raise CheckpointError(f"{path} changed while it was read: {shown(name)} is no longer {list(spec.shape)}")
-    return tensor
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in safetensors: whole in `place`, whose header was read before, or in `pieces`."""
+
+    handles: dict[Path, Any]
+    """Open files, shared by the tensors of a folder."""
+    place: Path | None
+    pieces: tuple[Piece, ...]
+    name: str
+    spec: TensorSpec
+
+    def __call__(self) -> Tensor:
+        if self.place is None:
+            return self.rows(0, self.spec.shape[0] if self.spec.shape else 1)
+        return self._take(self.place, self.spec.shape, lambda file: file.get_tensor(self.name))
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows start .. stop-1, each piece read once and no further than needed."""
+        if not self.spec.shape:
+            return self() if self.place else self._slice(self.pieces[0].path, (), slice(None))
+        if self.place is not None:
+            return self._slice(self.place, self.spec.shape, slice(start, stop))
+        parts = []
+        for piece in self.pieces:
+            first, last = max(start, piece.start), min(stop, piece.stop)
+            if first < last:
+                shape = (piece.stop - piece.start, *self.spec.shape[1:])
+                parts.append(self._slice(piece.path, shape, slice(first - piece.start, last - piece.start)))
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat(parts) if parts else torch.empty(0, *self.spec.shape[1:], dtype=self.spec.dtype)
+
+    def _slice(self, path: Path, shape: tuple[int, ...], rows: slice) -> Tensor:
+        if not shape or 0 in shape or (rows.start == 0 and rows.stop == shape[0]):
+            return self._take(path, shape, lambda file: file.get_tensor(self.name))[rows if shape else ...]
+        return self._take(path, shape, lambda file: file.get_slice(self.name)[rows], len(range(*rows.indices(shape[0]))))
+
+    def _take(self, path: Path, shape: tuple[int, ...], read: Callable[[Any], Tensor], rows: int | None = None) -> Tensor:
+        """What `read` finds in a file where the tensor must have `shape`; `rows` of it, or all."""
+        try:
+            if path not in self.handles:
+                if self.place is None and self.name not in read_header(path):
+                    raise CheckpointError(f"{path} has no {shown(self.name)}: go back to an earlier checkpoint")
+                self.handles[path] = safe_open(path, framework="pt", device="cpu")
+            there = tuple(self.handles[path].get_slice(self.name).get_shape())
+            tensor = read(self.handles[path]) if there == shape else None
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"cannot read {shown(self.name)} from {path}: {shown(str(error))}") from error
+        wanted = shape if rows is None else (rows, *shape[1:])
+        if tensor is None or tensor.dtype != self.spec.dtype or tuple(tensor.shape) != wanted:
+            raise CheckpointError(f"{path} changed while it was read: {shown(self.name)} is no longer {list(shape)}")
+        return tensor
 
 
 # -- writing ---------------------------------------------------------------------------------------------------
@@ -232,27 +326,38 @@ def plan_shards(specs: Mapping[str, TensorSpec], limit: int) -> list[list[str]]:
     return shards
 
 
-def write_tensors(folder: Path, stem: str, tensors: Mapping[str, Tensor], specs: Mapping[str, TensorSpec],
-                  limit: int = SHARD_BYTES) -> dict[str, FileRecord]:  # fmt: skip
-    """Write tensors as `<stem>.safetensors`, or as shards and an index where they exceed `limit` bytes.
+def write_tensors(
+    folder: Path,
+    stem: str,
+    tensors: Mapping[str, Tensor],
+    specs: Mapping[str, TensorSpec],
+    limit: int | None = SHARD_BYTES,
+    *,
+    staging: Staging | None = None,
+    allow_nonfinite: bool = False,
+) -> dict[str, FileRecord]:
+    """Write tensors as `<stem>.safetensors`, or as shards and an index where they exceed `limit` bytes
+    (None: one file whatever its size).
 
     Each tensor is fetched from the mapping once, converted to its spec's dtype, checked, written and dropped.
+    staging: what an earlier attempt finished is kept, and told of each file that is finished now.
     Returns the records of the files, all of which are on the disk. Raises OSError, and CheckpointError for a
-    tensor that is not finite (or no longer so in the dtype asked for) or has another shape than its spec.
+    tensor that is not finite (unless allowed) or no longer so in the dtype asked for, or has another shape than its
+    spec.
     """
-    shards = plan_shards(specs, limit)
+    shards = [list(specs)] if limit is None else plan_shards(specs, limit)
     files = [f"{stem}.safetensors"]
     if len(shards) > 1:
         files = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     records = {}
     for file, names in zip(files, shards, strict=True):
-        # wider dtypes first: every tensor then starts at a multiple of its element size, as mapping needs
-        names = sorted(names, key=lambda name: -specs[name].dtype.itemsize)
-        with NewFile(folder / file) as out:
-            out.write(_header({name: specs[name] for name in names}))
-            for name in names:
-                out.write(_bytes_of(name, tensors[name], specs[name]))
-            records[file] = out.close()
+        kept = staging.finished(folder / file) if staging is not None else None
+        chosen = {name: specs[name] for name in names}
+        records[file] = kept or _write_shard(folder / file, tensors, chosen, staging, allow_nonfinite)
+        if kept is not None:
+            staging.progress(sum(spec.nbytes for spec in chosen.values()))
+        elif staging is not None:
+            staging.finish(folder / file, records[file])
     if len(shards) > 1:
         total = sum(spec.nbytes for spec in specs.values())
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
@@ -260,6 +365,19 @@ def write_tensors(folder: Path, stem: str, tensors: Mapping[str, Tensor], specs:
         values = {"metadata": {"total_size": total}, "weight_map": weight_map}
         records[index] = disk.write_json(folder / index, values)
     return records
+
+
+def _write_shard(path: Path, tensors: Mapping[str, Tensor], specs: Mapping[str, TensorSpec], staging: Staging | None,
+                 allow_nonfinite: bool) -> FileRecord:  # fmt: skip
+    # wider dtypes first: every tensor then starts at a multiple of its element size, as mapping needs
+    names = sorted(specs, key=lambda name: -specs[name].dtype.itemsize)
+    with NewFile(path) as out:
+        out.write(_header({name: specs[name] for name in names}))
+        for name in names:
+            out.write(bytes_of(name, tensors[name], specs[name], allow_nonfinite))
+            if staging is not None:
+                staging.progress(specs[name].nbytes)
+        return out.close()
 
 
 def _header(specs: Mapping[str, TensorSpec]) -> bytes:
@@ -273,20 +391,25 @@ def _header(specs: Mapping[str, TensorSpec]) -> bytes:
     return len(data).to_bytes(8, "little") + data
 
 
-def _bytes_of(name: str, tensor: Tensor, spec: TensorSpec) -> memoryview:
+def bytes_of(name: str, tensor: Tensor, spec: TensorSpec, allow_nonfinite: bool = False) -> memoryview:
+    """The bytes of a tensor in its spec's dtype. Raises CheckpointError for another shape, and for NaN or infinity.
+
+    With allow_nonfinite only what conversion itself makes infinite is refused.
+    """
     if tuple(tensor.shape) != spec.shape:
         raise CheckpointError(f"tensor {name} is {list(tensor.shape)} and not {list(spec.shape)}: nothing was saved")
     given = tensor.detach()
     tensor = given.to("cpu", spec.dtype).contiguous()
     if not is_finite(tensor):
-        if is_finite(given):
+        if is_finite(given) or not torch.equal(torch.isfinite(given).cpu(), torch.isfinite(tensor)):
             raise CheckpointError(
                 f"tensor {name} overflows in {dtype_name(spec.dtype)}: choose bfloat16 or float32; nothing was saved"
             )
-        raise CheckpointError(
-            f"tensor {name} holds NaN or infinity and is never saved: go back to the last checkpoint with a lower "
-            f"learning rate"
-        )
+        if not allow_nonfinite:
+            raise CheckpointError(
+                f"tensor {name} holds NaN or infinity and is never saved: go back to the last checkpoint with a lower "
+                f"learning rate"
+            )
     if tensor.numel() == 0:
         return memoryview(b"")
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())

@@ -16,6 +16,7 @@ from typing import Any
 from mmcore.errors import CheckpointError
 
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]{0,200}")
+_HUB_LINK = re.compile(r"\.\./\.\./blobs/([0-9a-f]{40}|[0-9a-f]{64})")
 
 
 def is_plain_name(name: Any) -> bool:
@@ -78,9 +79,14 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def require_regular(path: Path) -> int:
-    """The size of a regular file. Raises CheckpointError where it is missing, a link, or anything else."""
+    """The size of a regular file. Raises CheckpointError where it is missing, a link, or anything else.
+
+    One kind of link counts as the file it leads to: that of a snapshot in the Hugging Face hub's cache (`hub_blob`).
+    """
     try:
         status = os.lstat(path)
+        if stat.S_ISLNK(status.st_mode) and (blob := hub_blob(path)) is not None:
+            path, status = blob, os.lstat(blob)
     except OSError as error:
         raise CheckpointError(f"{path} is missing ({error.strerror}): get the checkpoint again") from None
     if stat.S_ISLNK(status.st_mode):
@@ -88,3 +94,17 @@ def require_regular(path: Path) -> int:
     if not stat.S_ISREG(status.st_mode):
         raise CheckpointError(f"{path} is not a file: get the checkpoint again")
     return status.st_size
+
+
+def hub_blob(link: Path) -> Path | None:
+    """The file behind `models--x--y/snapshots/<revision>/<name>` -> `../../blobs/<hash>`, or None for other links.
+
+    The link must say exactly that, and neither the snapshot nor blobs may be links themselves: whoever made the
+    folder can then only lead to files of that same folder.
+    """
+    words = _HUB_LINK.fullmatch(os.readlink(link))
+    snapshot = Path(os.path.realpath(link.parent))
+    blobs = snapshot.parent.parent / "blobs"
+    if words is None or snapshot.parent.name != "snapshots" or not stat.S_ISDIR(os.lstat(blobs).st_mode):
+        return None
+    return blobs / words[1]

@@ -93,6 +93,13 @@ class HuggingFaceModel:
             table[i] = b""
         return table
 
+    def identity(self) -> bytes:
+        """The file without its post_processor, which other programs use to put the begin token in front: an exported
+        folder may have another one."""
+        values = json.loads(self.file_bytes)
+        values.pop("post_processor", None)
+        return json.dumps(values, sort_keys=True).encode()
+
     def companion_files(self) -> dict[str, bytes]:
         return {}
 

@@ -91,6 +91,9 @@ class SentencePieceModel:
                 table.append(piece.replace(SPACE, " ").encode())
         return table
 
+    def identity(self) -> bytes:
+        return self.file_bytes
+
     def companion_files(self) -> dict[str, bytes]:
         """tokenizer.json, where it can say the same: for BPE with bytes for unknown characters."""
         if len(self._bytes) < 256 or not is_plain_bpe(self.file_bytes):

@@ -12,6 +12,7 @@ alone: text that spells "<|end_of_text|>" stays text.
 from __future__ import annotations
 
 import codecs
+import functools
 import hashlib
 import itertools
 import json
@@ -40,6 +41,10 @@ class TokenModel(Protocol):
     """The name the file has in a saved folder."""
     file_bytes: bytes
     """The file, byte for byte."""
+
+    def identity(self) -> bytes:
+        """What of the file decides the ids of a text."""
+
     size: int
     """Highest id + 1."""
     controls: dict[str, int]
@@ -62,7 +67,7 @@ class Tokenizer:
     """A token model with its begin and end tokens.
 
     Attributes: `vocab_size` (highest id + 1), `bos_id`, `eos_id` (None where the model has none),
-    `chat_template` (jinja text or None), `fingerprint` (sha256 of everything that decides the ids).
+    `chat_template` (jinja text or None).
     """
 
     def __init__(self, model: TokenModel, config: dict[str, Any] | None = None, chat_template: str | None = None,
@@ -78,9 +83,13 @@ class Tokenizer:
         self.eos_id = self.special(self.eos_token)
         self._control_ids = frozenset(model.controls.values())
         self._pieces: list[bytes] | None = None
-        digest = hashlib.sha256(f"{model.file_name}:{self.bos_id}:{self.eos_id}:".encode())
-        digest.update(model.file_bytes)
-        self.fingerprint = digest.hexdigest()
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that decides the ids."""
+        digest = hashlib.sha256(f"{self.model.file_name}:{self.bos_id}:{self.eos_id}:".encode())
+        digest.update(self.model.identity())
+        return digest.hexdigest()
 
     def _pick(self, configured: Any, names: Iterable[str]) -> str | None:
         if isinstance(configured, dict):  # tokenizer_config.json holds a token as text or as {"content": text, ...}

@@ -1,8 +1,7 @@
 """A sentencepiece BPE model as tokenizer.json, so that transformers and others read an exported checkpoint.
 
 Merging pairs by the score of the piece they make, as sentencepiece does, is BPE with one merge for every way to
-split every piece, in the order of the pieces' scores. Both give the same ids, but for text that holds U+2581
-itself, which sentencepiece confuses with a space and this project spells in bytes.
+split every piece, in the order of the pieces' scores. Both give the same ids.
 """
 
 from __future__ import annotations
@@ -51,36 +50,43 @@ def is_plain_bpe(model: bytes) -> bool:
 
 def bpe_json(pieces: Sequence[str], scores: Sequence[float], ordinary: Sequence[int], controls: Mapping[str, int],
              unknown: int, leading_space: bool) -> bytes:
-    """tokenizer.json of a byte-fallback BPE; `ordinary` are the ids that merging may make."""
-    known = {pieces[i]: i for i in ordinary}
+    """tokenizer.json of a byte-fallback BPE; `ordinary` are the ids that merging may make.
+
+    Only control tokens are found in a text by their names; <unk>, which byte fallback never needs, is none of them.
+    """
+    # Without a leading space the pieces are written with the space itself, and U+2581 is a character like any other.
+    shown = list(pieces) if leading_space else [piece.replace(_SPACE, " ") for piece in pieces]
+    known = {shown[i]: i for i in ordinary}
     merges: list[tuple[float, int, int, list[str]]] = []
     for i in ordinary:
-        piece = pieces[i]
+        piece = shown[i]
         for cut in range(1, len(piece)):
             left, right = known.get(piece[:cut]), known.get(piece[cut:])
             if left is not None and right is not None:
                 merges.append((-scores[i], left, right, [piece[:cut], piece[cut:]]))
     merges.sort(key=lambda merge: merge[:3])
-    spaces: list[dict[str, Any]] = [{"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}]
-    undo: list[dict[str, Any]] = [
-        {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
-    ]
+    normalizer: dict[str, Any] | None = None
+    undo: list[dict[str, Any]] = [{"type": "ByteFallback"}, {"type": "Fuse"}]
     if leading_space:
-        spaces.insert(0, {"type": "Prepend", "prepend": _SPACE})
+        normalizer = {"type": "Sequence", "normalizers": [
+            {"type": "Prepend", "prepend": _SPACE},
+            {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE},
+        ]}
+        undo.insert(0, {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "})
         undo.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     values = {
         "version": "1.0", "truncation": None, "padding": None,
         "added_tokens": [
             {"id": i, "content": name, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-             "special": True} for name, i in sorted({**controls, pieces[unknown]: unknown}.items(), key=lambda x: x[1])
+             "special": True} for name, i in sorted(controls.items(), key=lambda x: x[1])
         ],
-        "normalizer": {"type": "Sequence", "normalizers": spaces},
+        "normalizer": normalizer,
         "pre_tokenizer": None, "post_processor": None,
         "decoder": {"type": "Sequence", "decoders": undo},
         "model": {
-            "type": "BPE", "dropout": None, "unk_token": pieces[unknown], "continuing_subword_prefix": None,
+            "type": "BPE", "dropout": None, "unk_token": shown[unknown], "continuing_subword_prefix": None,
             "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": True, "ignore_merges": False,
-            "vocab": {piece: i for i, piece in enumerate(pieces)}, "merges": [merge[3] for merge in merges],
+            "vocab": {piece: i for i, piece in enumerate(shown)}, "merges": [merge[3] for merge in merges],
         },
     }
     return json.dumps(values, ensure_ascii=False).encode()

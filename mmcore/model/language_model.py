@@ -12,7 +12,7 @@ from mmcore.errors import ConfigError
 from mmcore.kernels.linear_cross_entropy import linear_cross_entropy
 from mmcore.kernels.thin_linear import MOST_ROWS
 from mmcore.model.documents import packing
-from mmcore.model.layers import Int8Linear, Linear, RMSNorm, draw_normal, fan_in_sigma
+from mmcore.model.layers import Linear, RMSNorm, draw_normal, fan_in_sigma
 from mmcore.model.state import DecodingState
 
 
@@ -41,7 +41,9 @@ class Classifier(Linear):
 
         A method of the module that owns the weight, so that sharding can gather the weight around the call.
         """
-        return linear_cross_entropy(hidden, self.weight, labels, reduction=reduction, implementation=self.kernels)
+        return linear_cross_entropy(
+            hidden, self.exact_weight(), labels, reduction=reduction, implementation=self.kernels
+        )
 
 
 class LanguageModel(nn.Module):
@@ -87,15 +89,14 @@ class LanguageModel(nn.Module):
     @property
     def classifier_weight(self) -> Tensor:
         """W_c, [V, d]."""
-        return self.lm_head.exact if isinstance(self.lm_head, Int8Linear) else self.lm_head.weight
+        return self.lm_head.exact_weight()
 
     def quantize(self) -> LanguageModel:
-        """Keep every matrix but the embedding in int8, for inference (layers.Int8Linear): a quarter of fp32's bytes to
-        read for a token. What is left (norms, scalars, embedding) is as it was."""
-        for module in list(self.modules()):
-            for name, child in list(module.named_children()):
-                if isinstance(child, Linear) and child.weight.ndim == 2:
-                    setattr(module, name, Int8Linear(child.weight, child.bias))
+        """Keep every matrix but the embedding in int8, for inference: a quarter of fp32's bytes to read for a token. What
+        is left (norms, scalars, embedding) is as it was."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.quantize()
         return self
 
     def embed(self, tokens_BT: Tensor) -> Tensor:

@@ -23,57 +23,44 @@ class Linear(nn.Linear):
     """A projection without bias: [..., in] -> [..., out].
 
     Without gradients on a CPU, few rows take the bandwidth-bound kernel, and bf16 weights (half the bytes of a
-    decoding step) meet fp32 activations.
+    decoding step) meet fp32 activations. `quantize` leaves a quarter of the bytes.
     """
+
+    scale: Tensor | None
+    """fp32 [out], the scales of the rows of an int8 weight; None for any other."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, bias=False)
+        self.register_buffer("scale", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_cpu and not torch.is_grad_enabled():
-            return thin_linear(x, self.weight)
+        if self.scale is not None or (x.is_cpu and not torch.is_grad_enabled()):
+            return thin_linear(x, self.weight, self.scale)
         return F.linear(x, self.weight)
-
-    def matrix(self) -> Matrix:
-        """The weight as kernels take it."""
-        return Matrix(self.weight)
-
-    def reset_parameters(self) -> None:
-        """Left unset: `init_weights` draws every parameter, also after a build on the meta device."""
-
-
-class Int8Linear(nn.Module):
-    """A projection whose weight is kept in int8, each row with an fp32 scale, for inference: [..., in] -> [..., out].
-    A bias stays as it is.
-
-    Row o of the weight w becomes round(127 w / max|w|) with the scale max|w| / 127: no entry moves by more than half a
-    scale. Activations are never rounded.
-    """
-
-    weight: Tensor
-    scale: Tensor
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        super().__init__()
-        exact = weight.detach().float()
-        scale = exact.abs().amax(dim=1) / 127
-        steps = torch.where(scale > 0, scale, torch.ones_like(scale))
-        self.register_buffer("weight", (exact / steps[:, None]).round().to(torch.int8))
-        self.register_buffer("scale", scale)
-        self.register_buffer("bias", None if bias is None else bias.detach())
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = thin_linear(x, self.weight, self.scale)
-        return y if self.bias is None else y + self.bias
 
     def matrix(self) -> Matrix:
         """The weight as kernels take it."""
         return Matrix(self.weight, self.scale)
 
-    @property
-    def exact(self) -> Tensor:
-        """The weight that the products are with, fp32 [out, in]."""
-        return self.weight * self.scale[:, None]
+    def exact_weight(self) -> Tensor:
+        """The weight that the products are with, [out, in]; of int8, made anew in fp32."""
+        return self.weight if self.scale is None else self.weight * self.scale[:, None]
+
+    def quantize(self) -> None:
+        """Keep the weight in int8 with an fp32 scale for each row, for inference. Activations are never rounded.
+
+        Row o of the weight w becomes round(127 w / max|w|) with the scale max|w| / 127: no entry moves by more than half
+        a scale.
+        """
+        exact = self.weight.detach().float()
+        scale = exact.abs().amax(dim=1) / 127
+        steps = torch.where(scale > 0, scale, torch.ones_like(scale))
+        del self.weight
+        self.register_buffer("weight", (exact / steps[:, None]).round().to(torch.int8))
+        self.scale = scale
+
+    def reset_parameters(self) -> None:
+        """Left unset: `init_weights` draws every parameter, also after a build on the meta device."""
 
 
 class RMSNorm(nn.Module):

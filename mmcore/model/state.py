@@ -8,6 +8,8 @@ the padding is a document of its own that no query reads.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,6 +60,16 @@ class Store:
         """Keys and values held, each [B, used, H, D], views."""
         return self.keys[:, : self.used], self.values[:, : self.used]
 
+    def mark(self, room: int) -> tuple[Any, ...]:
+        """Where the store is, for `rewind`; with space for `room` more pairs, so that going on from the mark again and
+        again never moves the old ones. Pairs behind a mark are only ever added, so nothing is copied."""
+        if self.keys is not None:
+            self.reserve(room, self.keys)
+        return self.first, self.used, self.keys, self.values
+
+    def rewind(self, mark: tuple[Any, ...]) -> None:
+        self.first, self.used, self.keys, self.values = mark
+
 
 class AttentionState:
     """Keys and values of one attention layer for B rows; a query also reads its own pair, so nothing waits."""
@@ -71,6 +83,12 @@ class AttentionState:
 
     def pairs(self) -> tuple[Tensor, Tensor]:
         return self.store.pairs()
+
+    def mark(self, room: int) -> tuple[Any, ...]:
+        return (self.store.mark(room),)
+
+    def rewind(self, mark: tuple[Any, ...]) -> None:
+        self.store.rewind(mark[0])
 
     def query_offset(self) -> int:
         """Slot at which the first of the newest queries stands."""
@@ -125,6 +143,18 @@ class MemoryState(AttentionState):
             self.store.reserve(1, keys)
         self.pending_key, self.pending_raw = keys[:, -1:].clone(), raw[:, -1:].clone()
 
+    def mark(self, room: int) -> tuple[Any, ...]:
+        scan = None if self.scan is None else tuple(part.clone() for part in self.scan)
+        pending = (self.pending_key, self.pending_raw)
+        return *super().mark(room), scan, *(None if part is None else part.clone() for part in pending)
+
+    def rewind(self, mark: tuple[Any, ...]) -> None:
+        store, scan, key, raw = mark
+        self.store.rewind(store)
+        # Copies again: the compiled step writes in place, and the mark may be needed once more.
+        self.scan = None if scan is None else tuple(part.clone() for part in scan)
+        self.pending_key, self.pending_raw = (None if part is None else part.clone() for part in (key, raw))
+
     def resets(self, count: int) -> Tensor | None:
         """bool [B, count]: where the new tokens begin a row."""
         if self.owner.padding is None:
@@ -145,6 +175,14 @@ class MemoryState(AttentionState):
         super().load(tensors, length - 1)  # the newest token's pair still waits
         self.scan = (tensors["scan_vector"].clone(), tensors["scan_log_scale"].clone())
         self.pending_key, self.pending_raw = tensors["pending_key"].clone(), tensors["pending_raw"].clone()
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A moment of a DecodingState; see there."""
+
+    length: int
+    memories: dict[str, tuple[Any, ...]]
 
 
 class DecodingState:
@@ -175,6 +213,17 @@ class DecodingState:
             if parts:  # a memory that was knocked out has none
                 memory.load(parts, length)
         self.length = length
+
+    def mark(self, room: int = 0) -> Mark:
+        """The present moment, to `rewind` to as often as wanted; the next `room` tokens then move no stored pair.
+        Costs a few vectors for each memory, whatever the length."""
+        return Mark(self.length, {name: memory.mark(room) for name, memory in self.memories.items()})
+
+    def rewind(self, mark: Mark) -> None:
+        """Forget what was read after `mark`. Marks made later than it are void from then on."""
+        self.length = mark.length
+        for name, memory in self.memories.items():
+            memory.rewind(mark.memories[name])
 
     @property
     def bytes(self) -> int:

@@ -61,6 +61,11 @@ class Projection(Linear):
         out = super().forward(y_BTd) if self.taps == 1 else self._convolve(y_BTd, past_BRd, starts_BT)
         return out if self.bias is None else out + self.bias
 
+    def quantize(self) -> None:
+        """As Linear; the weights of several taps stay as they are."""
+        if self.taps == 1:
+            super().quantize()
+
     def _convolve(self, y_BTd: Tensor, past_BRd: Tensor | None, starts_BT: Tensor | None) -> Tensor:
         (B, T, d), reach = y_BTd.shape, self.taps - 1
         before = y_BTd.new_zeros(B, reach, d) if past_BRd is None else past_BRd[:, past_BRd.shape[1] - reach :]
@@ -96,7 +101,7 @@ class LeakyMemory(nn.Module):
         self, y_BTd: Tensor, packing: Packing, past_BRd: Tensor | None = None, scan: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Unit-norm keys [B, T, H, D], and the recurrence's state after the last token."""
-        raw_BTHD = self.project(self.key_proj, y_BTd, past_BRd, packing)
+        raw_BTHD = self.split_heads(self.key_proj(y_BTd, past_BRd, packing.starts))
         decays_BTH = (-SCALE * _exact(self.key_decay).abs()).expand(raw_BTHD.shape[:3])
         return gated_scan(
             raw_BTHD, torch.zeros_like(decays_BTH), decays_BTH, resets=packing.resets, state=scan,
@@ -115,9 +120,7 @@ class LeakyMemory(nn.Module):
         """[H, 1], fp32 or better."""
         return (SCALE * _exact(self.value_log_scale)).exp()[:, None]
 
-    def project(self, proj: nn.Module, y_BTd: Tensor, past_BRd: Tensor | None, packing: Packing) -> Tensor:
-        """[B, T, d] -> [B, T, H, D]; a projection of one tap may have become one of int8 weights, which knows no past."""
-        x_BTd = proj(y_BTd, past_BRd, packing.starts) if getattr(proj, "taps", 1) > 1 else proj(y_BTd)
+    def split_heads(self, x_BTd: Tensor) -> Tensor:
         return x_BTd.unflatten(-1, (self.heads, -1))
 
     def nothing(self, x_BTd: Tensor) -> Tensor:
@@ -168,7 +171,7 @@ class ContextualMemory(LeakyMemory):
 
         `pending` is v~ of the last `shift` tokens before these. Values of pairs before the first token mean nothing.
         """
-        raw = self.project(self.value_proj, y_BTd, past_BRd, packing)
+        raw = self.split_heads(self.value_proj(y_BTd, past_BRd, packing.starts))
         mean = raw
         if self.mixes:
             before = raw.new_zeros(raw.shape[0], self.shift, *raw.shape[2:]) if pending_BSHD is None else pending_BSHD

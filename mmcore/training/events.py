@@ -103,18 +103,21 @@ class Validating:
 
 @dataclass(frozen=True)
 class Saving:
-    """A checkpoint is about to be written."""
+    """A checkpoint is about to be written, while training goes on or not."""
 
     step: int
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint is whole on disk."""
+    """A checkpoint is whole on disk; later steps may have been made since."""
 
     step: int
     path: Path
     seconds: float
+    """From its beginning until it was whole."""
+    stalled_seconds: float
+    """For how many of them training stood still."""
 
 
 @dataclass(frozen=True)

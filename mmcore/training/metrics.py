@@ -8,7 +8,7 @@ import math
 import os
 from pathlib import Path
 
-from mmcore.training.events import Ended, Event, Saving, StepDone, Validated
+from mmcore.training.events import Ended, Event, Saved, Saving, StepDone, Validated
 from mmcore.training.run_folder import disk_errors
 
 
@@ -38,23 +38,26 @@ class Smoothed:
         self.total, self.weight = state["total"], state["weight"]
 
 
-def as_line(event: StepDone | Validated) -> dict:
-    """The event as one flat JSON object: `kind` first, then the event's fields; a number that is not finite, which
-    JSON cannot hold, is null."""
-    kind = "step" if isinstance(event, StepDone) else "validation"
-    fields = dataclasses.asdict(event).items()
-    return {"kind": kind} | {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields}
+KINDS = {StepDone: "step", Validated: "validation", Saved: "checkpoint"}
+
+
+def as_line(event: StepDone | Validated | Saved) -> dict:
+    """The event as one flat JSON object: `kind` (step, validation, checkpoint) first, then the event's fields; a
+    number that is not finite, which JSON cannot hold, is null, and a path its last part."""
+    fields = {k: v.name if isinstance(v, Path) else v for k, v in dataclasses.asdict(event).items()}
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
+    return {"kind": KINDS[type(event)]} | finite
 
 
 def wanted(event: Event, log_every: int) -> bool:
-    """Whether the event belongs into the metrics: every validation, every n-th step, and the last one."""
+    """Whether the event belongs into the metrics: every validation and checkpoint, every n-th step, the last one."""
     if isinstance(event, StepDone):
         return event.step % log_every == 0 or event.step == event.total_steps
-    return isinstance(event, Validated)
+    return isinstance(event, (Validated, Saved))
 
 
 class JsonLines:
-    """Appends steps and validations to metrics.jsonl; before a checkpoint they are forced to the disk, so that
+    """Appends steps, validations and checkpoints to metrics.jsonl; before a checkpoint they are forced to the disk, so that
     a checkpoint never knows of a step that the file has lost."""
 
     def __init__(self, path: Path, log_every: int):
@@ -90,7 +93,7 @@ class TensorBoard:
             values = as_line(event)
             kind, step = values.pop("kind"), values.pop("step")
             for name, value in values.items():
-                if name != "total_steps" and value is not None:
+                if name not in ("total_steps", "path") and value is not None:
                     self._writer.add_scalar(f"{kind}/{name}", value, step)
         elif isinstance(event, (Saving, Ended)):
             self._writer.flush()

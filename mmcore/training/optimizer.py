@@ -11,8 +11,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from mmcore.checkpoint.rows import read_into, shape_of
 from mmcore.config import TrainingConfig
-from mmcore.distributed.shards import local_rows
 from mmcore.errors import CheckpointError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -68,20 +68,20 @@ def optimizer_steps(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
 def load_optimizer(
     model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], steps: Mapping[str, int]
 ) -> None:
-    """The inverse of `optimizer_tensors` and `optimizer_steps`. Raises CheckpointError for shapes that do not fit."""
+    """The inverse of `optimizer_tensors` and `optimizer_steps`; of sharded parameters a rank reads its rows alone.
+    Raises CheckpointError for shapes that do not fit."""
     for name, parameter in model.named_parameters():
         if f"{MOMENTS[0]}.{name}" not in tensors:
             continue  # a parameter that never had a gradient has no state
         on_device = parameter.device if parameter.device.type == "cuda" else "cpu"
         state = {"step": torch.tensor(float(steps.get(name, steps["*"])), device=on_device)}
         for moment in MOMENTS:
-            value = tensors[f"{moment}.{name}"]
-            if value.shape != parameter.shape:
+            shape = shape_of(tensors, f"{moment}.{name}")
+            if shape != tuple(parameter.shape):
                 raise CheckpointError(
-                    f"the optimizer state {moment}.{name} has shape {list(value.shape)} where the model has "
+                    f"the optimizer state {moment}.{name} has shape {list(shape)} where the model has "
                     f"{list(parameter.shape)}: resume with the recipe that the checkpoint was made with"
                 )
             state[moment] = torch.empty_like(parameter, dtype=torch.float32, requires_grad=False)
-            rows, first = local_rows(state[moment])
-            rows.copy_(value[first : first + rows.shape[0]])
+            read_into(state[moment], tensors, f"{moment}.{name}")
         optimizer.state[parameter] = state

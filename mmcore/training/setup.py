@@ -26,6 +26,7 @@ from mmcore.data.packing import Samples
 from mmcore.data.tokenizer import Tokenizer
 from mmcore.distributed.float8 import use_float8
 from mmcore.distributed.mesh import World, start_world, stop_world, world_from_environment
+from mmcore.distributed.messages import Messages
 from mmcore.distributed.parallelize import parallelize
 from mmcore.distributed.shards import local_rows
 from mmcore.distributed.together import all_or_none, in_turn, on_first
@@ -35,6 +36,7 @@ from mmcore.model import LanguageModel, build_model
 from mmcore.model.accounting import training_flops_per_token
 from mmcore.model.layers import drawing_rows
 from mmcore.training import checks
+from mmcore.training.converted import read_converted
 from mmcore.training.events import Event, Listener, Notice, Preparing, Tokenizing
 from mmcore.training.memory import explain_memory
 from mmcore.training.metrics import JsonLines, TensorBoard, keep_lines_until
@@ -91,14 +93,13 @@ def _prepare(
             listener(event)
 
     run = RunFolder(recipe.run_folder)
-    found = on_first(world, lambda: _find_start(recipe, run, start, tell))
-    resumed = None if found is None else Path(found)
+    resumed = _find_start(recipe, run, start, world, tell)
     source = in_turn(world, lambda: _source(recipe, run, stage, world)) if resumed is None else None
     with all_or_none(world):
         checks.check_memory(recipe, device, world)
     on_first(world, lambda: checks.check_disk(recipe))
 
-    known = resumed if resumed is not None else source.tokenizer_path if source is not None else None
+    known = _known_tokenizer(recipe, resumed, source)
     tokenizer, corpus = in_turn(world, lambda: _data(recipe, known, tell))
     _agree_on_data(corpus, world)
     if device.type == "cpu":
@@ -113,6 +114,21 @@ def _prepare(
                 trainer.restore(resumed)
     on_first(world, lambda: _open_run_folder(trainer, run, tokenizer, corpus, start))
     return trainer
+
+
+def _known_tokenizer(recipe: Recipe, resumed: Path | None, source: Checkpoint | None) -> Path | None:
+    """Where the tokenizer is that the first weights belong to; None for a fresh run, and where only the recipe knows.
+
+    Raises ConfigError where weights come from elsewhere and nobody says which tokenizer is theirs.
+    """
+    if resumed is not None:
+        source = open_checkpoint(resumed, verify=False)
+    if source is None:
+        return None
+    found = source.path if source.files else source.tokenizer_path
+    if found is None and recipe.tokenizer.path is None:
+        raise ConfigError(f"{source.path} has no tokenizer: name its own with --set tokenizer.path=")
+    return found
 
 
 def use_deterministic_algorithms(seed: int) -> None:
@@ -144,30 +160,46 @@ def _agree_on_data(corpus: Corpus, world: World) -> None:
             )
 
 
-def _find_start(recipe: Recipe, run: RunFolder, start: Start, tell: Listener) -> str | None:
-    """The checkpoint to resume from, or None to begin at step 1. Raises ConfigError, CheckpointError."""
-    run.check_writable()
-    if start.overwrite:
-        return None
-    if not start.resume:
-        run.refuse_if_used()
+def _find_start(recipe: Recipe, run: RunFolder, start: Start, world: World, tell: Listener) -> Path | None:
+    """The checkpoint to resume from, or None to begin at step 1; the same on every rank, all of which look for it.
+
+    Raises ConfigError, CheckpointError.
+    """
+    used = on_first(world, lambda: _look_at_folder(run, start))
+    if start.overwrite or not start.resume:
         return None
     skipped: list[str] = []
-    newest = next(iterate_whole(run.path, skipped.append), None)
+    newest = next(iterate_whole(run.path, skipped.append, messages=Messages(world)), None)
     for sentence in skipped:
         tell(Notice(sentence))
-    if newest is None and run.holds_checkpoints():
+    if newest is None and used:
         raise CheckpointError(f"no checkpoint of {run.path} is whole ({'; '.join(skipped)}): start over with --overwrite")
     if newest is None:
         tell(Notice(f"{run.path} holds no checkpoint yet: starting from the beginning"))
         return None
+    if read_converted(newest, recipe.model):
+        tell(Notice(f"{newest} holds weights that were converted: training begins with them at step 1"))
+        return newest
+    for sentence in on_first(world, lambda: _changes(recipe, newest)):
+        tell(Notice(sentence))
+    return newest
+
+
+def _look_at_folder(run: RunFolder, start: Start) -> bool:
+    """Whether the run's folder holds checkpoints. Raises ConfigError where it cannot be written, or may not."""
+    run.check_writable()
+    if not start.overwrite and not start.resume:
+        run.refuse_if_used()
+    return run.holds_checkpoints()
+
+
+def _changes(recipe: Recipe, newest: Path) -> list[str]:
+    """What to say about a recipe that differs from the checkpoint's. Raises CheckpointError where it may not differ."""
     try:
         before = yaml.safe_load((newest / "recipe.yaml").read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError):
         raise CheckpointError(f"{newest} has no readable recipe.yaml: go on from it with `mm finetune` instead") from None
-    for sentence in check_same_recipe(before, recipe.as_dict(), newest):
-        tell(Notice(sentence))
-    return str(newest)
+    return check_same_recipe(before, recipe.as_dict(), newest)
 
 
 def _source(recipe: Recipe, run: RunFolder, stage: str, world: World) -> Checkpoint | None:

@@ -34,6 +34,11 @@ class StepResult:
     micro_losses: tuple[float, ...]
     """Each micro-batch's share of `loss`, this rank's."""
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether an update may be made with it; the same on all ranks."""
+        return math.isfinite(self.loss) and math.isfinite(self.gradient_norm)
+
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
     """bf16 products over fp32 master weights (in fp8, of whatever is not an 8-bit product), or plain fp32."""
@@ -101,7 +106,7 @@ def require_finite(
     `samples` are this rank's global sample numbers of the step, in the order of the micro-batches. The sentence
     names the step, the samples of the micro-batches at fault, and what to try.
     """
-    if math.isfinite(result.loss) and math.isfinite(result.gradient_norm):
+    if result.is_finite:
         return
     size = max(1, math.ceil(len(samples) / max(1, len(result.micro_losses))))
     bad = [i for i, loss in enumerate(result.micro_losses) if not math.isfinite(loss)]

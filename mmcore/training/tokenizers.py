@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from mmcore.checkpoint.formats.torchfile import is_torch_file
+from mmcore.checkpoint.load import load_tokenizer as checkpoint_tokenizer
 from mmcore.config import Recipe
 from mmcore.data.conversations import CHAT_TEMPLATE
 from mmcore.data.corpus import obtain_tokenizer
@@ -15,11 +17,11 @@ from mmcore.errors import ConfigError
 def find_tokenizer(recipe: Recipe, known: Path | None, say: Callable[[str], None]) -> Tokenizer:
     """The tokenizer that `recipe` trains with.
 
-    known: the folder of the checkpoint that is resumed or fine-tuned, whose tokenizer the weights belong to; None
-    for a fresh run. Raises ConfigError where the recipe names another, or where it knows more tokens than the model.
+    known: the tokenizer that the first weights belong to, or the file of weights that holds it; None for a fresh run.
+    Raises ConfigError where the recipe names another, or where it knows more tokens than the model.
     """
     if known is not None:
-        tokenizer = load_tokenizer(known)
+        tokenizer = checkpoint_tokenizer(known) if known.is_file() and is_torch_file(known) else load_tokenizer(known)
         if recipe.tokenizer.path is not None and _load(recipe.tokenizer.path).fingerprint != tokenizer.fingerprint:
             raise ConfigError(
                 f"tokenizer.path {recipe.tokenizer.path} is not the tokenizer of {known}, whose weights know only "

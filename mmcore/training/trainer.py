@@ -18,15 +18,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmcore.checkpoint.store import load_state, save_checkpoint
+from mmcore.checkpoint.rows import read_into, shape_of
+from mmcore.checkpoint.store import CheckpointWriter, load_state
 from mmcore.config import Recipe
 from mmcore.data.loader import Loader
 from mmcore.distributed.mesh import World
 from mmcore.distributed.reduce import agreed
-from mmcore.distributed.shards import local_rows, whole
-from mmcore.distributed.together import on_first
 from mmcore.errors import CheckpointError, DataError
 from mmcore.training import events
+from mmcore.training.converted import is_converted
 from mmcore.training.events import Event, Listener
 from mmcore.training.interrupt import Interrupts
 from mmcore.training.memory import explain_memory
@@ -106,6 +106,12 @@ class Trainer:
         self.checkpoint: Path | None = None
         """The newest one of this run."""
         self.resumed_from: Path | None = None
+        keep = job.recipe.checkpoint
+        self.writer = CheckpointWriter(
+            job.recipe.run_folder, job.world, keep_last=keep.keep_last, keep_every=keep.keep_every,
+            asynchronous=keep.asynchronous,
+        )  # fmt: skip
+        self.resources.callback(self.writer.close)
         self._validated_step = self._saved_step = 0
         self._validation_seconds = 0.0
         self._last_loss: float | None = None
@@ -144,10 +150,11 @@ class Trainer:
             steps = iter(loader)
             while self.step < self.total_steps and not stopping():
                 self._train_step(steps)
+                self._published(self.writer.poll())
                 if self._validation_due() and not stopping():
                     self._validate(stopping)
                 if self.step % every == 0 or self.step == self.total_steps:
-                    self.save()
+                    self.save(wait=self.step == self.total_steps)
         self.save()
 
     def _loader(self) -> Loader:
@@ -174,6 +181,8 @@ class Trainer:
         result = accumulate(
             self.model, micro_batches, delay, job.device, job.precision, job.world, self.recipe.distributed
         )
+        if not result.is_finite:  # the sentence to come names the newest whole checkpoint
+            self._published(self.writer.wait())
         require_finite(result, self.model, step, self._samples_of_step(), self.checkpoint, rate)
         clip(self.model, result.gradient_norm, training.gradient_clip)
         set_learning_rate(self.optimizer, rate)
@@ -243,45 +252,38 @@ class Trainer:
         self._last_validation = (loss, bits_per_byte(loss, self.job.bytes_per_token))
         self._emit(events.Validated(self.step, *self._last_validation, tokens, self._validation_seconds))
 
-    def save(self) -> Path | None:
-        """Write a checkpoint of the present step, unless that is done; the newest checkpoint, None before any."""
+    def save(self, wait: bool = True) -> Path | None:
+        """Write a checkpoint of the present step, unless that is done; the newest checkpoint, None before any.
+
+        wait=False returns once the tensors are copied, and `checkpoint` changes when it is whole; with
+        checkpoint.asynchronous off that is the same.
+        """
+        self._published(self.writer.wait() if wait or self.step != self._saved_step else None)
         if self.step in (0, self._saved_step):
             return self.checkpoint
         self._emit(events.Saving(self.step))
-        start = time.perf_counter()
-        model = self._whole({name: parameter.detach() for name, parameter in self.model.named_parameters()})
-        optimizer = self._whole(optimizer_tensors(self.model, self.optimizer))
-        state = self._state()
-
-        def write() -> str:
-            folder = save_checkpoint(
-                self.recipe.run_folder,
-                self.step,
-                model=model,
-                optimizer=optimizer,
-                state=state,
-                config=self.job.config_json,
-                files={**self.job.files, "recipe.yaml": recipe_text(self.recipe).encode()},
-                keep_last=self.recipe.checkpoint.keep_last,
-                protect=(self.resumed_from,) if self.resumed_from else (),
-            )
-            return str(folder)
-
-        self.checkpoint = Path(on_first(self.job.world, write))
+        model_only = self.recipe.checkpoint.final == "model" and self.step == self.total_steps
+        self.writer.save(
+            self.step,
+            model=dict(self.model.named_parameters()),
+            optimizer={} if model_only else optimizer_tensors(self.model, self.optimizer),
+            state=self._state(),
+            config=self.job.config_json,
+            files={**self.job.files, "recipe.yaml": recipe_text(self.recipe).encode()},
+            protect=(self.resumed_from,) if self.resumed_from else (),
+            wait=wait,
+        )
         self._saved_step = self.step
-        self._emit(events.Saved(self.step, self.checkpoint, time.perf_counter() - start))
+        self._published(self.writer.poll())
         return self.checkpoint
 
-    def _whole(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The tensors with all their rows, in the host memory of rank 0 where they come from several ranks."""
-        if self.job.world.size == 1:
-            return dict(tensors)
-        found = {}
-        for name, tensor in tensors.items():
-            gathered = whole(tensor)
-            if self.job.world.is_first:
-                found[name] = gathered.cpu()
-        return found
+    def _published(self, path: Path | None) -> None:
+        """Take note of a checkpoint that has become whole."""
+        if path is not None:
+            timing = self.writer.timing
+            seconds = timing.stalled_seconds + timing.background_seconds
+            self.checkpoint = path
+            self._emit(events.Saved(timing.step, path, seconds, timing.stalled_seconds))
 
     def _state(self) -> dict[str, Any]:
         """What trainer.json holds: all that `restore` needs beside weights and optimizer."""
@@ -305,10 +307,20 @@ class Trainer:
         """
         saved = load_state(checkpoint)
         state = saved.state
+        if is_converted(state):
+            load_weights(self.model, saved.model, checkpoint)
+            self.checkpoint = self.resumed_from = checkpoint
+            return
         if state["data_identity"] != self.job.data_identity:
             raise DataError(
                 f"the data changed since {checkpoint} was written, so its position in them means nothing: restore the "
                 f"files, or start a new run from it with `mm finetune` and training.init_from"
+            )
+        if not saved.optimizer and saved.step < self.total_steps:
+            raise CheckpointError(
+                f"{checkpoint} holds the model alone (checkpoint.final was model), so training cannot go on from it: "
+                f"start a new run from it with `mm finetune` and training.init_from, or remove it to go on from the "
+                f"checkpoint before"
             )
         load_weights(self.model, saved.model, checkpoint)
         load_optimizer(self.model, self.optimizer, saved.optimizer, state["optimizer_steps"])
@@ -350,7 +362,10 @@ def _nothing() -> None:
 
 @torch.no_grad()
 def load_weights(model: nn.Module, tensors: Mapping[str, torch.Tensor], source: Path) -> None:
-    """Copy `tensors` into the parameters of `model`, name by name. Raises CheckpointError for any misfit."""
+    """Copy `tensors` into the parameters of `model`, name by name; of a sharded one only this rank's rows are read.
+
+    Raises CheckpointError for any misfit.
+    """
     parameters = dict(model.named_parameters())
     missing = [name for name in parameters if name not in tensors]
     extra = [name for name in tensors if name not in parameters]
@@ -358,11 +373,10 @@ def load_weights(model: nn.Module, tensors: Mapping[str, torch.Tensor], source: 
         what = f"lacks {missing[0]}" if missing else f"has {extra[0]}, which the model has not"
         raise CheckpointError(f"{source} does not fit the recipe's model: it {what}; check the recipe's model section")
     for name, parameter in parameters.items():
-        tensor = tensors[name]
-        if tensor.shape != parameter.shape:
+        shape = shape_of(tensors, name)
+        if shape != tuple(parameter.shape):
             raise CheckpointError(
-                f"{source} does not fit the recipe's model: {name} has shape {list(tensor.shape)} there and "
+                f"{source} does not fit the recipe's model: {name} has shape {list(shape)} there and "
                 f"{list(parameter.shape)} here; check the recipe's model section"
             )
-        rows, first = local_rows(parameter)
-        rows.copy_(tensor[first : first + rows.shape[0]])
+        read_into(parameter, tensors, name)

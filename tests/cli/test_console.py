@@ -20,7 +20,7 @@ def step(number, loss=2.5, total=100):
 
 STARTED = events.Started(RUN, 0, 100, 1024, 6_290_000, "cpu", "fp32", 50_000)
 VALIDATED = events.Validated(50, 2.25, 1.1, 30_000, 2.0)
-SAVED = events.Saved(50, RUN / "checkpoints/step-000050", 0.4)
+SAVED = events.Saved(50, RUN / "checkpoints/step-000050", 0.4, 0.1)
 DONE = events.Ended(100, 100, "done", RUN / "checkpoints/step-000100", 2.1, 2.2, 1.05, 300.0)
 STOPPED = events.Ended(50, 100, "interrupted", RUN / "checkpoints/step-000050", 2.1, None, None, 30.0)
 
@@ -45,7 +45,7 @@ def test_plain_lines():
         "memory 3.0 GiB  left 4m 10s"
     )
     assert validated == "step 50: validation loss 2.2500 (1.1000 bits per byte) on 30 k tokens, 2.0 s"
-    assert saved == "step 50: saved runs/tiny/checkpoints/step-000050 in 0.4 s"
+    assert saved == "step 50: saved runs/tiny/checkpoints/step-000050 in 0.4 s, training stood still for 0.1 s"
     assert end == [
         "done: 100 steps in 5m 00s: loss 2.1000, validation 2.2000, 1.0500 bits per byte",
         "checkpoint: runs/tiny/checkpoints/step-000100",

@@ -110,7 +110,7 @@ def in_format(dtype, **sizes):
     if dtype is not torch.int8:
         return model.to(dtype), exact.to(dtype).double()
     model.quantize()
-    kept = {name: module.exact for name, module in model.named_modules() if hasattr(module, "exact")}
+    kept = {name: module.exact_weight() for name, module in model.named_modules() if hasattr(module, "exact_weight")}
     assert len(kept) == 12 * len(model.model.layers) + 1
     for name, weight in kept.items():
         exact.get_submodule(name).weight.data.copy_(weight)
@@ -160,9 +160,9 @@ def test_int8_weights_lose_little(tokens=40):
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     model.quantize()
     for name, module in model.named_modules():
-        if hasattr(module, "exact"):
+        if hasattr(module, "exact_weight"):
             weight = before[f"{name}.weight"]
-            assert ((module.exact - weight).abs() <= weight.abs().amax(1, keepdim=True) / 254 * 1.0001).all(), name
+            assert ((module.exact_weight() - weight).abs() <= weight.abs().amax(1, keepdim=True) / 254 * 1.0001).all(), name
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]), name
     text = random_tokens(2, tokens)
@@ -183,3 +183,12 @@ def test_the_compiled_step_and_the_layers_one_by_one_share_a_state():
     state.whole_step = None
     last = feed(model, state, tokens[:, 45:], [3] + [1] * 12)
     assert torch.allclose(torch.cat([first, middle, last], 1), whole, atol=3e-5)
+
+
+def test_int8_of_tied_weights_leaves_the_embedding_alone():
+    model = tiny(tie_word_embeddings=True)
+    embedding, text = model.model.embed_tokens.weight.detach().clone(), random_tokens(1, 12)
+    model.quantize()
+    assert torch.equal(model.model.embed_tokens.weight, embedding) and model.lm_head.weight.dtype == torch.int8
+    with torch.no_grad():
+        assert torch.allclose(feed(model, model.new_state(1), text, [4] + [1] * 8), model(text), atol=3e-5)

@@ -29,7 +29,7 @@ def start(folder, *options):
 
 def losses(folder):
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    return {(row["kind"], row["step"]): row["loss"] for row in rows}
+    return {(row["kind"], row["step"]): row["loss"] for row in rows if row["kind"] != "checkpoint"}
 
 
 def steps_done(folder):

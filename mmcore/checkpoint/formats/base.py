@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mmcore.checkpoint.tensorfile import TensorSpec
 from mmcore.config import ModelConfig
-
-WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-"""What weights may be stored as, widest first."""
 
 
 @dataclass(frozen=True)
@@ -35,3 +33,34 @@ class Checkpoint:
     """A folder with a tokenizer's files, or a llama2.c tokenizer file; None where there is none."""
     dtype: torch.dtype
     """Of the widest weights."""
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    """The tokenizer's files where they are part of the weights' file."""
+
+
+class Reopened(Mapping[str, Tensor]):
+    """Weights that are read through once, in the memory of a few tensors.
+
+    The pages of a mapped file that were read count as this process's memory until nothing maps the file any more, so
+    the files are opened anew after every 64 MB. `reopen` gives the mapping of weights afresh.
+    """
+
+    LIMIT = 64 << 20
+
+    def __init__(self, specs: Mapping[str, TensorSpec], reopen: Callable[[], Mapping[str, Tensor]]):
+        self.specs, self._reopen = specs, reopen
+        self._open: Mapping[str, Tensor] | None = None
+        self._read = 0
+
+    def __getitem__(self, name: str) -> Tensor:
+        if self._open is None or self._read > self.LIMIT:
+            self._open, self._read = None, 0  # let go of the old mapping first
+            self._open = self._reopen()
+        tensor = self._open[name]
+        self._read += tensor.nbytes
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.specs)
+
+    def __len__(self) -> int:
+        return len(self.specs)

@@ -64,10 +64,6 @@ def _read_header(path: Path, size: int) -> ModelConfig:
             data = file.read(_HEADER.size)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    if data[:2] == b"PK" or data[:1] == b"\x80":
-        raise CheckpointError(
-            f"{path} is a pickled PyTorch file: it can run code and is never read; save the model as safetensors"
-        )
     if len(data) < _HEADER.size:
         raise CheckpointError(f"{path} is too short for a llama2.c model: get the file again")
     dim, hidden, layers, heads, kv_heads, vocabulary, length = _HEADER.unpack(data)

@@ -27,6 +27,7 @@ _TWO_MEMORIES = ("short_term_window", "long_term_delay", "long_term_delay_range"
 _UNSUPPORTED = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "quantization_config": None,
                 "partial_rotary_factor": 1.0}  # fmt: skip
 """Settings of other Llamas -> the only value this model has."""
+_WEIGHT_DTYPE_NAMES = ("float64", "float32", "bfloat16", "float16")
 _ROPE_NUMBERS = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
@@ -50,6 +51,9 @@ def config_from(values: dict[str, Any], origin: str) -> ModelConfig:
         )
     needed = _NEEDED + {"llama": (), "memory_mosaics_v1": ("v1",)}.get(kind, _TWO_MEMORIES)
     problems = [f"{key} is missing" for key in needed if values.get(key) is None]
+    for key in ("dtype", "torch_dtype"):  # what the files hold is what counts, but this must be a dtype at all
+        if values.get(key) not in (None, "auto", *_WEIGHT_DTYPE_NAMES):
+            problems.append(f"{key} is {shown(repr(values[key]))} and must be one of {', '.join(_WEIGHT_DTYPE_NAMES)}")
     for key, only in _UNSUPPORTED.items():
         if values.get(key, only) not in (only, None):
             problems.append(f"{key} is {shown(repr(values[key]))} and this model only knows {only!r}")

@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmcore.checkpoint import tensorfile, torchfile
-from mmcore.checkpoint.formats.base import WEIGHT_DTYPES, Checkpoint
+from mmcore.checkpoint import tensorfile
+from mmcore.checkpoint.formats import torchfile
+from mmcore.checkpoint.formats.base import Checkpoint
 from mmcore.checkpoint.formats.modelconfig import config_json, unreasonable
 from mmcore.checkpoint.names import Shapes, expected_tensors, shape_faults
-from mmcore.checkpoint.tensorfile import LazyTensors, TensorSpec
+from mmcore.checkpoint.tensorfile import WEIGHT_DTYPES, LazyTensors, TensorSpec
 from mmcore.checkpoint.untrusted import shown
 from mmcore.config import ModelConfig, V1Config
 from mmcore.errors import CheckpointError, ConfigError
@@ -95,12 +96,20 @@ class _Layout:
     """A key featurizer of type lowrlinearconv has a mix of a token with itself, which changes nothing."""
 
 
+def is_v1(path: Path) -> bool:
+    """Whether a .pt of PyTorch's is of the public v1 code: it has model_args, or at least the names of one of its models.
+    Raises CheckpointError."""
+    held = torchfile.plain_dict(torchfile.read_torch_file(path)) or {}
+    names = torchfile.plain_dict(held.get("model")) or held
+    return "model_args" in held or any(str(name).endswith(("mosaic.wte.weight", "blocks.0.attn.kernel_beta")) for name in names)
+
+
 def open_v1(path: Path, *, verify: bool = True, allow_nonfinite: bool = False) -> Checkpoint:
     """A public v1 checkpoint, its names and shapes compared with its settings; weights are read when asked for.
 
     verify: also compare the file's own checksums. Raises CheckpointError.
     """
-    held = torchfile.plain_dict(torchfile.read_torch_file(path, verify=verify)) or {}
+    held = torchfile.plain_dict(torchfile.read_torch_file(path, checksums=verify)) or {}
     state, args = torchfile.plain_dict(held.get("model")), torchfile.plain_dict(held.get("model_args"))
     if state is None or args is None:
         raise CheckpointError(

@@ -1,0 +1,208 @@
+"""Texts with one label each: Banking77, GoEmotions, FewRel in Tacred's prompt form, or any CSV of text and label."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmcore.errors import DataError
+
+TEXT_COLUMNS = ("text", "sentence", "query", "utterance", "comment", "review")
+LABEL_COLUMNS = ("label", "category", "intent", "class", "relation", "emotion")
+TEST_SHARE = 0.25
+"""Of a class's examples, where a file is not divided into examples to learn from and to be asked about."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt's open end, in pieces that the prompt form joins, and the label that closes it."""
+
+    pieces: tuple[str, ...]
+    label: str
+
+
+@dataclass(frozen=True)
+class Classification:
+    """A task of classification."""
+
+    name: str
+    instruction: str
+    labels: tuple[str, ...]
+    shown: tuple[Example, ...]
+    """To take shots from."""
+    asked: tuple[Example, ...]
+    sha256: str
+    """Of the files."""
+    paths: tuple[str, ...]
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}): check the path") from None
+
+
+def _digest(contents: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for content in contents:
+        digest.update(len(content).to_bytes(8, "little") + content)
+    return digest.hexdigest()
+
+
+def banking77(folder: Path) -> Classification:
+    """train.csv and test.csv with the columns text and category."""
+    parts, contents = [], []
+    for name in ("train.csv", "test.csv"):
+        contents.append(_bytes(folder / name))
+        rows = read_csv(contents[-1], folder / name)
+        parts.append([Example((f"service query: {text}", "intent category:"), label) for text, label in rows])
+    return build(
+        "banking77", "Classify each service query into its intent category.", parts[0], parts[1], contents,
+        [folder / "train.csv", folder / "test.csv"],
+    )
+
+
+def goemotions(folder: Path) -> Classification:
+    """train.tsv and test.tsv (text, comma-separated label numbers, id) and labels.txt; comments with one label only."""
+    names = _text(_bytes(folder / "labels.txt"), folder / "labels.txt").split()
+    parts, contents = [], [_bytes(folder / "labels.txt")]
+    for name in ("train.tsv", "test.tsv"):
+        contents.append(_bytes(folder / name))
+        part = []
+        for number, line in enumerate(_text(contents[-1], folder / name).splitlines(), start=1):
+            text, _, rest = line.partition("\t")
+            marks = rest.split("\t")[0].split(",")
+            if not all(mark.isdigit() and int(mark) < len(names) for mark in marks):
+                raise DataError(f"line {number} of {folder / name} has no label numbers below {len(names)}: check the file")
+            if len(marks) == 1:
+                part.append(Example((f"comment: {_flat(text)}", "emotion category:"), names[int(marks[0])]))
+        parts.append(part)
+    paths = [folder / name for name in ("labels.txt", "train.tsv", "test.tsv")]
+    return build("goemotions", "Classify each comment into its emotion category.", *parts, contents, paths)
+
+
+def fewrel(path: Path, seed: int = 0) -> Classification:
+    """FewRel's JSON {relation: [{tokens, h, t}]}, with pid2name.json beside it where relations are numbers.
+
+    Prompts have Tacred's form: a sentence, then `the relation between A and B is:`. Real Tacred in the same layout
+    works as well.
+    """
+    content = _bytes(path)
+    names_file = path.with_name("pid2name.json")
+    contents = [content] + ([_bytes(names_file)] if names_file.is_file() else [])
+    try:
+        relations = json.loads(content)
+        names = {pid: name for pid, (name, _) in json.loads(contents[1]).items()} if len(contents) > 1 else {}
+        examples = [
+            Example((_flat(" ".join(one["tokens"])),
+                     f"the relation between {_entity(one, 'h')} and {_entity(one, 't')} is:"), names.get(relation, relation))
+            for relation, found in relations.items() for one in found
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise DataError(f"{path} departs from FewRel's layout ({type(error).__name__}: {error}): check the file") from None
+    paths = [path] + ([names_file] if names_file.is_file() else [])
+    instruction = "Name the relation between the two entities of each sentence."
+    return build("relations", instruction, *divide(examples, seed), contents, paths)
+
+
+def from_csv(path: Path, seed: int = 0) -> Classification:
+    """Any CSV of text and label: `path`, or the files train.csv and test.csv of a folder."""
+    files = [path / "train.csv", path / "test.csv"] if path.is_dir() else [path]
+    contents = [_bytes(file) for file in files]
+    parts = [[Example((f"text: {text}", "label:"), label) for text, label in read_csv(content, file)]
+             for content, file in zip(contents, files, strict=True)]
+    shown, asked = parts if len(parts) == 2 else divide(parts[0], seed)
+    return build(path.stem, "Give each text its label.", shown, asked, contents, files)
+
+
+def read_csv(content: bytes, path: Path) -> list[tuple[str, str]]:
+    """(text, label) of every row of a CSV with a header. Raises DataError where it is not clear which columns."""
+    reader = csv.reader(io.StringIO(_text(content, path), newline=""))
+    rows = [row for row in reader if row]
+    if len(rows) < 2:
+        raise DataError(f"{path} holds no rows: give a CSV with a header and the columns text and label")
+    header = [name.strip().lower() for name in rows[0]]
+    columns = [next((header.index(name) for name in known if name in header), None)
+               for known in (TEXT_COLUMNS, LABEL_COLUMNS)]
+    if None in columns:
+        raise DataError(f"{path} has the columns {', '.join(rows[0])}: name them text and label in its first line")
+    text, label = columns
+    for number, row in enumerate(rows[1:], start=2):
+        if len(row) != len(header) or not row[text].strip() or not row[label].strip():
+            raise DataError(f"row {number} of {path} lacks a text or a label: complete or remove it")
+    return [(_flat(row[text]), row[label].strip()) for row in rows[1:]]
+
+
+def divide(examples: list[Example], seed: int) -> tuple[list[Example], list[Example]]:
+    """Examples to show and to ask about, every class divided alike, by the seed alone."""
+    shown, asked = [], []
+    for label in sorted({example.label for example in examples}):
+        mine = [example for example in examples if example.label == label]
+        random.Random(f"{seed}/{label}").shuffle(mine)
+        cut = max(1, round(len(mine) * TEST_SHARE))
+        asked += mine[:cut]
+        shown += mine[cut:]
+    return shown, asked
+
+
+def build(
+    name: str, instruction: str, shown: list[Example], asked: list[Example], contents: list[bytes], paths: list[Path]
+) -> Classification:
+    """Check and assemble. Raises DataError for labels that a reader could not tell apart."""
+    labels = tuple(sorted({example.label for example in shown}))
+    where = " and ".join(map(str, paths))
+    if len(labels) < 2:
+        raise DataError(f"{where} has {len(labels)} label with examples to show: a classification needs two")
+    unseen = sorted({example.label for example in asked} - set(labels))
+    if unseen:
+        raise DataError(f"{where} asks about the label {unseen[0]!r}, of which it shows no example: add some")
+    for one in labels:
+        twins = [other for other in labels if other != one and alike(other) == alike(one)]
+        if twins:
+            raise DataError(
+                f"{where} has the labels {one!r} and {twins[0]!r}, which are one label to a reader: spell them alike"
+            )
+    if not asked:
+        raise DataError(f"{where} has nothing to ask about: add examples")
+    return Classification(name, instruction, labels, tuple(shown), tuple(asked), _digest(contents), tuple(map(str, paths)))
+
+
+def alike(label: str) -> str:
+    """What is left of a label when capitals and white space do not count."""
+    return " ".join(label.lower().split())
+
+
+def prefixes(labels: Iterable[str]) -> list[tuple[str, str]]:
+    """Pairs of labels the first of which the second begins with."""
+    ordered = sorted(labels)
+    found = []
+    for place, one in enumerate(ordered):
+        for other in ordered[place + 1:]:
+            if not other.startswith(one):
+                break
+            found.append((one, other))
+    return found
+
+
+def _entity(one: dict, side: str) -> str:
+    """An entity as the sentence spells it (the first place where it stands)."""
+    return _flat(" ".join(one["tokens"][place] for place in one[side][2][0]))
+
+
+def _flat(text: str) -> str:
+    """A text on one line: a line break ends an example."""
+    return " ".join(text.split())
+
+
+def _text(content: bytes, path: Path) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 (byte {error.start}): convert it") from None

@@ -1,0 +1,75 @@
+"""The results of single items as lines of JSON, so that an interrupted evaluation goes on where it was."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from mmcore.errors import ConfigError, DataError, HardwareError
+
+NAME = "items.jsonl"
+
+
+def key_of(*parts: Any) -> str:
+    """A hash of everything that decides an item's result, given as JSON values."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:32]
+
+
+class Journal:
+    """Records by key, appended to a file as they come. A line that was cut off by a crash is dropped on opening."""
+
+    def __init__(self, folder: str | Path) -> None:
+        """Open or begin `folder`/items.jsonl. Raises DataError for a damaged one, ConfigError where another process
+        writes to it, HardwareError where it cannot be written."""
+        self.path = Path(folder) / NAME
+        self.records: dict[str, dict[str, Any]] = {}
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self.path, "a+b")
+        except OSError as error:
+            raise HardwareError(f"{self.path} cannot be written ({error.strerror}): give --out another folder") from error
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise ConfigError(f"another evaluation is writing to {self.path}: wait for it, or give --out a new folder") from None
+        self._read()
+        self.found = len(self.records)
+
+    def _read(self) -> None:
+        self._file.seek(0)
+        whole = 0
+        for number, line in enumerate(self._file, start=1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                record = json.loads(line)
+                self.records[record.pop("key")] = record
+            except (ValueError, KeyError, AttributeError):
+                raise DataError(f"line {number} of {self.path} is no result of an evaluation: remove the file") from None
+            whole += len(line)
+        self._file.truncate(whole)
+        self._file.seek(0, os.SEEK_END)
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        return self.records.get(key)
+
+    def put(self, key: str, record: dict[str, Any]) -> dict[str, Any]:
+        """Keep a record, which must hold JSON values; it is in the file when this returns."""
+        self.records[key] = record
+        self._file.write(json.dumps({"key": key} | record, ensure_ascii=False).encode() + b"\n")
+        self._file.flush()
+        return record
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,1 @@
+"""Persistent knowledge: common benchmarks, through lm-evaluation-harness (mmcore/evaluation/harness.py)."""

@@ -1,0 +1,204 @@
+"""n-shot prompts written out, labels that begin alike, an oracle and a guesser, data as users have them."""
+
+import json
+
+import pytest
+
+from mmcore.errors import ConfigError, DataError
+from mmcore.evaluation.in_context import datasets, suite
+from mmcore.evaluation.in_context.prompts import FORMS, draw_shots, head, label_names, opened, terminator
+from mmcore.evaluation.intervals import wilson
+from mmcore.evaluation.journal import Journal
+from mmcore.evaluation.reading import ModelReader
+from tests.evaluation.models import BEGIN
+from tests.evaluation.test_prefix import Bytes, plainly
+from tests.helpers.models import tiny
+from tests.helpers.real_data import DATA, needs_data
+
+NEWLINE, NEWLINE_SHUFFLED, SPACE, SPACE_SHUFFLED = FORMS
+
+
+@pytest.fixture
+def animals(tmp_path):
+    """A user's CSV: four classes, one the beginning of another, 12 texts each."""
+    rows = [f"{label} number {n} does {what}{n},{label}" for label, what in
+            (("cat", "miaow"), ("cat fish", "swim"), ("dog", "bark"), ("owl", "hoot")) for n in range(12)]
+    (tmp_path / "animals.csv").write_text("Text,Label\n" + "\n".join(rows) + "\n")
+    return datasets.from_csv(tmp_path / "animals.csv")
+
+
+def test_a_csv_becomes_a_task(animals):
+    assert animals.name == "animals" and animals.labels == ("cat", "cat fish", "dog", "owl")
+    assert len(animals.asked) == 4 * 3 and len(animals.shown) == 4 * 9
+    assert not {example.pieces for example in animals.asked} & {example.pieces for example in animals.shown}
+    assert datasets.prefixes(animals.labels) == [("cat", "cat fish")]
+
+
+def test_a_prompt_written_out(animals):
+    (shot,) = draw_shots(animals, 1)
+    texts = [example.pieces[0] for example in shot]
+    names = label_names(animals, "semantic")
+    assert head(animals, [shot], names, NEWLINE) == (
+        f"Give each text its label.\n{texts[0]}\nlabel: cat\n{texts[1]}\nlabel: cat fish\n{texts[2]}\nlabel: dog\n"
+        f"{texts[3]}\nlabel: owl\n"
+    )
+    assert head(animals, [shot], names, SPACE) == (
+        f"Give each text its label. {texts[0]} label: cat {texts[1]} label: cat fish {texts[2]} label: dog "
+        f"{texts[3]} label: owl "
+    )
+    assert opened(shot[0], NEWLINE) == f"{texts[0]}\nlabel:"
+    assert terminator(animals, [shot], NEWLINE) == "\n" and terminator(animals, [shot], SPACE) == " text:"
+    assert [form.name for form in FORMS] == ["newline, in order", "newline, shuffled", "space, in order", "space, shuffled"]
+
+
+def test_shuffling_is_within_a_shot_and_fewer_shots_are_the_first_of_more(animals):
+    names = label_names(animals, "semantic")
+    shots = draw_shots(animals, 3)
+    assert draw_shots(animals, 2) == shots[:2]
+    assert all([example.label for example in shot] == list(animals.labels) for shot in shots)
+    lines = head(animals, shots, names, NEWLINE_SHUFFLED).splitlines()[2::2]
+    found = [line.removeprefix("label: ") for line in lines]
+    for shot in range(3):
+        assert sorted(found[4 * shot : 4 * shot + 4]) == list(animals.labels)
+    assert found != list(animals.labels) * 3
+    with pytest.raises(ConfigError, match="has 9 examples of 'cat' to show: ask for at most so many --shots"):
+        draw_shots(animals, 10)
+
+
+def test_anonymous_labels(animals):
+    names = label_names(animals, "anonymous")
+    assert sorted(names.values()) == ["class_00", "class_01", "class_02", "class_03"]
+    assert names == label_names(animals, "anonymous")
+    assert any(label_names(animals, "anonymous", seed) != names for seed in range(1, 5))
+
+
+class Reader:
+    """Knows the label (the first word of a text, or the class that a shown text of that kind has), or guesses."""
+
+    def __init__(self, knows):
+        self.knows, self.asked, self.held = knows, 0, []
+
+    def count(self, text):
+        return len(text.split())
+
+    def hold(self, text):
+        self.held.append(text)
+
+    def choose(self, prompt, endings):
+        self.asked += 1
+        if not self.knows:
+            return [-((7 * self.asked + 3 * place) % len(endings)) for place in range(len(endings))]
+        what = prompt.rpartition("text: ")[2].split(" number")[0]
+        lines = prompt.rpartition("text: ")[0].split(f"text: {what} number")[1]
+        label = lines.split("label: ")[1]
+        return [0.0 if label.startswith(ending[1:]) else -5.0 - len(ending) for ending in endings]
+
+
+@pytest.mark.parametrize("kind", ["semantic", "anonymous"])
+def test_an_oracle_scores_100_and_a_guesser_chance(tmp_path, animals, kind):
+    with Journal(tmp_path) as journal:
+        oracle = Reader(True)
+        row = suite.measure(animals, kind, 2, 12, oracle, journal, "oracle")
+        assert row["mean"] == row["best"]["score"] == 100.0 and row["items"] == 12 and row["chance"] == 25.0
+        assert len(row["forms"]) == 4 and row["mean_interval"] == row["best"]["interval"]
+        assert oracle.asked == 48 and len(oracle.held) == 4  # the examples are read once a form
+        guesser = suite.measure(animals, kind, 2, 12, Reader(False), journal, "guesser")
+        assert 10 <= guesser["mean"] <= 45
+        assert guesser["mean_interval"][0] < 25 < guesser["mean_interval"][1]
+        again = Reader(True)
+        assert suite.measure(animals, kind, 2, 12, again, journal, "oracle") == row and again.asked == 0
+
+
+def test_without_shots_there_are_two_forms(tmp_path, animals):
+    with Journal(tmp_path) as journal:
+        row = suite.measure(animals, "semantic", 0, 4, Reader(False), journal, "m")
+    assert [form["form"] for form in row["forms"]] == ["newline, in order", "space, in order"]
+
+
+def test_queries_are_of_all_classes(animals):
+    queries = suite.pick_queries(animals, 8)
+    assert sorted(query.label for query in queries) == sorted(list(animals.labels) * 2)
+    assert suite.pick_queries(animals, 99) and len(suite.pick_queries(animals, 99)) == 12
+
+
+def test_a_models_choice_is_that_of_whole_labels(tmp_path, animals):
+    """Against plain forward passes over each whole text, end of the label included."""
+    model = tiny(vocab_size=258)
+    with Journal(tmp_path) as journal:
+        queries = suite.pick_queries(animals, 3)
+        suite.measure_form(animals, "semantic", 1, NEWLINE, queries, ModelReader(model, Bytes()), journal, "m")
+        records = list(journal.records.values())
+    before = head(animals, draw_shots(animals, 1), label_names(animals, "semantic"), NEWLINE)
+    for query, record in zip(queries, records, strict=True):
+        prompt = before + opened(query, NEWLINE)
+        scores = {label: plainly(model, [BEGIN, *prompt.encode()], list(f" {label}\n".encode()))[0] for label in animals.labels}
+        assert record["prediction"] == max(scores, key=scores.get)
+        assert record["logprob_answer"] == pytest.approx(scores[query.label], abs=1e-4)
+
+
+def test_relations_have_tacreds_form(tmp_path):
+    def one(words, h, t):
+        return {"tokens": words.split(), "h": ["x", "Q1", [h]], "t": ["y", "Q2", [t]]}
+
+    values = {"P1": [one(f"Ann {n} Lee knows Bob .", [0, 1, 2], [4]) for n in range(8)],
+              "P2": [one(f"Rome {n} lies in Italy .", [0], [4]) for n in range(8)]}
+    (tmp_path / "val_wiki.json").write_text(json.dumps(values))
+    (tmp_path / "pid2name.json").write_text(json.dumps({"P1": ["knows", "d"], "P2": ["located in", "d"]}))
+    task = datasets.fewrel(tmp_path / "val_wiki.json")
+    assert task.labels == ("knows", "located in")
+    example = next(example for example in task.asked if example.label == "knows")
+    n = example.pieces[0].split()[1]
+    assert opened(example, NEWLINE) == f"Ann {n} Lee knows Bob .\nthe relation between Ann {n} Lee and Bob is:"
+    assert opened(example, SPACE) == f"Ann {n} Lee knows Bob . the relation between Ann {n} Lee and Bob is:"
+    assert terminator(task, draw_shots(task, 1), SPACE) == " Ann"
+
+
+@pytest.mark.parametrize(("content", "complaint"), [
+    ("text,label\n", "holds no rows"),
+    ("a,b\nx,y\n", "has the columns a, b: name them text and label"),
+    ("text,label\nx,y\nz,y\n", "has 1 label with examples"),
+    ("text,label\nx,\n", "row 2 of .* lacks a text or a label"),
+    ("text,label\n" + "a,Cat\nb,Cat\na,cat\nb,cat\n", "labels 'Cat' and 'cat', which are one label to a reader"),
+    ("text,label\na,x\nb,y\n", "which it shows no example|has 0 label"),
+])
+def test_bad_csvs(tmp_path, content, complaint):
+    (tmp_path / "bad.csv").write_text(content)
+    with pytest.raises(DataError, match=complaint):
+        datasets.from_csv(tmp_path / "bad.csv")
+
+
+def test_other_bad_files(tmp_path):
+    (tmp_path / "latin.csv").write_bytes("text,label\ncafé,x\n".encode("latin-1"))
+    with pytest.raises(DataError, match="is not UTF-8"):
+        datasets.from_csv(tmp_path / "latin.csv")
+    (tmp_path / "val_wiki.json").write_text('{"P1": [{"tokens": ["a"]}]}')
+    with pytest.raises(DataError, match="departs from FewRel's layout"):
+        datasets.fewrel(tmp_path / "val_wiki.json")
+    with pytest.raises(DataError, match="cannot be read"):
+        datasets.banking77(tmp_path)
+    (tmp_path / "labels.txt").write_text("joy\nfear\n")
+    for name in ("train.tsv", "test.tsv"):
+        (tmp_path / name).write_text("fine\t0\tid\nhm\t7\tid\n")
+    with pytest.raises(DataError, match="line 2 of .* has no label numbers below 2"):
+        datasets.goemotions(tmp_path)
+
+
+def test_wilson_by_hand():
+    """8 of 10: the interval printed in textbooks is 0.4902 to 0.9433."""
+    assert wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert wilson(0, 10)[0] == 0 and wilson(10, 10)[1] == 1
+    with pytest.raises(ValueError, match="no proportion"):
+        wilson(3, 2)
+
+
+@needs_data("classification/banking77")
+def test_real_files():
+    folder = DATA / "classification"
+    banking = datasets.banking77(folder / "banking77")
+    assert len(banking.labels) == 77 and len(banking.shown) == 10_003 and len(banking.asked) == 3_080
+    emotions = datasets.goemotions(folder / "goemotions")
+    assert len(emotions.labels) == 28
+    relations = datasets.fewrel(folder / "fewrel" / "val_wiki.json")
+    assert len(relations.labels) == 16 and len(relations.asked) == 16 * 175 and "mother" in relations.labels
+    for task in (banking, emotions, relations):
+        assert len(draw_shots(task, 16)) == 16
