@@ -67,13 +67,17 @@ def _memory_table(plan: dict):
         "activations": f"{batch['micro_batch_size']} x {batch['sequence_length']} tokens"
                        + recomputed[plan["activation_checkpointing"]],
         "loss": "a chunk of logits, two gradients",
+        "checkpoint_copy": "written while training goes on (checkpoint.asynchronous)",
     }
-    names = {"working_copies": "working copies"}
+    names = {"working_copies": "working copies", "checkpoint_copy": "checkpoint copy"}
     rows = [(names.get(part, part), size(value), notes.get(part, ""))
             for part, value in memory.items() if part != "fits"]
     rows.append(("there is", size(machine["memory_bytes"]), ""))
     if plan["host_memory_per_device"]:
         rows.append(("in host memory", size(plan["host_memory_per_device"]), "distributed.cpu_offload, for each device"))
+    if plan["checkpoint"]["copy_bytes_per_device"] and "checkpoint_copy" not in memory:
+        note = "for each device, in host memory: " + notes["checkpoint_copy"]
+        rows.append(("checkpoint copy", size(plan["checkpoint"]["copy_bytes_per_device"]), note))
     return _table(f"Memory of each {_device(machine)}", rows)
 
 

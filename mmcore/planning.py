@@ -165,8 +165,8 @@ def plan(recipe: Recipe, machine: Machine) -> dict:
         "activation_checkpointing": recipe.distributed.activation_checkpointing,
         "checkpoint": {
             **checkpoint, "kept": kept,
-            # While one is written, the ones it will replace are still there. keep_last 0 keeps all.
-            "disk_bytes": checkpoint["total"] * ((kept + 1) if kept else _checkpoints_written(recipe)),
+            "disk_bytes": checkpoint["total"] * checkpoints_kept(recipe),
+            "copy_bytes_per_device": checkpoint_copy(recipe, machine),
         },
         "decoding_state": accounting.decoding_state_bytes(model),
         "training": _duration(recipe, machine),
@@ -181,7 +181,8 @@ def memory_per_device(recipe: Recipe, machine: Machine, micro_batch: int) -> dic
     these parts lie in host memory: `host_memory_per_device`. `working_copies`: bf16 weights of the products on one GPU
     (autocast keeps them for the backward pass); on several, two gathered blocks with the fp32 gradient of one, and the
     gathered embedding and classifier. `loss`: a chunk of logits, and the gradients of the hidden states and of the
-    classifier, made in the forward pass.
+    classifier, made in the forward pass. On a CPU `checkpoint_copy` is memory of the same kind; a GPU has it in its
+    host's.
     """
     model = recipe.model
     compute = accounting.FP32 if _precision(recipe, machine) == "fp32" else 2
@@ -196,10 +197,17 @@ def memory_per_device(recipe: Recipe, machine: Machine, micro_batch: int) -> dic
         ),
         "loss": accounting.loss_bytes(model, tokens, compute, machine.is_cpu),
     }
+    if machine.is_cpu:
+        parts["checkpoint_copy"] = checkpoint_copy(recipe, machine)
     if machine.count > 1 and recipe.distributed.gradient_reduction == "step":
         accumulates = recipe.training.batch_size > machine.count * micro_batch
         parts["gradients"] += accounting.FP32 * accounting.parameters(model)["total"] if accumulates else 0
     return parts | {"total": sum(parts.values())}
+
+
+def checkpoint_copy(recipe: Recipe, machine: Machine) -> int:
+    """Bytes of host memory in which a device's share of a checkpoint waits to be written while training goes on."""
+    return -(-accounting.checkpoint_bytes(recipe.model)["total"] // machine.count) if recipe.checkpoint.asynchronous else 0
 
 
 def host_memory_per_device(recipe: Recipe, machine: Machine) -> int:
@@ -254,8 +262,12 @@ def peak_name(precision: str) -> str:
     return "bf16" if precision == "fp8" else precision
 
 
-def _checkpoints_written(recipe: Recipe) -> int:
-    return -(-recipe.training.total_steps // recipe.checkpoint.every)
+def checkpoints_kept(recipe: Recipe) -> int:
+    """The most checkpoints that lie on the disk at once: those that stay, and one that is being written."""
+    steps, keep = recipe.training.total_steps, recipe.checkpoint
+    written = -(-steps // keep.every)
+    for_ever = steps // keep.keep_every if keep.keep_every else 0
+    return min(written, keep.keep_last + 1 + for_ever) if keep.keep_last else written
 
 
 def _duration(recipe: Recipe, machine: Machine) -> dict:

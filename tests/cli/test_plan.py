@@ -43,6 +43,18 @@ def test_memory_by_part(capsys):
     assert memory["weights"] == pytest.approx(4 * plan["parameters"]["total"] / 64)
     assert memory["optimizer"] == pytest.approx(2 * memory["weights"], rel=1e-6)
     assert plan["checkpoint"]["total"] == 12 * plan["parameters"]["total"]
+    assert plan["checkpoint"]["copy_bytes_per_device"] == pytest.approx(12 * plan["parameters"]["total"] / 64)
+
+
+def test_what_saving_takes():
+    here = planning.parse_machine("cpu")
+    recipe, without = load("quickstart"), load("quickstart", "checkpoint.asynchronous=false")
+    copied, plain = (planning.memory_per_device(r, here, 1) for r in (recipe, without))
+    assert copied["checkpoint_copy"] == 3 * copied["weights"] and copied["total"] - plain["total"] == 3 * copied["weights"]
+    settings = ("training.steps=100", "training.tokens=null", "checkpoint.every=5")
+    for keep, expected in (((2, 0), 3), ((0, 0), 20), ((2, 50), 5), ((1, 5), 20)):
+        kept = load("quickstart", *settings, f"checkpoint.keep_last={keep[0]}", f"checkpoint.keep_every={keep[1]}")
+        assert planning.checkpoints_kept(kept) == expected
 
 
 def test_largest_micro_batch_is_the_largest(capsys):

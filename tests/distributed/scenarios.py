@@ -15,6 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mmcore.checkpoint.formats import open_checkpoint
 from mmcore.config import DistributedConfig, ModelConfig, TrainingConfig, build_recipe
 from mmcore.distributed import together
 from mmcore.distributed.mesh import World, start_world, stop_world
@@ -39,7 +40,7 @@ class Scenario:
     distributed: dict[str, Any] = field(default_factory=dict)
     micro_batch: int = 3
     precision: str = "fp32"
-    steps: int = 3
+    steps: int = 2
     compile: bool = False
 
 
@@ -168,8 +169,9 @@ def part_of(world: World, ranks: int, copies: int = 1) -> World | None:
     return dataclasses.replace(world, size=ranks, local_size=ranks, mesh=mesh, control=control)
 
 
-def run_all(work: dict[str, tuple[Scenario, int, int]], runs: dict[str, dict]) -> tuple[dict, dict, dict]:
-    """On one of four ranks: every (scenario, ranks, copies), whose results rank 0 returns, `talk`, and whole `runs`."""
+def run_all(work: dict[str, tuple[Scenario, int, int]], source: str, values: dict[str, Any]) -> tuple[dict, dict, dict]:
+    """On one of four ranks: every (scenario, ranks, copies), whose results rank 0 returns; `talk`; and the weights that
+    a model of the recipe `values` has once it was filled from the checkpoint `source`."""
     world = start_world(torch.device("cpu"), DistributedConfig(timeout_seconds=240))
     try:
         heard = talk(world)
@@ -179,9 +181,11 @@ def run_all(work: dict[str, tuple[Scenario, int, int]], runs: dict[str, dict]) -
             inside = worlds[ranks, copies]
             if inside is not None:
                 found[name] = train(scenario, inside)
+        recipe = build_recipe(values)
+        filled = everything(build(recipe, torch.device("cpu"), "fp32", open_checkpoint(source), world))
     finally:
         stop_world(world)
-    return (found if world.is_first else {}), heard, {stage: trained(stage, values) for stage, values in runs.items()}
+    return (found if world.is_first else {}), heard, (filled if world.is_first else {})
 
 
 def talk(world: World) -> dict[str, Any]:
@@ -219,7 +223,7 @@ def talk(world: World) -> dict[str, Any]:
     return heard
 
 
-def trained(stage: str, values: dict[str, Any]) -> list[tuple]:
+def trained(values: dict[str, Any]) -> list[tuple]:
     """A run from a recipe's values, as `mm` makes it: (step, loss, gradient norm) and validation losses, as told to the
     listeners of this rank."""
     heard: list[tuple] = []
@@ -230,6 +234,6 @@ def trained(stage: str, values: dict[str, Any]) -> list[tuple]:
         elif isinstance(event, Validated):
             heard.append((event.step, event.loss))
 
-    outcome = prepare_trainer(build_recipe(values), stage=stage, listeners=[listen]).fit()
+    outcome = prepare_trainer(build_recipe(values), listeners=[listen]).fit()
     assert outcome.status == "done"
     return heard

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from mmcore.config import DistributedConfig, ModelConfig
-from mmcore.distributed.mesh import World, _mesh_shape
 from mmcore.distributed.parallelize import parallelize
 from mmcore.errors import ConfigError
 from mmcore.model import build_model
@@ -62,17 +61,3 @@ def test_one_process_has_nothing_to_offload():
 def test_settings_that_make_no_sense(values, words):
     with pytest.raises(ConfigError, match=words):
         DistributedConfig(**values)
-
-
-@pytest.mark.parametrize(("size", "local", "share", "shape"), [
-    (64, 8, None, (8, 8)), (8, 8, 4, (2, 4)), (8, 8, None, (8,)), (4, 2, 1, (4, 1)),
-])
-def test_hybrid_sharding_cuts_over_a_node_unless_told_otherwise(size, local, share, shape):
-    world = World(size=size, local_size=local)
-    assert _mesh_shape(DistributedConfig(sharding="hybrid", shard_size=share), world) == shape
-    assert _mesh_shape(DistributedConfig(), world) == (size,)
-
-
-def test_a_share_that_does_not_divide_the_ranks():
-    with pytest.raises(ConfigError, match="shard_size 3 does not divide 8 ranks"):
-        _mesh_shape(DistributedConfig(sharding="hybrid", shard_size=3), World(size=8, local_size=8))

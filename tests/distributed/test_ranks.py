@@ -6,12 +6,12 @@ Seen over all fp32 scenarios: losses 2e-7 apart (relative), gradients 5e-7 (of t
 three updates of 1e-2 at most 3e-5, where AdamW's quotient of two small numbers magnifies roundings.
 """
 
-import copy
 import functools
 
 import numpy as np
 import pytest
 
+from mmcore.checkpoint.formats import open_checkpoint
 from mmcore.distributed.mesh import World
 from mmcore.model.layers import DRAWN_ROWS
 from tests.distributed.scenarios import VOCABULARY, WIDTH, Scenario, run_all, train, trained
@@ -28,10 +28,9 @@ WORK = {
     # name: (scenario, ranks, copies of the weights)
     "two": (PLAIN, 2, 1),
     "two again": (PLAIN, 2, 1),
-    "three": (PLAIN, 3, 1),
+    "three": (Scenario(steps=4), 3, 1),
     "four": (PLAIN, 4, 1),
     "two by two": (PLAIN, 4, 2),
-    "copies alone": (PLAIN, 2, 2),
     "accumulated": (OFTEN, 3, 1),
     "accumulated, two by two": (OFTEN, 4, 2),
     "reduced each time": (EACH, 3, 1),
@@ -42,33 +41,30 @@ WORK = {
     "long-short": (Scenario(model={"model_type": "long_short_transformer"}), 2, 1),
     "selective": (Scenario(distributed={"activation_checkpointing": "selective"}), 3, 1),
     "full": (Scenario(distributed={"activation_checkpointing": "full"}, micro_batch=1), 3, 1),
-    "llama, selective": (Scenario(model=LLAMA, distributed={"activation_checkpointing": "selective"}), 2, 1),
     "offloaded": (Scenario(distributed={"cpu_offload": True}, micro_batch=2), 3, 1),
     "bf16": (Scenario(precision="bf16", micro_batch=1), 3, 1),
 }  # fmt: skip
 FP32 = [name for name in WORK if name != "bf16"]
 
 
-def runs(folder, run, **distributed):
-    """Two runs as recipes' values, the second going on from the first."""
-    values = tiny_values(folder, steps=3, micro_batch_size=1, validation_every=2)
+def recipe(folder, run, **distributed):
+    values = tiny_values(folder, steps=2, micro_batch_size=1, validation_every=1)
     values["checkpoint"]["folder"] = str(folder / run)
     values["distributed"] = distributed
-    further = copy.deepcopy(values)
-    further["training"] |= {"init_from": str(folder / run), "steps": 1}
-    further["checkpoint"]["folder"] = str(folder / f"{run} further")
-    return {"pretrain": values, "finetune": further}
+    return values
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("runs")
+def unbroken(tmp_path_factory):
+    """A run of one process: its folder, and what it told."""
+    folder = tmp_path_factory.mktemp("runs")
+    return folder, trained(recipe(folder, "alone"))
 
 
 @pytest.fixture(scope="module")
-def launched(folder):
-    asked = runs(folder, "ranks", sharding="hybrid", activation_checkpointing="selective", deterministic=True)
-    return run_ranks(run_all, 4, WORK, asked, per_node=2)
+def launched(unbroken):
+    folder, _ = unbroken
+    return run_ranks(run_all, 4, WORK, str(folder / "alone"), recipe(folder, "further"), per_node=2)
 
 
 @pytest.fixture(scope="module")
@@ -77,14 +73,14 @@ def results(launched):
 
 
 @functools.cache
-def _alone(model, micro_batch, precision):
-    return train(Scenario(dict(model), {}, micro_batch, precision), World())
+def _alone(model, micro_batch, precision, steps):
+    return train(Scenario(dict(model), {}, micro_batch, precision, steps), World())
 
 
 def alone(name):
     """The same updates in this one process, without recomputation, whatever the scenario recomputes."""
     scenario = WORK[name][0]
-    return _alone(tuple(scenario.model.items()), scenario.micro_batch, scenario.precision)
+    return _alone(tuple(scenario.model.items()), scenario.micro_batch, scenario.precision, scenario.steps)
 
 
 pytestmark = pytest.mark.slow
@@ -178,13 +174,21 @@ def test_what_ranks_hear_of_one_another(launched):
     assert [h["agreed"] for h in heard] == [(True, False)] * 4
 
 
-def test_whole_runs_are_those_of_one_process(launched, folder):
-    """Data prepared by one rank for all, two nodes of two that share a copy each, checkpoints, and fine-tuning."""
-    told = [runs for _, _, runs in launched]
-    assert told[1:] == [{"pretrain": [], "finetune": []}] * 3, "only rank 0 talks"
-    for stage, values in runs(folder, "alone").items():
-        expected = trained(stage, values)
-        assert len(told[0][stage]) == len(expected) == {"pretrain": 5, "finetune": 2}[stage]
-        for found, wanted in zip(told[0][stage], expected, strict=True):
-            assert found == pytest.approx(wanted, rel=1e-5)
-    assert (folder / "ranks" / "checkpoints" / "step-000003" / "manifest.json").is_file()
+def test_ranks_fill_their_rows_from_a_checkpoint(launched, unbroken):
+    source = open_checkpoint(str(unbroken[0] / "alone"))
+    filled = launched[0][2]
+    assert filled.keys() == source.tensors.keys()
+    for name, weight in filled.items():
+        assert np.array_equal(weight, source.tensors[name].numpy()), name
+
+
+def test_a_whole_run_is_that_of_one_process(unbroken):
+    """Two nodes of one rank: data prepared by the first for both, a copy of the weights on each, checkpoints."""
+    folder, expected = unbroken
+    values = recipe(folder, "ranks", sharding="hybrid", activation_checkpointing="selective", deterministic=True)
+    first, second = run_ranks(trained, 2, values, per_node=1)
+    assert second == [], "only rank 0 talks"
+    assert len(first) == len(expected) == 4
+    for found, wanted in zip(first, expected, strict=True):
+        assert found == pytest.approx(wanted, rel=1e-5)
+    assert (folder / "ranks" / "checkpoints" / "step-000002" / "manifest.json").is_file()
