@@ -355,7 +355,7 @@ class DistributedConfig:
                 *most, last = choices
                 problems.append(f"distributed.{key} is {getattr(self, key)!r}: choose {', '.join(most)} or {last}")
         if self.shard_size is not None and self.sharding != "hybrid":
-            problems.append("distributed.shard_size is for hybrid sharding: set distributed.sharding=hybrid, or leave it out")
+            problems.append("distributed.shard_size is for hybrid sharding: set distributed.sharding=hybrid or leave it out")
         if self.shard_size is not None and self.shard_size < 1:
             problems.append(f"distributed.shard_size is {self.shard_size}: it must be at least 1")
         if self.timeout_seconds <= 0:

@@ -30,6 +30,9 @@ END_NAMES = ("<|end_of_text|>", "</s>", "<eos>", "<|endoftext|>")
 CHAT_TOKENS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 CONFIG_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
+FILE_KEY = "mm_file"
+"""The key of tokenizer_config.json that names the file to read where there are several. (Checkpoints of before have
+tokenizer_file, which some versions of transformers take for a path of their own.)"""
 
 
 class TokenModel(Protocol):
@@ -182,7 +185,7 @@ class Tokenizer:
         config: dict[str, Any] = {
             # transformers 4.57 and 5 both accept this class name; 5's own choice is refused by 4.57
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "tokenizer_file": self.model.file_name,
+            FILE_KEY: self.model.file_name,
             "bos_token": self.bos_token,
             "eos_token": self.eos_token,
             "clean_up_tokenization_spaces": False,
@@ -252,8 +255,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 def _file_in(folder: Path) -> Path:
     """The tokenizer file of a folder: the one its config names, else by the usual names."""
-    named = _read_config(folder).get("tokenizer_file")
-    if named in ("tokenizer.json", "tokenizer.model"):
+    config = _read_config(folder)
+    named = config.get(FILE_KEY, config.get("tokenizer_file"))
+    if named in ("tokenizer.json", "tokenizer.model") and (folder / named).is_file():
         return folder / named
     for pattern in ("tokenizer.json", "tokenizer.model", "*.tiktoken", "*.model", "tok*.bin"):
         found = sorted(folder.glob(pattern))

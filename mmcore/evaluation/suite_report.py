@@ -80,11 +80,12 @@ def page(report: dict[str, Any], pictures: list[tuple[str, str, str]], folder: P
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     source = (Path(__file__).parent / "templates" / "suites.html.j2").read_text(encoding="utf-8")
     names = labels(report)
-    sections = [(section, title) for section, title in TITLES.items() if any(result.get(section) for result in report["results"])]
+    sections = [(section, title) for section, title in TITLES.items()
+                if any(result.get(section) for result in report["results"])]
     plots = [{"section": section, "what": what, "data": base64.b64encode((folder / f"{stem}.svg").read_bytes()).decode()}
              for section, stem, what in pictures]
-    models = [[name, result["model_type"], f"{result['parameters']:,}", f"{result['trained_context']:,}", result["sha256"][:16]]
-              for name, result in zip(names, report["results"], strict=True)]
+    models = [[name, result["model_type"], f"{result['parameters']:,}", f"{result['trained_context']:,}",
+               result["sha256"][:16]] for name, result in zip(names, report["results"], strict=True)]
     return environment.from_string(source).render(
         names=names, summary=summary(report), notes=report["notes"], sections=sections, introductions=INTRODUCTIONS,
         plots=plots, tables=tables(report), examples=_examples(report), models=models, data=report["data"],

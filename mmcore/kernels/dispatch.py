@@ -2,11 +2,14 @@
 
 Every kernel takes `implementation="auto"` or a name. A name is obeyed or refused with the reason: nothing
 falls back in silence. "auto" takes the first of the kernel's preferences that can run on the tensors' device.
-The choice can be forced for a whole process with MM_KERNELS=reference (or blocked, cpu, triton).
+The choice can be forced for a whole process with MM_KERNELS=reference (or blocked, cpu, triton), which is read once,
+when this module is imported. Decoding chooses some 10 times a layer and token, and torch.compile traces `choose`: it is
+comparisons of strings and no more.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable
 
@@ -15,27 +18,43 @@ import torch
 from mmcore.errors import ConfigError, HardwareError
 from mmcore.kernels import native
 
+_FORCED = os.environ.get("MM_KERNELS", "auto")
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_NO_COMPILER = native.why_not()
+_NO_TRITON = None if importlib.util.find_spec("triton") else "the package triton is not installed: pip install triton"
+
 
 def why_not(name: str, device: torch.device) -> str | None:
     """The reason why implementation `name` cannot run on `device`, or None where it can."""
+    kind = device.type
     if name == "cpu":
-        if device.type != "cpu":
-            return f"the compiled CPU kernels cannot read tensors on {device}"
-        return native.why_not()
-    if name == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"Triton kernels need a CUDA device, and the tensors are on {device}"
+        return _NO_COMPILER if kind == "cpu" else f"the compiled CPU kernels cannot read tensors on {kind}"
+    if name == "triton":
+        if kind != "cuda" and not _INTERPRETED:
+            return f"Triton kernels need a CUDA device, and the tensors are on {kind}"
+        return _NO_TRITON
     return None
 
 
-def choose(op: str, table: dict[str, Callable], requested: str, device: torch.device) -> Callable:
+def choose(
+    op: str, table: dict[str, Callable], requested: str, device: torch.device, fusible: bool = False
+) -> Callable:
     """The function for `op`: `table` maps implementation names to functions, in order of preference.
 
-    Raises ConfigError for a name the op does not have, HardwareError for one that cannot run here.
+    `fusible`: while torch.compile traces for a GPU, "auto" takes the definition ("reference"), which the compiler
+    fuses with its neighbours: a norm with the addition and the conversion before it saves a read that no kernel of ours
+    can save. Raises ConfigError for a name the op does not have, HardwareError for one that cannot run here.
     """
     if requested == "auto":
-        requested = os.environ.get("MM_KERNELS", "auto")
+        requested = _FORCED
     if requested == "auto":
-        return next(function for name, function in table.items() if why_not(name, device) is None)
+        kind = device.type
+        if fusible and kind == "cuda" and torch.compiler.is_compiling():
+            return table["reference"]
+        for name, function in table.items():
+            # Triton's interpreter is for tests that ask for it by name.
+            if why_not(name, device) is None and (name != "triton" or kind == "cuda"):
+                return function
     if requested not in table:
         raise ConfigError(f"{op} has no implementation {requested!r}: choose one of auto, {', '.join(table)}")
     reason = why_not(requested, device)

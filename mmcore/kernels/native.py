@@ -19,6 +19,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -83,6 +84,27 @@ def load(source: Path) -> ctypes.CDLL:
     if not library.exists():
         _build(cc, source, library)
     return ctypes.CDLL(str(library))
+
+
+class functions:
+    """The functions of a C file, declared; built and loaded when the first of them is called.
+
+    `functions(Path("cpu.c"), add=[c_void_p, c_int])` has the attribute `add`. A signature is the list of argument types
+    of a function that returns nothing, or a tuple of the result's type and that list.
+    """
+
+    def __init__(self, source: Path, **signatures: list | tuple[type, list]) -> None:
+        self._source, self._signatures = source, signatures
+
+    def __getattr__(self, name: str) -> Callable:  # called for what is not yet there
+        if name.startswith("_") or name not in self._signatures:
+            raise AttributeError(f"{self._source.name} declares no function {name}")
+        library = load(self._source)
+        for each, signature in self._signatures.items():
+            function = getattr(library, each)
+            function.restype, function.argtypes = signature if isinstance(signature, tuple) else (None, signature)
+            setattr(self, each, function)
+        return self.__dict__[name]
 
 
 def _build(cc: str, source: Path, library: Path) -> None:

@@ -107,7 +107,8 @@ def activation_bytes(config: ModelConfig, tokens: int, compute_bytes: int, check
 
     `compute_bytes` are those of a value in the products: 4 in fp32, 2 under bf16 autocast, where the residual stream,
     the norms and the key recurrence stay in fp32. With checkpointing "full" each block keeps its input only, and one
-    block at a time is computed again. Equal within 10 % to what autograd keeps in this code's models (see tests).
+    block at a time is computed again; "selective" leaves out what `mmcore.kernels.recompute` makes again. Equal within
+    10 % to what autograd keeps in this code's models (see tests).
     """
     d = config.hidden_size
     block = tokens * _kept_bytes_per_token(config, compute_bytes)
@@ -115,7 +116,8 @@ def activation_bytes(config: ModelConfig, tokens: int, compute_bytes: int, check
     ends = tokens * (FP32 + compute_bytes) * d  # the last norm's input, and its output for the classifier
     if checkpointing == "full":
         return config.num_hidden_layers * tokens * FP32 * d + block + passing + ends
-    return config.num_hidden_layers * block + passing + ends
+    again = tokens * _remade_bytes_per_token(config, compute_bytes) if checkpointing == "selective" else 0
+    return config.num_hidden_layers * (block - again) + again + passing + ends
 
 
 def loss_bytes(config: ModelConfig, tokens: int, compute_bytes: int, cpu: bool) -> int:
@@ -186,18 +188,30 @@ def _mean_delayed(context: int, delay: int) -> float:
 def _kept_bytes_per_token(config: ModelConfig, compute_bytes: int) -> int:
     """Bytes a token that one block keeps for its backward pass.
 
-    Both norms' inputs; what each projection reads (autocast makes a bf16 copy for each of them, where fp32 shares
-    one); raw and finished keys and values of a mosaic's memories, or queries, keys, values of attention; what W_o
-    reads; gate, up and their product in the persistent memory; and a few scalars a head.
+    Both norms' inputs; what the projections read, one tensor for each norm; raw and finished keys and values of a
+    mosaic's memories, or queries, keys, values of attention; what W_o reads; gate, up and their product in the
+    persistent memory; and a few scalars a head.
     """
     d, heads, inner = config.hidden_size, config.num_attention_heads, config.intermediate_size
     width = heads * config.head_size  # grouped keys and values are repeated to this width before the read
     half = compute_bytes < FP32
     if config.model_type == "memory_mosaics_v2":
-        projections, fp32, compute, scalars = 8, (4 * d if half else 0), (4 * d if half else 8 * d) + 2 * d, 12 * heads
+        fp32, compute, scalars = (4 * d if half else 0), (4 * d if half else 8 * d) + 2 * d, 12 * heads
     elif config.model_type == "llama":
-        projections, fp32, compute, scalars = 3, 0, 4 * width, 2 * heads
+        fp32, compute, scalars = 0, 4 * width, 2 * heads
     else:
-        projections, fp32, compute, scalars = 6, 0, 8 * width, 4 * heads
-    inputs = (projections + 2) * d if half else 2 * d
-    return FP32 * (2 * d + fp32 + scalars + 2) + compute_bytes * (inputs + compute + 3 * inner)
+        fp32, compute, scalars = 0, (8 if half else 10) * width, 4 * heads
+    return FP32 * (2 * d + fp32 + scalars + 2) + compute_bytes * (2 * d + compute + 3 * inner)
+
+
+def _remade_bytes_per_token(config: ModelConfig, compute_bytes: int) -> int:
+    """Bytes a token that selective checkpointing spares in one block: what the projections read, the product that W_2
+    reads, and where there are two memories what W_o reads and, in fp32, a mosaic's finished values (in bf16 their raw
+    form is kept for the look-ahead's own backward pass in fp32, so that keeping it once more would spare nothing)."""
+    d, width = config.hidden_size, config.num_attention_heads * config.head_size
+    spared = 2 * d + config.intermediate_size
+    if config.model_type != "llama":
+        spared += 2 * width
+    if config.model_type == "memory_mosaics_v2" and compute_bytes == FP32:
+        spared += 2 * d
+    return compute_bytes * spared

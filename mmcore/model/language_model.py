@@ -12,6 +12,7 @@ from mmcore.errors import ConfigError
 from mmcore.kernels.linear_cross_entropy import linear_cross_entropy
 from mmcore.kernels.thin_linear import MOST_ROWS
 from mmcore.model.documents import packing
+from mmcore.model.graphed import GraphedStep
 from mmcore.model.layers import Linear, RMSNorm, draw_normal, fan_in_sigma
 from mmcore.model.state import DecodingState
 
@@ -58,6 +59,7 @@ class LanguageModel(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.knocked_out: frozenset[str] = frozenset()
+        self.cuda_graphs = False  # whether one-token steps of a mosaic on a GPU are recorded and replayed
         self.stop_ids: frozenset[int] = frozenset()  # tokens that end a text, as the checkpoint's config.json says
 
     @torch.no_grad()
@@ -140,8 +142,12 @@ class LanguageModel(nn.Module):
     def _whole_step(self, state: DecodingState) -> Callable | bool:
         """A compiled form of a step of a few rows, where the architecture has one and it can run here, else False."""
         block = type(self.model.layers[0])
+        if not hasattr(block, "whole_step"):
+            return False
+        if self.cuda_graphs and self.classifier_weight.is_cuda:
+            return GraphedStep(self)
         fits = state.batch_size <= MOST_ROWS and self.kernels in ("auto", "cpu")
-        return block.whole_step(self) if fits and hasattr(block, "whole_step") else False
+        return block.whole_step(self) if fits else False
 
     @torch.no_grad()
     def advance(self, tokens: Tensor, state: DecodingState, last_only: bool = True) -> Tensor:

@@ -7,6 +7,7 @@ the padding is a document of its own that no query reads.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -28,9 +29,16 @@ class Store:
         self.used = 0
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
+        # While a step is recorded as a CUDA graph: int64 [1], the number of pairs at every replay (graphed.py).
+        self.clock: Tensor | None = None
 
     def append(self, keys_BTHD: Tensor, values_BTHD: Tensor) -> None:
         """Add T completed pairs."""
+        if self.clock is not None:
+            self.keys.index_copy_(1, self.clock, keys_BTHD)
+            self.values.index_copy_(1, self.clock, values_BTHD)
+            self.clock.add_(1)
+            return
         count = keys_BTHD.shape[1]
         self.reserve(count, keys_BTHD)
         self.keys[:, self.used : self.used + count] = keys_BTHD
@@ -57,7 +65,9 @@ class Store:
         self.used = kept
 
     def pairs(self) -> tuple[Tensor, Tensor]:
-        """Keys and values held, each [B, used, H, D], views."""
+        """Keys and values held, each [B, used, H, D], views; all of the buffers while a step is recorded."""
+        if self.clock is not None:
+            return self.keys, self.values
         return self.keys[:, : self.used], self.values[:, : self.used]
 
     def mark(self, room: int) -> tuple[Any, ...]:
@@ -90,7 +100,7 @@ class AttentionState:
     def rewind(self, mark: tuple[Any, ...]) -> None:
         self.store.rewind(mark[0])
 
-    def query_offset(self) -> int:
+    def query_offset(self) -> int | Tensor:
         """Slot at which the first of the newest queries stands."""
         return self.owner.length - self.store.first
 
@@ -143,6 +153,10 @@ class MemoryState(AttentionState):
             self.store.reserve(1, keys)
         self.pending_key, self.pending_raw = keys[:, -1:].clone(), raw[:, -1:].clone()
 
+    def query_offset(self) -> int | Tensor:
+        # The newest pair that is complete belongs to the token before the query's.
+        return super().query_offset() if self.store.clock is None else self.store.clock
+
     def mark(self, room: int) -> tuple[Any, ...]:
         scan = None if self.scan is None else tuple(part.clone() for part in self.scan)
         pending = (self.pending_key, self.pending_raw)
@@ -182,7 +196,7 @@ class Mark:
     """A moment of a DecodingState; see there."""
 
     length: int
-    memories: dict[str, tuple[Any, ...]]
+    memories: dict[str, tuple[Any, ...] | dict[str, Any]]
 
 
 class DecodingState:
@@ -216,16 +230,28 @@ class DecodingState:
 
     def mark(self, room: int = 0) -> Mark:
         """The present moment, to `rewind` to as often as wanted; the next `room` tokens then move no stored pair.
-        Costs a few vectors for each memory, whatever the length."""
-        return Mark(self.length, {name: memory.mark(room) for name, memory in self.memories.items()})
+        Costs a few vectors for each memory, whatever the length; a memory whose class has no `mark` of its own is
+        copied."""
+        marks = {name: memory.mark(room) if "mark" in vars(type(memory)) else _copy(memory)
+                 for name, memory in self.memories.items()}
+        return Mark(self.length, marks)
 
     def rewind(self, mark: Mark) -> None:
         """Forget what was read after `mark`. Marks made later than it are void from then on."""
         self.length = mark.length
         for name, memory in self.memories.items():
-            memory.rewind(mark.memories[name])
+            if isinstance(mark.memories[name], dict):
+                vars(memory).update(_copy(memory, mark.memories[name]))
+            else:
+                memory.rewind(mark.memories[name])
 
     @property
     def bytes(self) -> int:
         """Memory that the state's tensors fill, in bytes."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
+
+
+def _copy(memory: Any, fields: dict[str, Any] | None = None) -> dict[str, Any]:
+    """All that a memory's state consists of (or `fields` of one), copied; the owner stays who it is."""
+    fields = vars(memory) if fields is None else fields
+    return copy.deepcopy(fields, {id(memory.owner): memory.owner})

@@ -190,9 +190,6 @@ def _find_start(recipe: Recipe, run: RunFolder, start: Start, world: World, tell
     if newest is None:
         tell(Notice(f"{run.path} holds no checkpoint yet: starting from the beginning"))
         return None
-    if read_converted(newest, recipe.model):
-        tell(Notice(f"{newest} holds weights that were converted: training begins with them at step 1"))
-        return newest
     for sentence in on_first(world, lambda: _changes(recipe, newest)):
         tell(Notice(sentence))
     return newest
@@ -207,7 +204,9 @@ def _look_at_folder(run: RunFolder, start: Start) -> bool:
 
 
 def _changes(recipe: Recipe, newest: Path) -> list[str]:
-    """What to say about a recipe that differs from the checkpoint's. Raises CheckpointError where it may not differ."""
+    """What to say about going on from a checkpoint. Raises CheckpointError where the recipe cannot."""
+    if read_converted(newest, recipe.model):
+        return [f"{newest} holds weights that were converted: training begins with them at step 1"]
     try:
         before = yaml.safe_load((newest / "recipe.yaml").read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError):

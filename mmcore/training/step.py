@@ -85,7 +85,10 @@ def gradient_norm(model: nn.Module, world: World) -> Tensor:
     """The 2-norm of the whole gradient, a scalar tensor; over several ranks each adds what its shards hold."""
     gradients = [local(p.grad) for p in model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
-    return total_over_shards(norm.double().square(), world).sqrt() if world.size > 1 else norm
+    if world.size == 1:
+        return norm
+    square = norm.double().square().to(world.mesh.device_type)  # offloaded gradients lie in host memory
+    return total_over_shards(square, world).sqrt()
 
 
 @torch.no_grad()

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from mmcore.checkpoint import certificate, disk
-from mmcore.checkpoint.certificate import compare, is_rounded, path_of, read_certificate, require_same, rounding_share
-from mmcore.checkpoint.convert import convert_checkpoint, verify_conversion
+from mmcore.checkpoint.certificate import compare, is_rounded, path_of, read_certificate, require_same
+from mmcore.checkpoint.convert import convert_checkpoint
 from mmcore.checkpoint.formats import open_checkpoint, write_exported
 from mmcore.checkpoint.tensorfile import TensorSpec
+from mmcore.checkpoint.verify import verify_conversion
 from mmcore.errors import CheckpointError
 from tests.checkpoint.small import ALL, LLAMA, MOSAIC, save, weights
 
@@ -138,14 +139,24 @@ def test_what_counts_as_rounding():
     wide, narrow = TensorSpec(torch.float32, (1,)), TensorSpec(torch.bfloat16, (1,))
     assert not is_rounded([wide, narrow], torch.float32) and not is_rounded([narrow], torch.bfloat16)
     assert is_rounded([wide, narrow], torch.bfloat16) and is_rounded([narrow], torch.float16)
-    assert rounding_share(torch.bfloat16, 24) == 8 * rounding_share(torch.float16, 24)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("config", ALL.values(), ids=ALL)
-def test_rounding_stays_far_within_its_tolerance(tmp_path, config, dtype):
+def test_rounding_stays_within_its_tolerance(tmp_path, config, dtype):
     source = write_exported(tmp_path / "source", config, weights(config))
     made = convert_checkpoint(source, tmp_path / "out", dtype=dtype)
-    assert made.rounded and 0 < made.largest_difference < made.tolerance / 3
-    assert made.tolerance == pytest.approx(rounding_share(dtype, config.num_hidden_layers) * made.largest_logit)
+    assert made.rounded and 0 < made.largest_difference < made.tolerance / 1.5
     assert certificate.TOKENS <= made.tokens
+
+
+def test_the_tolerance_follows_from_the_model(tmp_path):
+    """Sharp memories amplify what rounding does to a key; the same share of a logit would fit only one of the two."""
+    shares = []
+    for sharper in (0.0, 2.0):
+        tensors = {name: t + sharper * ("bandwidth_base" in name) for name, t in weights(MOSAIC).items()}
+        source = write_exported(tmp_path / f"source-{sharper}", MOSAIC, tensors)
+        made = convert_checkpoint(source, tmp_path / f"out-{sharper}", dtype=torch.bfloat16)
+        assert made.largest_difference <= made.tolerance
+        shares.append(made.tolerance / made.largest_logit)
+    assert shares[1] > 1.2 * shares[0]

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+from tests.distributed.checkpoint_faults import FAULTS, VICTIM, CheckpointFault, enlarge, small_disk
 from tests.distributed.launched import Run, prepare, same_end, tensors
 
 STEPS, EVERY = 60, 5
@@ -212,6 +213,42 @@ def leaves_out(folder: Path) -> bool:
     return bool(state["faults"]["left_out"]) and all(bool(torch.isfinite(t).all()) for t in tensors(last).values())
 
 
+def struck(fault: CheckpointFault):
+    """A fault of the newest checkpoint, between a stop and the resumption, which must say what it passed over."""
+
+    def trial(table: Table, row: Row) -> tuple[bool, int]:
+        folder = table.folder("checkpoint")
+        run = table.run(folder)
+        run.wait_for_step(table.draw.randrange(2 * EVERY + 1, STEPS - 15))
+        run.signal(signal.SIGTERM)
+        run.wait(300)
+        before = run.newest_step()
+        fault.cause(folder / "run")
+        again = table.run(folder)
+        right = table.ends_right(row, folder, again)
+        said = fault.said is None or fault.said in again.said()
+        if not said:
+            row.problems.append(f"{folder.name}: it did not say {fault.said!r}: {again.said()[-800:]}")
+        return right and said and not (folder / "run" / VICTIM).exists(), lost_by(again, before)
+
+    return trial
+
+
+def filled_disk(table: Table, row: Row) -> tuple[bool, int]:
+    """The run's folder is a small file system, which fills; the run ends with a sentence, and goes on once there is room."""
+    folder = table.folder("full")
+    with small_disk(folder / "run", "2m") as disk:
+        run = table.run(folder)
+        left, said = run.wait(600), run.said()
+        if left == 0 or "the disk is full" not in said:
+            row.problems.append(f"{folder.name}: ended with {left}, and not for want of room: {said[-800:]}")
+            return False, 0
+        newest = run.newest_step()
+        enlarge(disk, "64m")
+        again = table.run(folder)
+        return table.ends_right(row, folder, again), lost_by(again, newest)
+
+
 def faults(kills: int, times: int) -> dict[str, Callable[[Table], Iterator[Row]]]:
     """Name on the command line -> rows as they come."""
     spikes = {"nats": 1.0, "after_steps": 5}
@@ -229,6 +266,8 @@ def faults(kills: int, times: int) -> dict[str, Callable[[Table], Iterator[Row]]
                        injected("gradient", "skipped, the gradient norm is nan", on_nonfinite="skip")),
         "spike": trials("a spike on one rank: rolled back", times,
                         injected("spike", "are left out (roll-back 1)", spike_rollback=spikes)),
+        "disk": trials("a disk that fills (small tmpfs)", times, filled_disk),
+        **{f"checkpoint-{n}": trials(fault.name, times, struck(fault)) for n, fault in enumerate(FAULTS, 1)},
     }  # fmt: skip
 
 

@@ -5,10 +5,12 @@ import torch
 
 from mmcore.errors import ConfigError
 from mmcore.kernels.gated_scan import blocked, gated_scan
+from tests.helpers.forms import DEVICE, ON_GPU, needs_triton
 from tests.helpers.poison import poisoned_memory  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 every_form = pytest.mark.parametrize("form", ["reference", "blocked", "cpu"])
+on_a_card = pytest.mark.skipif(not ON_GPU, reason="no CUDA device")
 
 
 def truth(raw, gates, decays, resets=None, kbar=None):
@@ -54,9 +56,13 @@ def check(form, raw, gates, decays, resets=None, tolerance=2e-5):
     upstream = torch.randn(raw.shape, generator=torch.Generator().manual_seed(9))
     doubles = raw.double(), gates.double(), decays.double()
     want, want_gradients = gradients(lambda *x: truth(*x, resets)[0], *doubles, upstream)
+    device = DEVICE if form == "triton" else "cpu"
+    marks = resets if resets is None else resets.to(device)
     got, got_gradients = gradients(
-        lambda *x: gated_scan(*x, resets=resets, implementation=form)[0], raw, gates, decays, upstream
+        lambda *x: gated_scan(*x, resets=marks, implementation=form)[0],
+        *(x.to(device) for x in (raw, gates, decays)), upstream.to(device),
     )
+    got, got_gradients = got.cpu(), [x.cpu() for x in got_gradients]
     assert got.dtype == raw.dtype
     assert_close(got, want, tolerance)
     for name, a, b in zip(("raw keys", "gates", "decays"), got_gradients, want_gradients, strict=True):
@@ -302,3 +308,120 @@ def test_fp64_runs_by_itself_and_bad_input_is_named():
         gated_scan(raw, gates, decays, state=(torch.zeros(1, 2, 3), torch.zeros(1, 2)))
     with pytest.raises(ConfigError, match="no implementation 'fast'"):
         gated_scan(raw, gates, decays, implementation="fast")
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Chunks of 16 steps, and heads cut into segments where `segments` are wanted: the interpreter is slow."""
+    from mmcore.kernels.gated_scan import triton
+
+    monkeypatch.setattr(triton, "CHUNK", 16)
+    return triton
+
+
+def whole(triton, monkeypatch, cut):
+    """Let the scan walk whole heads, or cut them into segments of one chunk."""
+    monkeypatch.setattr(triton.tuning, "processors", lambda x: 1000 if cut else 0)
+
+
+@needs_triton
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("T", [1, 15, 16, 17, 63, 64, 65])
+def test_triton_keys_and_gradients(small_chunks, monkeypatch, T, cut):
+    whole(small_chunks, monkeypatch, cut)
+    B, H, D = (1, 2, 12) if T < 60 else (1, 1, 16)
+    check("triton", *problem(B, T, H, D, seed=T))
+
+
+@needs_triton
+@pytest.mark.parametrize("cut_heads", [False, True])
+@pytest.mark.parametrize("lengths", [(1,), (1, 2, 1, 30), (33, 31)])
+def test_triton_documents_do_not_mix(small_chunks, monkeypatch, lengths, cut_heads):
+    whole(small_chunks, monkeypatch, cut_heads)
+    check("triton", *problem(2, 50, 1, 16, seed=3), resets=cut(2, 50, *lengths))
+
+
+@needs_triton
+@pytest.mark.parametrize("cut_heads", [False, True])
+def test_triton_carries_its_state(small_chunks, monkeypatch, cut_heads):
+    """From a state to a state, whole and in pieces; the state is the last kbar; an empty one is none."""
+    whole(small_chunks, monkeypatch, cut_heads)
+    raw, gates, decays = (x.to(DEVICE) for x in problem(2, 40, 2, 8))
+    resets = cut(2, 40, 35, 8).to(DEVICE)
+    vector, log_scale = torch.randn(2, 2, 8, device=DEVICE), torch.randn(2, 2, device=DEVICE)
+    kbar = log_scale.double().exp()[..., None] * vector.double()
+    resets[:, 0] = False
+    want, last = truth(raw, gates, decays, resets, kbar)
+    with torch.no_grad():
+        got, state = gated_scan(raw, gates, decays, resets=resets, state=(vector, log_scale), implementation="triton")
+        assert_close(got, want)
+        assert_close(state[1].double().exp()[..., None] * state[0], last)
+        pieces, state = [], (vector, log_scale)
+        for a, b in ((0, 1), (1, 20), (20, 20), (20, 40)):
+            keys, state = gated_scan(raw[:, a:b], gates[:, a:b], decays[:, a:b], resets=resets[:, a:b], state=state,
+                                     implementation="triton")
+            pieces.append(keys)
+        assert_close(torch.cat(pieces, 1), want)
+        none = torch.zeros_like(vector), torch.full_like(log_scale, -torch.inf)
+        plain, _ = gated_scan(raw, gates, decays, implementation="triton")
+        assert torch.equal(gated_scan(raw, gates, decays, state=none, implementation="triton")[0], plain)
+    upstream = torch.randn(raw.shape, device=DEVICE)
+    _, want = gradients(lambda *x: truth(*x, resets, kbar)[0], raw.double(), gates.double(), decays.double(), upstream)
+    _, got = gradients(
+        lambda *x: gated_scan(*x, resets=resets, state=(vector, log_scale), implementation="triton")[0],
+        raw, gates, decays, upstream,
+    )
+    for name, a, b in zip(("raw keys", "gates", "decays"), got, want, strict=True):
+        assert_close(a, b, 1e-4, name, least=0.1)
+
+
+@needs_triton
+@pytest.mark.parametrize("gate, decay", [(80.0, -0.5), (-80.0, 0.0), (500.0, -500.0), (-500.0, -0.5)])
+def test_triton_extreme_gates_and_decays(small_chunks, gate, decay):
+    raw, gates, decays = problem(1, 40, 1, 16)
+    gates[:, 5:25] = gate
+    gates[:, 12] = 0.25
+    decays[:, 3:35] = decay
+    check("triton", raw, gates, decays, tolerance=1e-4)
+
+
+@needs_triton
+@pytest.mark.parametrize("part", ["keys", "gradients"])
+def test_triton_in_fp16_is_at_most_twice_as_far_off_as_the_reference(small_chunks, part):
+    half_as_good(torch.float16, problem(1, 50, 2, 16), part)
+
+
+def half_as_good(dtype, parts, part):
+    upstream = torch.randn(parts[0].shape, generator=torch.Generator().manual_seed(9))
+    want, want_gradients = gradients(lambda *x: truth(*x)[0], *(x.double() for x in parts), upstream.double())
+    found = []
+    for form in ("triton", "reference"):
+        device = DEVICE if form == "triton" else "cpu"
+        got, grads = gradients(lambda *x, form=form: gated_scan(*x, implementation=form)[0],
+                               *(x.to(device, dtype) for x in parts), upstream.to(device, dtype))
+        pairs = [(got, want)] if part == "keys" else zip(grads, want_gradients, strict=True)
+        found.append([float((a.cpu().double() - b).abs().max()) for a, b in pairs])
+    for mine, theirs in zip(*found, strict=True):
+        assert mine <= 2 * theirs + 1e-6, f"an error of {mine:.2e}, where the reference has {theirs:.2e}"
+
+
+@needs_triton
+def test_triton_zero_raw_keys_and_strided_slices(small_chunks):
+    raw, gates, decays = problem(2, 20, 1, 8)
+    raw[:, :7] = 0
+    raw[1] = 0
+    check("triton", raw, gates, decays)
+    fused = torch.randn(2, 20, 2 * 8 + 4)
+    check("triton", fused[..., :16].unflatten(-1, (2, 8)), fused[..., 16:18], -fused[..., 18:].abs())
+
+
+@pytest.mark.gpu
+@on_a_card
+@needs_triton
+@pytest.mark.parametrize("B, T, H, D", [(2, 1000, 3, 64), (1, 5000, 2, 128), (40, 300, 8, 32), (2, 333, 4, 256), (1, 70, 1, 96)])
+def test_triton_on_a_card(B, T, H, D):
+    resets = cut(B, T, 1, 200, 64, 33)
+    check("triton", *problem(B, T, H, D, seed=D), resets=resets)
+    for dtype in (torch.bfloat16, torch.float16):
+        for part in ("keys", "gradients"):
+            half_as_good(dtype, problem(B, T, H, D, seed=D), part)

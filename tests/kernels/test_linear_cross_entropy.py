@@ -8,11 +8,10 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmcore.errors import ConfigError
-from mmcore.kernels import native
 from mmcore.kernels.linear_cross_entropy import IGNORED, blocked, cpu, linear_cross_entropy
+from tests.helpers.forms import CPU, DEVICE, needs_compiler, needs_triton
 
-needs_compiler = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
-IMPLEMENTATIONS = ["reference", "blocked", pytest.param("cpu", marks=needs_compiler)]
+IMPLEMENTATIONS = ["reference", "blocked", CPU]
 # N, d, V: odd everywhere; fewer words than a vector has lanes; one word; several chunks of rows.
 SHAPES = [(63, 17, 101), (5, 3, 5), (4, 2, 1), (1, 8, 32), (40, 6, 1009)]
 
@@ -57,11 +56,12 @@ def truth(hidden, weight, labels, upstream_rows):
 
 
 def run(hidden, weight, labels, dtype, upstream, **options):
-    hidden = hidden.to(dtype, copy=True).requires_grad_()
-    weight = weight.to(dtype, copy=True).requires_grad_()
-    loss = linear_cross_entropy(hidden, weight, labels, **options)
-    loss.backward(upstream.to(loss.dtype))
-    return loss.detach(), hidden.grad, weight.grad
+    device = DEVICE if options.get("implementation") == "triton" else "cpu"
+    hidden = hidden.to(device, dtype, copy=True).requires_grad_()
+    weight = weight.to(device, dtype, copy=True).requires_grad_()
+    loss = linear_cross_entropy(hidden, weight, labels.to(device), **options)
+    loss.backward(upstream.to(device, loss.dtype))
+    return loss.detach().cpu(), hidden.grad.cpu(), weight.grad.cpu()
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -256,3 +256,52 @@ def test_bad_input_is_named():
         linear_cross_entropy(hidden, weight, labels, reduction="average")
     with pytest.raises(ConfigError, match="no implementation 'fast'"):
         linear_cross_entropy(hidden, weight, labels, implementation="fast")
+
+
+@needs_triton
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("shape", [(21, 17, 101), (4, 2, 1)])
+def test_triton_equals_the_equation(few_rows, reduction, shape):
+    hidden, weight, labels = draw(*shape, ignored=0.1)
+    kept = int((labels != IGNORED).sum())
+    upstream = torch.randn(shape[0] if reduction == "none" else (), dtype=torch.float64)
+    rows = upstream / max(1, kept) if reduction == "mean" else upstream
+    losses, *grads = truth(hidden, weight, labels, rows.expand(shape[0]))
+    expected = {"none": losses, "sum": losses.sum(), "mean": losses.sum() / max(1, kept)}[reduction]
+    results = run(hidden, weight, labels, torch.float32, upstream, reduction=reduction, implementation="triton")
+    for result, target in zip(results, (expected, *grads), strict=True):
+        torch.testing.assert_close(result.double(), target, rtol=2e-5, atol=2e-5)
+
+
+@needs_triton
+def test_triton_reads_half_precision_logits_and_shows_a_nan_in_its_row_alone():
+    hidden, weight, labels = draw(30, 16, 150, ignored=0.1, scale=0.2)
+    hidden, weight = hidden.half().double(), weight.half().double()
+    kept = int((labels != IGNORED).sum())
+    losses, *grads = truth(hidden, weight, labels, torch.full((30,), 3.0 / kept))
+    loss, *got = run(hidden, weight, labels, torch.float16, torch.tensor(3.0), implementation="triton")
+    assert loss.dtype == torch.float32 and abs(float(loss) - float(losses.sum() / kept)) < 2e-3
+    for mine, target in zip(got, grads, strict=True):
+        assert float((mine.double() - target).norm() / target.norm()) < 3e-3
+    labels[[3, 7]] = 0
+    hidden[3, 1], hidden[7, 0] = math.nan, math.inf
+    losses = linear_cross_entropy(*(x.float().to(DEVICE) for x in (hidden, weight)), labels.to(DEVICE), reduction="none",
+                                  implementation="triton")
+    assert [n for n, loss in enumerate(losses.tolist()) if not math.isfinite(loss)] == [3, 7]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
+@needs_triton
+def test_triton_on_a_card():
+    """The largest vocabulary, several chunks, bf16."""
+    hidden, weight, labels = draw(3000, 64, 128_256, ignored=0.1, scale=0.1)
+    hidden, weight, labels = hidden.bfloat16().cuda(), weight.bfloat16().cuda(), labels.cuda()
+    found = {}
+    for form in ("triton", "reference"):
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+        loss = linear_cross_entropy(*leaves, labels, implementation=form)
+        loss.backward()
+        found[form] = loss.detach().double(), *(x.grad.double() for x in leaves)
+    for mine, target in zip(*found.values(), strict=True):
+        assert float((mine - target).norm() / target.norm()) < 2e-2

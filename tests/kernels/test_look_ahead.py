@@ -5,6 +5,7 @@ import torch
 
 from mmcore.errors import ConfigError
 from mmcore.kernels.look_ahead import look_ahead
+from tests.helpers.forms import DEVICE, needs_triton
 from tests.helpers.poison import poisoned_memory  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -44,8 +45,10 @@ def check(form, parts, tolerance=1e-5):
     want, want_gradients = gradients(truth, [part.double() for part in parts], upstream)
     got, got_gradients = gradients(
         lambda raw, mix, scale, following: look_ahead(raw, mix, scale, following=following, implementation=form),
-        parts, upstream,
+        [part.to(DEVICE) for part in parts] if form == "triton" else parts,
+        upstream.to(DEVICE) if form == "triton" else upstream,
     )
+    got, got_gradients = got.cpu(), [gradient.cpu() for gradient in got_gradients]
     assert got.dtype == parts[0].dtype
     torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
     for name, a, b in zip(NAMES, got_gradients, want_gradients, strict=True):
@@ -167,3 +170,28 @@ def test_fp64_runs_by_itself_and_bad_input_is_named():
         look_ahead(raw, mix[:1], scale)
     with pytest.raises(ValueError, match="following"):
         look_ahead(raw, mix, scale, following=following[:, :1])
+
+
+@needs_triton
+@pytest.mark.parametrize("T", [1, 2, 16, 17])
+def test_triton_values_and_gradients(T):
+    check("triton", problem(2, T, 2, 5, seed=T))
+
+
+@needs_triton
+def test_triton_zeros_slices_and_fp16():
+    raw, mix, scale, following = problem(1, 20, 2, 8)
+    raw[:, 3:9] = 0
+    check("triton", (raw, mix, scale, following))
+    fused = torch.randn(2, 9, 40)
+    check("triton", (fused[..., 8:24].unflatten(-1, (2, 8)), mix, scale, torch.randn(2, 2, 8)))
+    check("triton", problem(1, 20, 2, 16, dtype=torch.float16), tolerance=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
+@needs_triton
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
+def test_triton_on_a_card(dtype, tolerance):
+    for shape in ((2, 1000, 3, 64), (1, 65, 2, 96), (2, 63, 1, 256)):
+        check("triton", problem(*shape, dtype=dtype), tolerance)

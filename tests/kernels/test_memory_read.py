@@ -7,11 +7,10 @@ import pytest
 import torch
 
 from mmcore.errors import ConfigError
-from mmcore.kernels import native
 from mmcore.kernels.memory_read import memory_read
+from tests.helpers.forms import CPU, DEVICE, ON_GPU, needs_compiler, needs_triton
 
-needs_compiler = pytest.mark.skipif(native.why_not() is not None, reason=f"no C kernels: {native.why_not()}")
-FORMS = ["reference", "blocked", pytest.param("cpu", marks=needs_compiler)]
+FORMS = ["reference", "blocked", CPU]
 NAMES = ("queries", "keys", "values", "base", "slope", "exponent")
 
 
@@ -124,14 +123,19 @@ CASES = {
 
 
 def run(case, form, dtype, same=False):
+    device = DEVICE if form == "triton" else "cpu"
     inputs, upstream = case.tensors()
     leaves = [t.to(dtype if n < 3 or dtype == torch.float64 else torch.float32) for n, t in enumerate(inputs)]
-    leaves = [t.requires_grad_() for t in leaves]
+    leaves = [t.to(device).requires_grad_() for t in leaves]
     if same:
         leaves[1] = leaves[0]
-    out = memory_read(*leaves, **case.place(), implementation=form)
-    out.backward(upstream.to(dtype))
-    return out.detach(), [t.grad if t.grad is not None else torch.zeros_like(t) for t in leaves]
+    place = case.place()
+    if place["starts"] is not None:
+        place["starts"] = place["starts"].to(device)
+    out = memory_read(*leaves, **place, implementation=form)
+    out.backward(upstream.to(device, dtype))
+    grads = [t.grad if t.grad is not None else torch.zeros_like(t) for t in leaves]
+    return out.detach().cpu(), [grad.cpu() for grad in grads]
 
 
 def truth(case, same=False):
@@ -319,3 +323,176 @@ def test_wrong_arguments_are_named():
         memory_read(q, q, q, one, one, one, starts=torch.zeros(2, 3, dtype=torch.int32))
     with pytest.raises(ConfigError, match="no implementation 'fast'"):
         memory_read(q, q, q, one, one, one, implementation="fast")
+
+
+# Small enough for Triton's interpreter (blocks of 32 queries and 16 pairs there): every kind of place, lengths around
+# the blocks, the window and the delay. A card runs all of CASES as well.
+TRITON_CASES = {
+    "one": Case(1, batch=1, heads=1),
+    "attention": Case(50, delay=0, batch=1, heads=1),
+    "63": Case(63, delay=5, batch=1, heads=1),
+    "64": Case(64, window=16, delay=1, batch=1, heads=1),
+    "65": Case(65, window=9, delay=3, batch=1),
+    "window of one pair": Case(40, window=2, delay=1, batch=1, heads=1),
+    "delay beyond the end": Case(20, delay=30, batch=1, heads=1),
+    "packed": Case(48, window=12, documents=((1, 1, 30, 15, 1),), batch=1),
+    "packed long": Case(70, delay=3, documents=((1, 2, 3, 4, 60), (40, 30)), heads=1),
+    "single tokens": Case(9, documents=((1,) * 9, (8, 1)), heads=1),
+    "chunk": Case(20, 50, offset=30, window=9, batch=1),
+    "chunk long": Case(33, 80, offset=47, delay=4, batch=1, heads=1),
+    "chunk before its pairs": Case(20, 30, offset=10, delay=4, batch=1, heads=1),
+    "fewer pairs": Case(40, 20, batch=1, heads=1),
+    "no pairs": Case(5, 0, heads=1),
+    "no queries": Case(0, 5, heads=1),
+    "padded on the left": Case(35, window=10, padding=(20,), batch=1),
+    "head of 40": Case(33, size=40, delay=2, batch=1, heads=1),
+    "head of 5": Case(33, size=5, window=9, batch=1, heads=1),
+}
+FEW_CASES = {
+    "decode one": Case(1, 80, offset=80, batch=1),
+    "decode window": Case(1, 80, offset=80, window=17, batch=2, heads=1),
+    "decode empty": Case(1, 10, offset=3, delay=4, batch=1),
+    "decode several": Case(5, 60, offset=58, delay=3, batch=1, heads=1),
+    "decode padded": Case(2, 40, offset=39, padding=(0, 39), size=24, heads=1),
+}
+on_a_card = pytest.mark.skipif(not ON_GPU, reason="no CUDA device")
+
+
+@needs_triton
+@pytest.mark.parametrize("case", TRITON_CASES.values(), ids=TRITON_CASES.keys())
+def test_triton_output_and_all_gradients(case):
+    assert_close(case, "triton", torch.float32, 1e-5)
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ["63", "65", "packed", "packed long", "head of 5"])
+def test_triton_queries_that_are_the_keys(name):
+    assert_close(TRITON_CASES[name], "triton", torch.float32, 1e-5, same=True)
+
+
+@pytest.mark.gpu
+@on_a_card
+@needs_triton
+@pytest.mark.parametrize("same", [False, True])
+@pytest.mark.parametrize("case", [*CASES.values(), Case(1000, window=256), Case(1000, delay=64, size=128)],
+                         ids=[*CASES, "1000 short", "1000 long"])
+def test_triton_on_a_card(case, same):
+    if same and (case.pairs not in (None, case.queries)):
+        pytest.skip("queries that are the keys are as many")
+    assert_close(case, "triton", torch.float32, 2e-5, same)
+    once, again = (run(case, "triton", torch.float32, same) for _ in range(2))
+    for a, b in zip([once[0], *once[1]], [again[0], *again[1]], strict=True):
+        assert torch.equal(a, b), "two runs must give the same bits"
+
+
+@pytest.mark.gpu
+@on_a_card
+@needs_triton
+@pytest.mark.parametrize("size", [64, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_triton_in_every_configuration_on_a_card(monkeypatch, size, dtype):
+    """Tests run the first configuration, training the one that was fastest."""
+    from mmcore.kernels.memory_read import triton, triton_backward
+
+    narrow = dtype is torch.bfloat16
+    for tuned in (triton._reader(size, narrow), triton_backward._gatherer(size, narrow)):
+        for config in tuned._tuner.configs:
+            monkeypatch.setattr(tuned, "_first", config)
+            for place in ({"window": 100}, {"delay": 64}):
+                case = Case(300, size=size, batch=1, documents=((10, 290),), **place)
+                assert_close(case, "triton", dtype, 3e-2 if narrow else 2e-5, same=True)
+
+
+def errors(case, form, dtype, same):
+    """Of the output and of each gradient: the greatest error against float64 on the unrounded numbers."""
+    out, grads = run(case, form, dtype, same)
+    true_out, true_grads = truth(case, same)
+    return [float((a.double() - b).abs().max()) for a, b in zip([out, *grads], [true_out, *true_grads], strict=True)]
+
+
+def assert_half_as_good(case, dtype):
+    for same in (False, True):
+        mine, theirs = errors(case, "triton", dtype, same), errors(case, "reference", dtype, same)
+        for name, a, b in zip(("output", *NAMES), mine, theirs, strict=True):
+            assert a <= 2 * b + 1e-6, f"{name}: an error of {a:.2e}, where the reference has {b:.2e}"
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ["65", "packed long"])
+def test_triton_in_fp16_is_at_most_twice_as_far_off_as_the_reference(name):
+    """bf16 needs a card: the interpreter's products of it are wrong."""
+    assert_half_as_good(TRITON_CASES[name], torch.float16)
+
+
+@pytest.mark.gpu
+@on_a_card
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["packed", "300", "300 long", "head of 64", "head of 128", "head of 256", "head of 40"])
+def test_triton_in_half_precision_on_a_card(name, dtype):
+    assert_half_as_good(CASES[name], dtype)
+
+
+@needs_triton
+@pytest.mark.parametrize("case", FEW_CASES.values(), ids=FEW_CASES.keys())
+@pytest.mark.parametrize("on_device", [False, True])
+def test_triton_few_queries_of_a_store_that_is_not_full(case, on_device):
+    """Shares of the memory, joined; with the place on the device, past the end of what was written lie NaN."""
+    from mmcore.kernels.memory_read import triton
+
+    inputs, _ = case.tensors()
+    q, k, v, *bandwidths = [t.float().to(DEVICE) for t in inputs]
+    starts = case.place()["starts"]
+    starts = None if starts is None else starts.to(DEVICE)
+    offset = case.offset
+    if on_device:
+        end = case.offset + case.queries - case.delay  # a decoder's newest pair
+        stores = [torch.full((case.batch, 96, *t.shape[2:]), float("nan"), device=DEVICE) for t in (k, v)]
+        for store, t in zip(stores, (k, v), strict=True):
+            store[:, : min(end, t.shape[1])] = t[:, :end]
+        if end > case.pairs:
+            pytest.skip("this case reads fewer pairs than its place would let it")
+        (k, v), offset = stores, torch.tensor([case.offset], device=DEVICE)
+    with torch.no_grad():
+        out = triton.memory_read(q, k, v, *bandwidths, starts, case.window, case.delay, offset)
+    torch.testing.assert_close(out.double().cpu(), loop(*inputs, **case.place()), rtol=1e-5, atol=1e-5)
+
+
+@needs_triton
+def test_triton_never_touches_pairs_that_no_query_reads():
+    case = Case(20, 60, offset=40, window=10, delay=2, batch=1, heads=1)
+    inputs, upstream = case.tensors()
+    results = []
+    for low, high in ((None, None), (float("nan"), float("inf"))):
+        leaves = [t.float().to(DEVICE) for t in inputs]
+        for t in leaves[1:3] if low else ():
+            t[:, :31], t[:, 58:] = low, high
+        leaves = [t.requires_grad_() for t in leaves]
+        out = memory_read(*leaves, **case.place(), implementation="triton")
+        out.backward(upstream.float().to(DEVICE))
+        results.append([out.detach(), leaves[0].grad, *(t.grad for t in leaves[3:])])
+    for clean, spoiled in zip(*results, strict=True):
+        torch.testing.assert_close(clean, spoiled, rtol=0, atol=0)
+
+
+@needs_triton
+def test_triton_large_bandwidths_stay_finite():
+    """beta_0 = beta_1 = exp(10), alpha = 1."""
+    case = Case(40, batch=1, heads=1)
+    inputs, upstream = case.tensors()
+    leaves = [t.float().to(DEVICE) for t in inputs]
+    for t, value in zip(leaves[3:], (22026.0, 22026.0, 1.0), strict=True):
+        t.fill_(value)
+    leaves = [t.requires_grad_() for t in leaves]
+    out = memory_read(*leaves, implementation="triton")
+    out.backward(upstream.float().to(DEVICE))
+    assert out.isfinite().all() and all(t.grad.isfinite().all() for t in leaves)
+
+
+@needs_triton
+def test_triton_refuses_float64_and_auto_takes_another_form():
+    q = torch.randn(1, 20, 1, 8, dtype=torch.float64, device=DEVICE)
+    one = torch.ones(1, dtype=torch.float64, device=DEVICE)
+    with pytest.raises(ConfigError, match="fp32 as 'triton'"):
+        memory_read(q, q, q, one, one, one, implementation="triton")
+    assert memory_read(q, q, q, one, one, one).dtype == torch.float64

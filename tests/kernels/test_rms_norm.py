@@ -5,6 +5,7 @@ import torch
 
 from mmcore.errors import ConfigError
 from mmcore.kernels.rms_norm import rms_norm
+from tests.helpers.forms import DEVICE, needs_triton
 from tests.helpers.poison import poisoned_memory  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -26,7 +27,11 @@ def gradients(function, parts, upstream):
 def check(form, x, weight, tolerance=1e-5):
     upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(9)).to(x.dtype)
     want, want_gradients = gradients(truth, (x.double(), weight.double()), upstream)
-    got, got_gradients = gradients(lambda *p: rms_norm(*p, EPS, form), (x, weight), upstream)
+    device = DEVICE if form == "triton" else "cpu"
+    got, got_gradients = gradients(
+        lambda *p: rms_norm(*p, EPS, form), (x.to(device), weight.to(device)), upstream.to(device)
+    )
+    got, got_gradients = got.cpu(), [gradient.cpu() for gradient in got_gradients]
     assert got.dtype == torch.promote_types(x.dtype, weight.dtype)
     torch.testing.assert_close(got.double(), want, rtol=2 * tolerance, atol=tolerance)
     for name, a, b in zip(("x", "weight"), got_gradients, want_gradients, strict=True):
@@ -97,3 +102,24 @@ def test_fp64_runs_by_itself_and_bad_input_is_named():
     assert rms_norm(torch.randn(2, 4).double(), torch.ones(4), EPS).dtype == torch.float64
     with pytest.raises(ValueError, match=r"weight \(3,\)"):
         rms_norm(torch.randn(2, 4), torch.ones(3), EPS)
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", [(1, 1, 8), (2, 3, 5), (25, 33)])
+def test_triton_output_and_gradients(shape):
+    check("triton", torch.randn(shape), torch.randn(shape[-1]))
+
+
+@needs_triton
+def test_triton_slices_and_fp16():
+    check("triton", torch.randn(2, 9, 32)[:, ::2, 7:20], torch.randn(13))
+    check("triton", torch.randn(2, 5, 16).half(), torch.randn(16), tolerance=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
+@needs_triton
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
+def test_triton_on_a_card(dtype, tolerance):
+    for shape in ((3, 700, 2048), (5, 96), (2, 3, 4096)):
+        check("triton", torch.randn(shape).to(dtype), torch.randn(shape[-1]), tolerance)

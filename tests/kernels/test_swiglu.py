@@ -7,6 +7,7 @@ import torch
 
 from mmcore.errors import ConfigError
 from mmcore.kernels.swiglu import swiglu
+from tests.helpers.forms import DEVICE, needs_triton
 from tests.helpers.poison import poisoned_memory  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -24,10 +25,11 @@ def truth(gate, up, upstream):
 
 def check(form, gate, up, tolerance=2e-6):
     upstream = torch.randn(gate.shape, generator=torch.Generator().manual_seed(9)).to(gate.dtype)
-    leaves = [gate.detach().requires_grad_(), up.detach().requires_grad_()]
+    device = DEVICE if form == "triton" else "cpu"
+    leaves = [x.detach().to(device).requires_grad_() for x in (gate, up)]
     got = swiglu(*leaves, form)
     assert got.dtype == gate.dtype
-    got_all = (got.detach(), *torch.autograd.grad(got, leaves, upstream))
+    got_all = [x.cpu() for x in (got.detach(), *torch.autograd.grad(got, leaves, upstream.to(device)))]
     for a, b in zip(got_all, truth(gate, up, upstream), strict=True):
         torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance)
 
@@ -88,3 +90,25 @@ def test_fp64_runs_by_itself_and_bad_input_is_named():
         swiglu(torch.randn(2, 4), torch.randn(2, 3))
     with pytest.raises(ValueError, match="one shape and dtype"):
         swiglu(torch.randn(2, 4), torch.randn(2, 4).double())
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", [(1, 1, 8), (2, 3, 5), (7, 130)])
+def test_triton_output_and_gradients(shape):
+    check("triton", 3 * torch.randn(shape), torch.randn(shape))
+
+
+@needs_triton
+def test_triton_halves_of_one_projection_and_fp16():
+    fused = torch.randn(4, 3, 40)
+    check("triton", fused[..., :20], fused[..., 20:])
+    check("triton", torch.randn(3, 30).half(), torch.randn(3, 30).half(), tolerance=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
+@needs_triton
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
+def test_triton_on_a_card(dtype, tolerance):
+    for shape in ((300, 100), (70_000, 3)):  # more rows than a grid takes at once
+        check("triton", torch.randn(shape).to(dtype), torch.randn(shape).to(dtype), tolerance)

@@ -4,9 +4,13 @@ import itertools
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmcore.config import ARCHITECTURES, ModelConfig
+from mmcore.config import ARCHITECTURES, DistributedConfig, ModelConfig
+from mmcore.distributed.parallelize import parallelize
 from mmcore.model import accounting, build_model
 
 LARGE = {
@@ -123,33 +127,47 @@ def test_training_flops_use_the_mean_of_the_drawn_delays():
     assert accounting.training_flops_per_token(config, 40) == pytest.approx(expected)
 
 
-def kept_bytes(config, batch, length, half):
-    """Bytes that autograd keeps of the activations of a forward pass, weights and their bf16 copies left out."""
+class Storages(TorchDispatchMode):
+    """Every storage that appears among results, without keeping it alive."""
+
+    def __init__(self, wanted):
+        super().__init__()
+        self.wanted, self.seen = wanted, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and self.wanted(tensor):
+                reference = StorageWeakRef(tensor.untyped_storage())
+                self.seen[reference.cdata] = (reference, tensor.untyped_storage().nbytes())
+        return out
+
+    def alive(self):
+        return sum(size for reference, size in self.seen.values() if not reference.expired())
+
+
+def kept_bytes(config, batch, length, half, checkpointing="none"):
+    """Bytes of activations that live on after a forward pass, weights and their bf16 copies left out."""
     # A GPU runs the block-wise kernels; under bf16 they stand for it here.
     model = build_model(config, kernels="blocked" if half else "auto")
     model.init_weights(seed=0)
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept, alive, rows = {}, [], (batch, batch * length)  # a weight's copy has its own shape
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        alive.append(tensor)  # or the address would be given out again
-        if storage.data_ptr() not in weights and tensor.numel() >= batch * length and tensor.shape[0] in rows:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
+    parallelize(model, DistributedConfig(activation_checkpointing=checkpointing))
+    rows = (batch, batch * length)  # a weight's copy has its own shape
     tokens = torch.randint(config.vocab_size, (batch, length))
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", enabled=half):
-        model.hidden(tokens)
-    return sum(kept.values())
+    storages = Storages(lambda tensor: tensor.numel() >= batch * length and tensor.shape[0] in rows)
+    with storages, torch.autocast("cpu", enabled=half):
+        out = model.hidden(tokens)
+    assert out.requires_grad
+    return storages.alive()
 
 
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 @pytest.mark.parametrize("half", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
-def test_activations_equal_what_autograd_keeps(model_type, half):
+def test_activations_equal_what_autograd_keeps(model_type, half, checkpointing):
     """The difference of two depths is one block."""
     shape = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 2}
     configs = [ModelConfig(model_type=model_type, num_hidden_layers=layers, **shape) for layers in (1, 2)]
-    one, two = (kept_bytes(config, 2, 300, half) for config in configs)
-    formula = [accounting.activation_bytes(config, 600, 2 if half else 4) for config in configs]
+    one, two = (kept_bytes(config, 2, 300, half, checkpointing) for config in configs)
+    formula = [accounting.activation_bytes(config, 600, 2 if half else 4, checkpointing) for config in configs]
     assert formula[1] - formula[0] == pytest.approx(two - one, rel=0.1)

@@ -8,8 +8,16 @@ from torch import Tensor
 from mmcore.kernels import dispatch
 from mmcore.kernels.gated_scan import blocked, cpu, reference
 
-_TABLE = {"cpu": cpu.gated_scan, "blocked": blocked.gated_scan, "reference": reference.gated_scan}
-_WITHOUT_CPU = {name: function for name, function in _TABLE.items() if name != "cpu"}
+
+def _triton(*arguments):
+    """Imported with its first use: Triton takes half a second."""
+    from mmcore.kernels.gated_scan import triton
+
+    return triton.gated_scan(*arguments)
+
+
+_TABLE = {"cpu": cpu.gated_scan, "triton": _triton, "blocked": blocked.gated_scan, "reference": reference.gated_scan}
+_DOUBLE = {name: _TABLE[name] for name in ("blocked", "reference")}
 
 
 def gated_scan(
@@ -47,7 +55,7 @@ def gated_scan(
             f"gated_scan got a state of {tuple(state[0].shape)} and {tuple(state[1].shape)}: "
             f"give {(batch, heads, size)} and {(batch, heads)}"
         )
-    # The C form computes in fp32: fp64, which asks for more, goes to a PyTorch form by itself.
+    # The compiled forms compute in fp32: fp64, which asks for more, goes to a PyTorch form by itself.
     double = raw_keys.dtype == torch.float64 and implementation == "auto"
-    run = dispatch.choose("gated_scan", _WITHOUT_CPU if double else _TABLE, implementation, raw_keys.device)
+    run = dispatch.choose("gated_scan", _DOUBLE if double else _TABLE, implementation, raw_keys.device)
     return run(raw_keys, log_gates, log_decays, resets, state)

@@ -17,7 +17,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from mmcore.kernels import registry
 
 CHUNK = 32
 
@@ -38,33 +39,13 @@ def gated_scan(
     else:
         vector, log_scale = (part.detach().to(precision) for part in state)
     if raw_keys.shape[1] == 0:
-        return torch.zeros_like(raw_keys), (vector, log_scale)
+        return torch.zeros_like(raw_keys), (vector.clone(), log_scale.clone())
     raw, gates, decays = (part.to(precision) for part in (raw_keys, log_gates, log_decays))
     if resets is not None:
         # exp(-inf) = 0 says all: no sum below subtracts, so no NaN can come of it.
         decays = decays.masked_fill(resets[..., None], -torch.inf)
-    with torch.autocast(raw_keys.device.type, enabled=False):
-        if torch.is_grad_enabled() and (raw.requires_grad or gates.requires_grad or decays.requires_grad):
-            keys, vector, log_scale = _Scan.apply(raw, gates, decays, vector, log_scale)
-        else:
-            result = _forward(raw, gates, decays, vector, log_scale)
-            keys, vector, log_scale = result.keys, result.vector, result.log_scale
+    keys, vector, log_scale, *_ = _scan(raw, gates, decays, vector, log_scale)
     return keys.to(raw_keys.dtype), (vector, log_scale)
-
-
-class _Scan(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, raw, gates, decays, vector, log_scale):
-        result = _forward(raw, gates, decays, vector, log_scale)
-        ctx.save_for_backward(gates, decays, vector, log_scale, result.keys, result.norm, result.top)
-        ctx.mark_non_differentiable(result.vector, result.log_scale)
-        return result.keys, result.vector, result.log_scale
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_keys, _grad_vector, _grad_log_scale):
-        with torch.autocast(grad_keys.device.type, enabled=False):
-            return *_backward(grad_keys, *ctx.saved_tensors), None, None
 
 
 class _Result(NamedTuple):
@@ -134,6 +115,48 @@ def _backward(grad_keys, gates, decays, vector, log_scale, keys, norm, top) -> t
     grad_decays = decay_weights * (grad_u * u_before).sum(-1)
     grad_gates = F.pad(grad_decays[:, 1:], (0, 0, 0, 1)) - grad_decays
     return grad_raw, grad_gates, grad_decays
+
+
+def _run(raw, gates, decays, vector, log_scale):
+    with torch.autocast(raw.device.type, enabled=False):
+        result = _forward(raw, gates, decays, vector, log_scale)
+    return result.keys, result.vector.contiguous(), result.log_scale.contiguous(), result.norm, result.top
+
+
+def _fake(raw, gates, decays, vector, log_scale):
+    return tuple(raw.new_empty(shape) for shape in (raw.shape, vector.shape, log_scale.shape, gates.shape, gates.shape))
+
+
+def _keep(ctx, inputs, output):
+    _, gates, decays, vector, log_scale = inputs
+    keys, last_vector, last_log_scale, norm, top = output
+    ctx.mark_non_differentiable(last_vector, last_log_scale, norm, top)
+    ctx.save_for_backward(gates, decays, vector, log_scale, keys, norm, top)
+
+
+def _gradients(ctx, grad_keys, *_):
+    return *_scan_backward(grad_keys, *ctx.saved_tensors), None, None
+
+
+def _run_backward(grad_keys, gates, decays, vector, log_scale, keys, norm, top):
+    with torch.autocast(grad_keys.device.type, enabled=False):
+        return _backward(grad_keys, gates, decays, vector, log_scale, keys, norm, top)
+
+
+def _fake_backward(grad_keys, gates, decays, vector, log_scale, keys, norm, top):
+    return keys.new_empty(keys.shape), keys.new_empty(gates.shape), keys.new_empty(gates.shape)
+
+
+_scan = registry.operator(
+    "gated_scan_blocked(Tensor raw_keys, Tensor log_gates, Tensor log_decays, Tensor vector, Tensor log_scale)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _run, _fake, keep=_keep, backward=_gradients,
+)  # fmt: skip
+_scan_backward = registry.operator(
+    "gated_scan_blocked_backward(Tensor grad_keys, Tensor log_gates, Tensor log_decays, Tensor vector, Tensor log_scale,"
+    " Tensor keys, Tensor norm, Tensor top) -> (Tensor, Tensor, Tensor)",
+    _run_backward, _fake_backward,
+)  # fmt: skip
 
 
 def _sums_between(decays: Tensor) -> Tensor:

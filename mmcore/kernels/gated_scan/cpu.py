@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import struct
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mmcore.errors import ConfigError
-from mmcore.kernels import native
+from mmcore.kernels import native, registry
 from mmcore.kernels.layout import threads_for, with_heads_together
 
 _FORWARD = struct.Struct("10P11n")  # `Forward` in cpu.c
+_C = native.functions(
+    Path(__file__).with_name("cpu.c"),
+    gated_scan_forward=[ctypes.c_char_p],
+    gated_scan_backward=[ctypes.c_void_p] * 8 + [ctypes.c_ssize_t] * 6 + [ctypes.c_int],
+)
 
 
 def gated_scan(
@@ -37,41 +40,66 @@ def gated_scan(
     vector, log_scale = (None, None) if state is None else (_plain(state[0]), _plain(state[1]))
     if resets is not None and not resets.is_contiguous():
         resets = resets.contiguous()
-    if torch.is_grad_enabled() and (raw_keys.requires_grad or log_gates.requires_grad or log_decays.requires_grad):
-        keys, *state = _Scan.apply(raw_keys, log_gates, log_decays, resets, vector, log_scale)
-        state = tuple(state)
+    if registry.direct(raw_keys):
+        keys, *state = _forward(raw_keys, log_gates, log_decays, resets, vector, log_scale, None)
     else:
-        keys, state = _forward(raw_keys, log_gates, log_decays, resets, vector, log_scale, None)
-    return keys if dtype is torch.float32 else keys.to(dtype), state
+        keys, *state, _ = _scan(raw_keys, log_gates, log_decays, resets, vector, log_scale)
+    return keys if dtype is torch.float32 else keys.to(dtype), tuple(state)
 
 
-class _Scan(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, raw, gates, decays, resets, vector, log_scale):
-        batch, time, heads, _ = raw.shape
-        kept = torch.empty(batch, time, 3, heads)
-        keys, state = _forward(raw, gates, decays, resets, vector, log_scale, kept)
-        ctx.save_for_backward(keys, kept, vector)
-        ctx.mark_non_differentiable(*state)
-        return keys, *state
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_keys, _grad_vector, _grad_log_scale):
-        keys, kept, vector = ctx.saved_tensors
-        batch, time, heads, size = keys.shape
-        grad_keys = with_heads_together(grad_keys)
-        grad_raw, scratch = torch.empty(keys.shape), torch.empty(batch, heads, size)
-        grad_gates, grad_decays = torch.empty(batch, time, heads), torch.empty(batch, time, heads)
-        _library().gated_scan_backward(
-            grad_keys.data_ptr(), keys.data_ptr(), kept.data_ptr(), _or_null(vector), grad_raw.data_ptr(),
-            grad_gates.data_ptr(), grad_decays.data_ptr(), scratch.data_ptr(),
-            batch, time, heads, size, *grad_keys.stride()[:2], threads_for(keys.numel()),
-        )  # fmt: skip
-        return grad_raw, grad_gates, grad_decays, None, None, None
+def _run(raw, gates, decays, resets, vector, log_scale):
+    batch, time, heads, _ = raw.shape
+    kept = torch.empty(batch, time, 3, heads)
+    return *_forward(raw, gates, decays, resets, vector, log_scale, kept), kept
 
 
-def _forward(raw, gates, decays, resets, vector, log_scale, kept) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+def _fake(raw, gates, decays, resets, vector, log_scale):
+    batch, time, heads, size = raw.shape
+    return (
+        raw.new_empty(raw.shape), raw.new_empty(batch, heads, size), raw.new_empty(batch, heads),
+        raw.new_empty(batch, time, 3, heads),
+    )  # fmt: skip
+
+
+def _keep(ctx, inputs, output):
+    keys, vector, log_scale, kept = output
+    ctx.mark_non_differentiable(vector, log_scale, kept)
+    ctx.save_for_backward(keys, kept, inputs[4])
+
+
+def _gradients(ctx, grad_keys, *_):
+    return *_scan_backward(grad_keys, *ctx.saved_tensors), None, None, None
+
+
+def _run_backward(grad_keys, keys, kept, vector):
+    batch, time, heads, size = keys.shape
+    grad_keys = with_heads_together(grad_keys)
+    grad_raw, scratch = torch.empty(keys.shape), torch.empty(batch, heads, size)
+    grad_gates, grad_decays = torch.empty(batch, time, heads), torch.empty(batch, time, heads)
+    _C.gated_scan_backward(
+        grad_keys.data_ptr(), keys.data_ptr(), kept.data_ptr(), _or_null(vector), grad_raw.data_ptr(),
+        grad_gates.data_ptr(), grad_decays.data_ptr(), scratch.data_ptr(),
+        batch, time, heads, size, *grad_keys.stride()[:2], threads_for(keys.numel()),
+    )  # fmt: skip
+    return grad_raw, grad_gates, grad_decays
+
+
+def _fake_backward(grad_keys, keys, kept, vector):
+    return keys.new_empty(keys.shape), keys.new_empty(keys.shape[:3]), keys.new_empty(keys.shape[:3])
+
+
+_scan = registry.operator(
+    "gated_scan_cpu(Tensor raw_keys, Tensor log_gates, Tensor log_decays, Tensor? resets, Tensor? vector, "
+    "Tensor? log_scale) -> (Tensor, Tensor, Tensor, Tensor)",
+    _run, _fake, keep=_keep, backward=_gradients,
+)  # fmt: skip
+_scan_backward = registry.operator(
+    "gated_scan_cpu_backward(Tensor grad_keys, Tensor keys, Tensor kept, Tensor? vector) -> (Tensor, Tensor, Tensor)",
+    _run_backward, _fake_backward,
+)  # fmt: skip
+
+
+def _forward(raw, gates, decays, resets, vector, log_scale, kept) -> tuple[Tensor, Tensor, Tensor]:
     """Keys and the last state; fills `kept` if there is one."""
     raw = with_heads_together(raw)
     if gates.stride(2) != 1:
@@ -90,18 +118,8 @@ def _forward(raw, gates, decays, resets, vector, log_scale, kept) -> tuple[Tenso
         keys.data_ptr(), _or_null(kept), new_vector.data_ptr(), new_log_scale.data_ptr(), batch, time, heads, size,
         raw_row, raw_step, gate_row, gate_step, decay_row, decay_step, threads_for(batch * time * heads * size),
     )  # fmt: skip
-    _library().gated_scan_forward(arguments)
-    return keys, (new_vector, new_log_scale)
-
-
-@functools.cache
-def _library() -> ctypes.CDLL:
-    library = native.load(Path(__file__).with_name("cpu.c"))
-    address, count = ctypes.c_void_p, ctypes.c_ssize_t
-    library.gated_scan_forward.argtypes = [ctypes.c_char_p]
-    library.gated_scan_backward.argtypes = [address] * 8 + [count] * 6 + [ctypes.c_int]
-    library.gated_scan_forward.restype = library.gated_scan_backward.restype = None
-    return library
+    _C.gated_scan_forward(arguments)
+    return keys, new_vector, new_log_scale
 
 
 def _plain(part: Tensor) -> Tensor:

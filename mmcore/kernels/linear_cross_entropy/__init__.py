@@ -9,8 +9,20 @@ from mmcore.kernels import dispatch
 from mmcore.kernels.linear_cross_entropy import blocked, cpu, reference
 from mmcore.kernels.linear_cross_entropy.blocked import IGNORED
 
-_TABLE = {"cpu": cpu.linear_cross_entropy, "blocked": blocked.linear_cross_entropy,
-          "reference": reference.linear_cross_entropy}
+
+def _triton(*arguments):
+    """Imported with its first use: Triton takes half a second."""
+    from mmcore.kernels.linear_cross_entropy import triton
+
+    return triton.linear_cross_entropy(*arguments)
+
+
+_TABLE = {
+    "cpu": cpu.linear_cross_entropy,
+    "triton": _triton,
+    "blocked": blocked.linear_cross_entropy,
+    "reference": reference.linear_cross_entropy,
+}
 _REDUCTIONS = ("mean", "sum", "none")
 
 # From this share of ignored labels on, the rows that count are gathered first. Conversations have half of their
@@ -44,7 +56,8 @@ def linear_cross_entropy(
     elif hidden.dtype != weight.dtype:
         weight = weight.to(hidden.dtype)
     with torch.autocast(kind, enabled=False):
-        if kind == "cpu":  # on a GPU the count would make the host wait
+        # On a GPU the count would make the host wait, and a traced graph cannot hold a shape that hangs on it.
+        if kind == "cpu" and not torch.compiler.is_compiling():
             kept = labels != IGNORED
             if int(kept.sum()) < (1 - _WORTH_GATHERING) * labels.numel():
                 rows = kept.nonzero().squeeze(1)
@@ -65,7 +78,8 @@ def _check(hidden: Tensor, weight: Tensor, labels: Tensor, reduction: str) -> No
         raise ValueError(
             f"linear_cross_entropy: labels are {labels.dtype} {list(labels.shape)}: they must be int64 [{len(hidden)}]"
         )
-    if labels.device.type == "cpu" and labels.numel():  # a GPU reports it itself, later
+    # A GPU reports it itself, later.
+    if labels.device.type == "cpu" and labels.numel() and not torch.compiler.is_compiling():
         low, high = torch.aminmax(torch.where(labels == IGNORED, 0, labels))
         if low < 0 or high >= len(weight):
             bad = int(low if low < 0 else high)

@@ -12,23 +12,31 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from mmcore.kernels import registry
+
 IGNORED = -100
 
 # (logits [C, V], labels [C], with_gradient) -> losses [C]; with_gradient turns logits into softmax - onehot in place.
 Step = Callable[[Tensor, Tensor, bool], Tensor]
 
+STEPS: dict[str, Step] = {}
+"""The row operations by name: an operator's arguments are tensors, numbers and text."""
+
+TAKE_HALF: set[str] = set()
+"""Those that read 16-bit logits as they are and compute in fp32; the others are given fp32."""
+
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, reduction: str) -> Tensor:
     """As in `mmcore.kernels.linear_cross_entropy`."""
-    return apply(hidden, weight, labels, reduction, softmax_step)
+    return apply(hidden, weight, labels, reduction, "blocked")
 
 
-def apply(hidden: Tensor, weight: Tensor, labels: Tensor, reduction: str, step: Step) -> Tensor:
-    """The chunked loss with `step` as its row operation."""
+def apply(hidden: Tensor, weight: Tensor, labels: Tensor, reduction: str, step: str) -> Tensor:
+    """The chunked loss with STEPS[step] as its row operation."""
     if reduction == "none":
-        return _RowLosses.apply(hidden, weight, labels, step)
-    wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    total = _TotalLoss.apply(hidden, weight, labels, step, wanted)
+        return _rows(hidden, weight, labels, step)
+    recorded = torch.is_grad_enabled()
+    total, _, _ = _total(hidden, weight, labels, step, recorded and hidden.requires_grad, recorded and weight.requires_grad)
     return total if reduction == "sum" else total / (labels != IGNORED).sum().clamp(min=1)
 
 
@@ -46,6 +54,9 @@ def softmax_step(logits: Tensor, labels: Tensor, with_gradient: bool) -> Tensor:
     return losses
 
 
+STEPS["blocked"] = softmax_step
+
+
 def chunk_rows(vocabulary: int, device: torch.device) -> int:
     """Rows of logits held at once.
 
@@ -59,8 +70,9 @@ def chunk_rows(vocabulary: int, device: torch.device) -> int:
 class _Chunks:
     """The products of the chunks of one call, with the buffer they share."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, step: Step) -> None:
-        self.hidden, self.weight, self.step = hidden, weight, step
+    def __init__(self, hidden: Tensor, weight: Tensor, step: str) -> None:
+        self.hidden, self.weight, self.step = hidden, weight, STEPS[step]
+        self.widen = step not in TAKE_HALF
         self.rows = min(chunk_rows(len(weight), hidden.device), max(1, len(hidden)))
         self.statistics = torch.promote_types(hidden.dtype, torch.float32)
         self.buffer = hidden.new_empty(self.rows, len(weight))
@@ -73,7 +85,8 @@ class _Chunks:
     def losses(self, labels: Tensor, start: int, stop: int, with_gradient: bool) -> tuple[Tensor, Tensor]:
         """Losses of the rows, and their logits turned into softmax - onehot (or scratch without the gradient)."""
         logits = torch.mm(self.hidden[start:stop], self.weight.T, out=self.buffer[: stop - start])
-        logits = logits.to(self.statistics)  # the buffer itself, unless the inputs are half precision
+        if self.widen:
+            logits = logits.to(self.statistics)  # the buffer itself, unless the inputs are half precision
         return self.step(logits, labels[start:stop], with_gradient), logits
 
     def add_to_weight(self, grad_logits: Tensor, start: int, stop: int) -> None:
@@ -88,66 +101,103 @@ class _Chunks:
             product = torch.mm(grad_logits.T, hidden).to(self.statistics)
             self.grad_weight = product if self.grad_weight is None else self.grad_weight.add_(product)
 
-
-class _TotalLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, labels, step, wanted):
-        chunks = _Chunks(hidden, weight, step)
-        total = torch.zeros((), dtype=chunks.statistics, device=hidden.device)
-        for_hidden, for_weight = (wanted and needed for needed in ctx.needs_input_grad[:2])
-        grad_hidden = torch.empty_like(hidden) if for_hidden else None
-        for start, stop in chunks.spans():
-            losses, grad_logits = chunks.losses(labels, start, stop, wanted)
-            total += losses.sum()
-            grad_logits = grad_logits.to(hidden.dtype)
-            if for_hidden:
-                torch.mm(grad_logits, weight, out=grad_hidden[start:stop])
-            if for_weight:
-                chunks.add_to_weight(grad_logits, start, stop)
-        if for_weight and chunks.grad_weight is None:  # no rows at all
-            chunks.grad_weight = torch.zeros_like(weight)
-        ctx.save_for_backward(grad_hidden, chunks.grad_weight)
-        ctx.dtype = weight.dtype
-        return total
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, upstream):
-        grad_hidden, grad_weight = ctx.saved_tensors
-        # Not in place: a second backward pass through a retained graph must find them as they were.
-        if grad_hidden is not None:
-            grad_hidden = (grad_hidden.to(upstream.dtype) * upstream).to(ctx.dtype)
-        if grad_weight is not None:
-            grad_weight = (grad_weight * upstream).to(ctx.dtype)
-        return grad_hidden, grad_weight, None, None, None
+    def weight_gradient(self, wanted: bool) -> Tensor:
+        """The sum so far: zeros where there were no rows, nothing where it is not wanted."""
+        if not wanted:
+            return self.weight.new_empty(0, dtype=self.statistics)
+        if self.grad_weight is None:
+            return torch.zeros(self.weight.shape, dtype=self.statistics, device=self.weight.device)
+        return self.grad_weight
 
 
-class _RowLosses(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, labels, step):
-        chunks = _Chunks(hidden, weight, step)
-        losses = torch.empty(len(hidden), dtype=chunks.statistics, device=hidden.device)
-        for start, stop in chunks.spans():
-            losses[start:stop] = chunks.losses(labels, start, stop, False)[0]
-        ctx.save_for_backward(hidden, weight, labels)
-        ctx.step = step
-        return losses
+def _run_total(hidden, weight, labels, step, for_hidden: bool, for_weight: bool):
+    chunks = _Chunks(hidden, weight, step)
+    total = torch.zeros((), dtype=chunks.statistics, device=hidden.device)
+    grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if for_hidden else hidden.new_empty(0)
+    for start, stop in chunks.spans():
+        losses, grad_logits = chunks.losses(labels, start, stop, for_hidden or for_weight)
+        total += losses.sum()
+        grad_logits = grad_logits.to(hidden.dtype)
+        if for_hidden:
+            torch.mm(grad_logits, weight, out=grad_hidden[start:stop])
+        if for_weight:
+            chunks.add_to_weight(grad_logits, start, stop)
+    return total, grad_hidden, chunks.weight_gradient(for_weight)
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, upstream):
-        hidden, weight, labels = ctx.saved_tensors
-        chunks = _Chunks(hidden, weight, ctx.step)
-        for_hidden, for_weight = ctx.needs_input_grad[:2]
-        grad_hidden = torch.empty_like(hidden) if for_hidden else None
-        for start, stop in chunks.spans():
-            _, grad_logits = chunks.losses(labels, start, stop, True)
-            grad_logits = grad_logits.mul_(upstream[start:stop, None]).to(hidden.dtype)
-            if for_hidden:
-                torch.mm(grad_logits, weight, out=grad_hidden[start:stop])
-            if for_weight:
-                chunks.add_to_weight(grad_logits, start, stop)
-        if for_weight and chunks.grad_weight is None:
-            chunks.grad_weight = torch.zeros_like(weight)
-        grad_weight = chunks.grad_weight
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
+
+def _fake_total(hidden, weight, labels, step, for_hidden, for_weight):
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    shapes = (hidden.shape if for_hidden else (0,), weight.shape if for_weight else (0,))
+    return hidden.new_empty((), dtype=wide), hidden.new_empty(shapes[0]), hidden.new_empty(shapes[1], dtype=wide)
+
+
+def _keep_total(ctx, inputs, output):
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[1:])
+    ctx.dtype = inputs[1].dtype
+
+
+def _total_gradients(ctx, upstream, *_):
+    # Not in place: a second backward pass through a retained graph must find them as they were.
+    grads = (
+        (grad.to(upstream.dtype) * upstream).to(ctx.dtype) if needed else None
+        for grad, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[:2], strict=True)
+    )
+    return *grads, None, None, None, None
+
+
+def _run_rows(hidden, weight, labels, step):
+    chunks = _Chunks(hidden, weight, step)
+    losses = torch.empty(len(hidden), dtype=chunks.statistics, device=hidden.device)
+    for start, stop in chunks.spans():
+        losses[start:stop] = chunks.losses(labels, start, stop, False)[0]
+    return losses
+
+
+def _fake_rows(hidden, weight, labels, step):
+    return hidden.new_empty(hidden.shape[0], dtype=torch.promote_types(hidden.dtype, torch.float32))
+
+
+def _keep_rows(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3])
+    ctx.step = inputs[3]
+
+
+def _rows_gradients(ctx, upstream):
+    needed = ctx.needs_input_grad[:2]
+    grads = _rows_backward(upstream, *ctx.saved_tensors, ctx.step, *needed)
+    return *(grad if need else None for grad, need in zip(grads, needed, strict=True)), None, None
+
+
+def _run_rows_backward(upstream, hidden, weight, labels, step, for_hidden: bool, for_weight: bool):
+    chunks = _Chunks(hidden, weight, step)
+    grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if for_hidden else hidden.new_empty(0)
+    for start, stop in chunks.spans():
+        _, grad_logits = chunks.losses(labels, start, stop, True)
+        grad_logits = grad_logits.mul_(upstream[start:stop, None]).to(hidden.dtype)
+        if for_hidden:
+            torch.mm(grad_logits, weight, out=grad_hidden[start:stop])
+        if for_weight:
+            chunks.add_to_weight(grad_logits, start, stop)
+    return grad_hidden, chunks.weight_gradient(for_weight).to(weight.dtype)
+
+
+def _fake_rows_backward(upstream, hidden, weight, labels, step, for_hidden, for_weight):
+    shapes = (hidden.shape if for_hidden else (0,), weight.shape if for_weight else (0,))
+    return hidden.new_empty(shapes[0]), weight.new_empty(shapes[1])
+
+
+_total = registry.operator(
+    "linear_cross_entropy_total(Tensor hidden, Tensor weight, Tensor labels, str step, bool for_hidden, bool for_weight)"
+    " -> (Tensor, Tensor, Tensor)",
+    _run_total, _fake_total, keep=_keep_total, backward=_total_gradients,
+)  # fmt: skip
+_rows = registry.operator(
+    "linear_cross_entropy_rows(Tensor hidden, Tensor weight, Tensor labels, str step) -> Tensor",
+    _run_rows, _fake_rows, keep=_keep_rows, backward=_rows_gradients,
+)  # fmt: skip
+_rows_backward = registry.operator(
+    "linear_cross_entropy_rows_backward(Tensor upstream, Tensor hidden, Tensor weight, Tensor labels, str step, "
+    "bool for_hidden, bool for_weight) -> (Tensor, Tensor)",
+    _run_rows_backward, _fake_rows_backward,
+)  # fmt: skip

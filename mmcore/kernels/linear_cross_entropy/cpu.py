@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 from pathlib import Path
 
 import torch
@@ -12,13 +11,10 @@ from torch import Tensor
 from mmcore.kernels import native
 from mmcore.kernels.linear_cross_entropy import blocked
 
-
-@functools.cache
-def _softmax_rows() -> ctypes._CFuncPtr:
-    function = native.load(Path(__file__).with_name("cpu.c")).mm_softmax_rows
-    function.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 3 + [ctypes.c_int] * 2
-    function.restype = None
-    return function
+_C = native.functions(
+    Path(__file__).with_name("cpu.c"),
+    mm_softmax_rows=[ctypes.c_void_p] * 3 + [ctypes.c_int64] * 3 + [ctypes.c_int] * 2,
+)
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, reduction: str) -> Tensor:
@@ -26,14 +22,17 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, reducti
     matrix products are 8 to 130 times faster; fp64 takes the PyTorch row operation."""
     if hidden.dtype == torch.float64:
         return blocked.linear_cross_entropy(hidden, weight, labels, reduction)
-    return blocked.apply(hidden.float(), weight.float(), labels, reduction, _step)
+    return blocked.apply(hidden.float(), weight.float(), labels, reduction, "cpu")
 
 
 def _step(logits: Tensor, labels: Tensor, with_gradient: bool) -> Tensor:
     losses = torch.empty(len(logits))
     labels = labels.contiguous()
-    _softmax_rows()(
+    _C.mm_softmax_rows(
         logits.data_ptr(), labels.data_ptr(), losses.data_ptr(), *logits.shape, logits.stride(0),
         int(with_gradient), torch.get_num_threads(),
     )
     return losses
+
+
+blocked.STEPS["cpu"] = _step

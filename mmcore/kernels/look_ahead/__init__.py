@@ -8,8 +8,16 @@ from torch import Tensor
 from mmcore.kernels import dispatch
 from mmcore.kernels.look_ahead import blocked, cpu, reference
 
-_TABLE = {"cpu": cpu.look_ahead, "blocked": blocked.look_ahead, "reference": reference.look_ahead}
-_WITHOUT_CPU = {name: function for name, function in _TABLE.items() if name != "cpu"}
+
+def _triton(*arguments):
+    """Imported with its first use: Triton takes half a second."""
+    from mmcore.kernels.look_ahead import triton
+
+    return triton.look_ahead(*arguments)
+
+
+_TABLE = {"cpu": cpu.look_ahead, "triton": _triton, "blocked": blocked.look_ahead, "reference": reference.look_ahead}
+_DOUBLE = {name: _TABLE[name] for name in ("blocked", "reference")}
 
 
 def look_ahead(
@@ -39,7 +47,7 @@ def look_ahead(
         )
     if following is not None and following.shape != (shape[0], *shape[2:]):
         raise ValueError(f"look_ahead got following {tuple(following.shape)}: give [B, H, D] of values {tuple(shape)}")
-    # The C form computes in fp32: fp64, which asks for more, goes to a PyTorch form by itself.
+    # The compiled forms compute in fp32: fp64, which asks for more, goes to a PyTorch form by itself.
     double = raw_values.dtype == torch.float64 and implementation == "auto"
-    run = dispatch.choose("look_ahead", _WITHOUT_CPU if double else _TABLE, implementation, raw_values.device)
+    run = dispatch.choose("look_ahead", _DOUBLE if double else _TABLE, implementation, raw_values.device)
     return run(raw_values, mix, scale, following)

@@ -9,9 +9,21 @@ from mmcore.errors import ConfigError
 from mmcore.kernels import dispatch
 from mmcore.kernels.memory_read import blocked, cpu, reference
 
-# In order of preference. The C form holds its tiles in fp32; other dtypes go to the PyTorch blocks.
-FORMS = {"cpu": cpu.memory_read, "blocked": blocked.memory_read, "reference": reference.memory_read}
-FORMS_OTHER_DTYPES = {name: form for name, form in FORMS.items() if name != "cpu"}
+
+def _triton(*arguments):
+    """Imported with its first use: Triton takes half a second."""
+    from mmcore.kernels.memory_read import triton
+
+    return triton.memory_read(*arguments)
+
+
+# In order of preference. The C form holds its tiles in fp32, the Triton form 16-bit numbers or fp32; what they do not
+# take goes to the PyTorch blocks.
+FORMS = {"cpu": cpu.memory_read, "triton": _triton, "blocked": blocked.memory_read, "reference": reference.memory_read}
+FEW_ON_GPU = 16
+"""Up to so many queries the Triton form shares the pairs out over the card."""
+_HALF = {name: form for name, form in FORMS.items() if name != "cpu"}
+_DOUBLE = {name: form for name, form in _HALF.items() if name != "triton"}
 
 
 def memory_read(
@@ -25,7 +37,7 @@ def memory_read(
     starts: Tensor | None = None,
     window: int | None = None,
     delay: int = 1,
-    offset: int = 0,
+    offset: int | Tensor = 0,
     implementation: str = "auto",
 ) -> Tensor:
     """What each query finds in its memory: `sum_j softmax_j(beta q.k_j) v_j` over the pairs j it may read.
@@ -45,9 +57,10 @@ def memory_read(
             number of padding positions on its left); None means 0.
         window: positions back that a query sees, its own included; None means all.
         delay: how many positions the newest pair lies behind the query; 0 reads its own pair too, as attention does.
-        offset: the position of query 0; 0 in training, the pairs already stored in decoding.
-        implementation: auto, cpu (C, fp32), blocked (PyTorch, any device and dtype, no Tq x Tk matrix), or
-            reference (the definition, Tq x Tk).
+        offset: the position of query 0; 0 in training, the pairs already stored in decoding. An int64 tensor of one
+            number stays on the GPU where few queries are read without gradients (CUDA graphs), and is awaited elsewhere.
+        implementation: auto, cpu (C, fp32), triton (GPUs, 16 bits or fp32), blocked (PyTorch, any device and dtype,
+            no Tq x Tk matrix), or reference (the definition, Tq x Tk).
 
     Returns:
         [B, Tq, H, D], in the queries' dtype. Scores, softmax and sums are fp32 (fp64 for fp64 tensors).
@@ -69,7 +82,9 @@ def memory_read(
             f"memory_read got {queries.dtype} queries, {keys.dtype} keys and {values.dtype} values: "
             f"convert them to one dtype"
         )
-    if delay < 0 or offset < 0 or (window is not None and window < 1):
+    if isinstance(offset, Tensor) and (not queries.is_cuda or q_shape[1] > FEW_ON_GPU or torch.is_grad_enabled()):
+        offset = int(offset)
+    if delay < 0 or (not isinstance(offset, Tensor) and offset < 0) or (window is not None and window < 1):
         raise ConfigError(
             f"memory_read got delay {delay}, offset {offset} and window {window}: window must be at least 1, "
             f"delay and offset at least 0"
@@ -79,9 +94,12 @@ def memory_read(
             f"memory_read got starts {tuple(starts.shape)} for queries {tuple(queries.shape)}: give one start for "
             f"each query, [B, Tq]"
         )
-    any_dtype = implementation == "auto" and queries.dtype is not torch.float32
-    forms = FORMS_OTHER_DTYPES if any_dtype else FORMS
+    forms = FORMS
+    if implementation == "auto" and queries.dtype is not torch.float32:
+        forms = _DOUBLE if queries.dtype is torch.float64 else _HALF
     read = dispatch.choose("memory_read", forms, implementation, queries.device)
+    if isinstance(offset, Tensor) and read is not _triton:
+        offset = int(offset)
     return read(
         queries, keys, values, bandwidth_base, bandwidth_slope, bandwidth_exponent, starts, window, delay, offset
     )

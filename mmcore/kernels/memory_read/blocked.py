@@ -1,8 +1,8 @@
 """memory_read as blocks of queries, each with the pairs that the block can read, on any device and dtype.
 
-A block is one scaled_dot_product_attention with a small boolean mask. Autograd over such blocks would keep
-every mask (together Tq x Tk) until the backward pass; the function here keeps only its inputs and computes each
-block again, so that memory stays linear in T for one forward more.
+A block is one scaled_dot_product_attention with a small boolean mask. The operator keeps its inputs and its result, and
+the backward pass computes the weights of each block again, for as many rows of the batch at a time as make SCORES
+scores, so that memory stays linear in T.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from mmcore.kernels import registry
 from mmcore.kernels.memory_read.reference import bandwidth, intervals, wide
 
 BLOCK = 256  # queries; 128 and 512 were 5 to 20 % slower at T = 4096, D = 64 on two CPU cores
+SCORES = 2**24
 
 
 def _reach(block: slice, window: int | None, delay: int, offset: int, pairs: int) -> slice:
@@ -41,35 +42,74 @@ def _read_block(queries, keys, values, base, slope, exponent, first_BQ, last_BQ,
     return read.transpose(1, 2).masked_fill(empty_BQ1.unsqueeze(-1), 0.0).to(queries.dtype)
 
 
-class _Read(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, queries, keys, values, base, slope, exponent, starts, window, delay, offset):
-        ctx.save_for_backward(queries, keys, values, base, slope, exponent)
-        ctx.starts, ctx.place = starts, (window, delay, offset)
-        out = torch.zeros_like(queries, memory_format=torch.contiguous_format)
-        for block, reach, first, last in _blocks(queries, keys, starts, *ctx.place):
-            out[:, block] = _read_block(
-                queries[:, block], keys[:, reach], values[:, reach], base, slope, exponent, first, last, reach.start
-            )
-        return out
+def _run(queries, keys, values, base, slope, exponent, starts, window, delay, offset):
+    out = torch.zeros_like(queries, memory_format=torch.contiguous_format)
+    for block, reach, first, last in _blocks(queries, keys, starts, window, delay, offset):
+        out[:, block] = _read_block(
+            queries[:, block], keys[:, reach], values[:, reach], base, slope, exponent, first, last, reach.start
+        )
+    return out
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        queries, keys, values, *bandwidths = ctx.saved_tensors
-        inputs = (queries, keys, values, *bandwidths)
-        sums = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in inputs]
-        for block, reach, first, last in _blocks(queries, keys, ctx.starts, *ctx.place):
-            parts = [queries[:, block], keys[:, reach], values[:, reach], *bandwidths]
-            leaves = [part.detach().requires_grad_() for part in parts]
-            with torch.enable_grad():
-                out = _read_block(*leaves, first, last, reach.start)
-            grads = torch.autograd.grad(out, leaves, grad[:, block])
-            totals = (sums[0][:, block], sums[1][:, reach], sums[2][:, reach], *sums[3:])
+
+def _fake(queries, keys, values, base, slope, exponent, starts, window, delay, offset):
+    return queries.new_empty(queries.shape)
+
+
+def _keep(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:7], output)
+    ctx.place = inputs[7:]
+
+
+def _gradients(ctx, grad):
+    *inputs, out = ctx.saved_tensors
+    return *_read_backward(grad, *inputs, *ctx.place, out), None, None, None, None
+
+
+def _run_backward(grad, queries, keys, values, base, slope, exponent, starts, window, delay, offset, out):
+    dtype = wide(queries.dtype)
+    inputs = (queries, keys, values, base, slope, exponent)
+    sums = [torch.zeros_like(t, dtype=dtype, memory_format=torch.contiguous_format) for t in inputs]
+    scalars = tuple(t.to(dtype) for t in (base, slope, exponent))
+    for block, reach, first, last in _blocks(queries, keys, starts, window, delay, offset):
+        rows = max(1, SCORES // (queries.shape[2] * (block.stop - block.start) * (reach.stop - reach.start)))
+        for begin in range(0, queries.shape[0], rows):
+            row = slice(begin, begin + rows)
+            parts = (t[row].to(dtype) for t in (
+                queries[:, block], keys[:, reach], values[:, reach], grad[:, block], out[:, block]
+            ))  # fmt: skip
+            ends = (t if t.shape[0] == 1 else t[row] for t in (first, last))
+            grads = _block_gradients(*parts, *scalars, *ends, reach.start)
+            totals = (sums[0][row, block], sums[1][row, reach], sums[2][row, reach], *sums[3:])
             for total, part in zip(totals, grads, strict=True):
                 total += part
-        needed = (total if need else None for total, need in zip(sums, ctx.needs_input_grad, strict=False))
-        return *needed, None, None, None, None
+    return tuple(total.to(t.dtype) for total, t in zip(sums, inputs, strict=True))
+
+
+def _block_gradients(queries, keys, values, grad, out, base_H, slope_H, exponent_H, first_BQ, last_BQ, origin: int):
+    """Gradients of one block for its six inputs: with weights w and w' = grad . v, ds = w (w' - grad . out) is the
+    gradient of the scores s = beta q . k, and that of beta is sum ds q . k = q . (sum ds k)."""
+    count_BQ = last_BQ - first_BQ + 1
+    beta_BQH1 = bandwidth(count_BQ, base_H, slope_H, exponent_H).unsqueeze(-1)
+    q_BHQD, k_BHKD, v_BHKD, grad_BHQD = (t.transpose(1, 2) for t in (queries * beta_BQH1, keys, values, grad))
+    pair_K = torch.arange(origin, origin + keys.shape[1], device=keys.device)
+    closed_B1QK = ((pair_K < first_BQ.unsqueeze(-1)) | (pair_K > last_BQ.unsqueeze(-1))).unsqueeze(1)
+    scores = (q_BHQD @ k_BHKD.transpose(-1, -2)).masked_fill_(closed_B1QK, torch.finfo(queries.dtype).min)
+    weights = scores.softmax(-1).masked_fill_(closed_B1QK, 0.0)
+    along_BHQ1 = (grad * out).sum(-1).transpose(1, 2).unsqueeze(-1)
+    grad_scores = (grad_BHQD @ v_BHKD.transpose(-1, -2)).sub_(along_BHQ1).mul_(weights)
+    grad_values = (weights.transpose(-1, -2) @ grad_BHQD).transpose(1, 2)
+    grad_keys = (grad_scores.transpose(-1, -2) @ q_BHQD).transpose(1, 2)
+    grad_scaled = (grad_scores @ k_BHKD).transpose(1, 2)
+    grad_beta = (grad_scaled * queries).sum(-1)
+    count_BQ1 = count_BQ.clamp(min=1).unsqueeze(-1).to(slope_H.dtype)
+    power = count_BQ1**exponent_H
+    grad_exponent = grad_beta * slope_H * power * count_BQ1.log()
+    bandwidths = (t.sum((0, 1)) for t in (grad_beta, grad_beta * power, grad_exponent))
+    return grad_scaled * beta_BQH1, grad_keys, grad_values, *bandwidths
+
+
+def _fake_backward(grad, queries, keys, values, base, slope, exponent, starts, window, delay, offset, out):
+    return tuple(t.new_empty(t.shape) for t in (queries, keys, values, base, slope, exponent))
 
 
 def _blocks(queries, keys, starts, window, delay, offset):
@@ -86,4 +126,17 @@ def _blocks(queries, keys, starts, window, delay, offset):
 
 def memory_read(queries, keys, values, base, slope, exponent, starts, window, delay, offset) -> Tensor:
     """See mmcore.kernels.memory_read.memory_read."""
-    return _Read.apply(queries, keys, values, base, slope, exponent, starts, window, delay, offset)
+    return _read(queries, keys, values, base, slope, exponent, starts, window, delay, offset)
+
+
+_read = registry.operator(
+    "memory_read_blocked(Tensor queries, Tensor keys, Tensor values, Tensor base, Tensor slope, Tensor exponent, "
+    "Tensor? starts, int? window, SymInt delay, SymInt offset) -> Tensor",
+    _run, _fake, keep=_keep, backward=_gradients,
+)  # fmt: skip
+_read_backward = registry.operator(
+    "memory_read_blocked_backward(Tensor grad, Tensor queries, Tensor keys, Tensor values, Tensor base, Tensor slope, "
+    "Tensor exponent, Tensor? starts, int? window, SymInt delay, SymInt offset, Tensor out)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _run_backward, _fake_backward,
+)  # fmt: skip

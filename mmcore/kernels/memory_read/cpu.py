@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import struct
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mmcore.errors import ConfigError
-from mmcore.kernels import native
+from mmcore.kernels import native, registry
 
 FEW = 8  # up to so many queries, without gradients, cpu_few.c reads the pairs in place
 
@@ -25,23 +23,13 @@ _CALL = struct.Struct("29q").pack
 _BACKWARD = struct.Struct("6q").pack
 
 
-@functools.cache
-def _library() -> ctypes.CDLL:
-    library = native.load(Path(__file__).with_name("cpu.c"))
-    library.memory_read_scratch.argtypes = [ctypes.c_char_p, ctypes.c_long]
-    library.memory_read_scratch.restype = ctypes.c_long
-    library.memory_read_forward.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
-    library.memory_read_backward.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p]
-    library.memory_read_forward.restype = library.memory_read_backward.restype = None
-    return library
-
-
-@functools.cache
-def _read_few():
-    function = native.load(Path(__file__).with_name("cpu_few.c")).memory_read_few
-    function.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
-    function.restype = None
-    return function
+_C = native.functions(
+    Path(__file__).with_name("cpu.c"),
+    memory_read_scratch=(ctypes.c_long, [ctypes.c_char_p, ctypes.c_long]),
+    memory_read_forward=[ctypes.c_char_p, ctypes.c_void_p],
+    memory_read_backward=[ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p],
+)
+_C_FEW = native.functions(Path(__file__).with_name("cpu_few.c"), memory_read_few=[ctypes.c_char_p, ctypes.c_void_p])
 
 
 def _call(queries, keys, values, bandwidths, place, out, statistics, threads: int, shares: int) -> bytes:
@@ -84,7 +72,7 @@ def _few(queries, keys, values, bandwidths, place) -> Tensor:
     shares = 1 if units % threads == 0 else threads
     out = torch.empty_like(queries, memory_format=torch.contiguous_format)  # 1 us; torch.empty(shape) takes 3
     states = torch.empty(shares * batch * heads * length * (16 + (size + 15) // 16 * 16))
-    _read_few()(_call(queries, keys, values, bandwidths, place, out, None, threads, shares), states.data_ptr())
+    _C_FEW.memory_read_few(_call(queries, keys, values, bandwidths, place, out, None, threads, shares), states.data_ptr())
     return out
 
 
@@ -96,41 +84,80 @@ def _forward(queries, keys, values, bandwidths, place, keep: bool) -> tuple[Tens
     statistics = torch.empty(2, batch, heads, length) if keep else None
     shares = _shares(batch * heads, length, threads)
     call = _call(queries, keys, values, bandwidths, place, out, statistics, threads, shares)
-    scratch = torch.empty(threads * _library().memory_read_scratch(call, 2))
-    _library().memory_read_forward(call, scratch.data_ptr())
+    scratch = torch.empty(threads * _C.memory_read_scratch(call, 2))
+    _C.memory_read_forward(call, scratch.data_ptr())
     return out, statistics
 
 
-class _Read(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, queries, keys, values, base, slope, exponent, starts, window, delay, offset):
-        ctx.place = (starts, window, delay, offset)
-        ctx.same = queries is keys
-        out, statistics = _forward(queries, keys, values, (base, slope, exponent), ctx.place, keep=True)
-        ctx.save_for_backward(queries, keys, values, base, slope, exponent, out, statistics)
-        return out
+def _run(keys, values, base, slope, exponent, queries, starts, window, delay, offset):
+    queries = keys if queries is None else queries
+    return _forward(queries, keys, values, (base, slope, exponent), (starts, window, delay, offset), keep=True)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        queries, keys, values, *bandwidths, out, statistics = ctx.saved_tensors
-        batch, length, heads, _ = queries.shape
-        grad = grad.contiguous()
-        threads = torch.get_num_threads()
-        shares = _shares(batch * heads, length, threads)
-        call = _call(queries, keys, values, bandwidths, ctx.place, out, statistics, threads, shares)
-        # where the queries are the keys, one tensor holds both gradients
-        in_place = ctx.same and shares == 1
-        grad_queries = None if in_place else torch.empty(queries.shape)
-        grad_keys, grad_values = torch.empty(2, shares, *keys.shape)
-        grad_bandwidth = torch.empty(shares, batch, heads, 3, dtype=torch.float64)
-        tensors = (grad, out, grad_queries, grad_keys, grad_values, grad_bandwidth)
-        sides = _BACKWARD(*(0 if t is None else t.data_ptr() for t in tensors))
-        scratch = torch.empty(threads * _library().memory_read_scratch(call, 4))
-        _library().memory_read_backward(call, sides, scratch.data_ptr())
-        grad_keys, grad_values = (t[0] if shares == 1 else t.sum(0) for t in (grad_keys, grad_values))
-        grad_bandwidths = grad_bandwidth.sum((0, 1)).to(torch.float32).unbind(-1)
-        return grad_queries, grad_keys, grad_values, *grad_bandwidths, None, None, None, None
+
+def _fake(keys, values, base, slope, exponent, queries, starts, window, delay, offset):
+    queries = keys if queries is None else queries
+    batch, length, heads, _ = queries.shape
+    return queries.new_empty(queries.shape), queries.new_empty(2, batch, heads, length)
+
+
+def _keep(ctx, inputs, output):
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*inputs[:7], *output)
+    ctx.place = inputs[7:]
+
+
+def _gradients(ctx, grad, _):
+    *inputs, out, statistics = ctx.saved_tensors
+    grad_keys, grad_values, grad_base, grad_slope, grad_exponent, grad_queries = _read_backward(
+        grad, *inputs, *ctx.place, out, statistics
+    )
+    if inputs[5] is None:
+        grad_queries = None
+    return grad_keys, grad_values, grad_base, grad_slope, grad_exponent, grad_queries, None, None, None, None
+
+
+def _run_backward(grad, keys, values, base, slope, exponent, queries, starts, window, delay, offset, out, statistics):
+    same = queries is None
+    queries = keys if same else queries
+    batch, length, heads, _ = queries.shape
+    grad = grad.contiguous()
+    threads = torch.get_num_threads()
+    shares = _shares(batch * heads, length, threads)
+    place = (starts, window, delay, offset)
+    call = _call(queries, keys, values, (base, slope, exponent), place, out, statistics, threads, shares)
+    # where the queries are the keys, one tensor holds both gradients, unless each share has its own
+    in_place = same and shares == 1
+    grad_queries = None if in_place else torch.empty(queries.shape)
+    grad_keys, grad_values = (torch.empty(shares, *keys.shape) for _ in range(2))
+    grad_bandwidth = torch.empty(shares, batch, heads, 3, dtype=torch.float64)
+    tensors = (grad, out, grad_queries, grad_keys, grad_values, grad_bandwidth)
+    sides = _BACKWARD(*(0 if t is None else t.data_ptr() for t in tensors))
+    scratch = torch.empty(threads * _C.memory_read_scratch(call, 4))
+    _C.memory_read_backward(call, sides, scratch.data_ptr())
+    grad_keys, grad_values = (t[0] if shares == 1 else t.sum(0) for t in (grad_keys, grad_values))
+    if same:
+        grad_keys = grad_keys if in_place else grad_keys.add_(grad_queries)
+        grad_queries = grad_keys.new_empty(0)
+    bandwidths = (part.clone() for part in grad_bandwidth.sum((0, 1)).to(torch.float32).unbind(-1))
+    return grad_keys, grad_values, *bandwidths, grad_queries
+
+
+def _fake_backward(grad, keys, values, base, slope, exponent, queries, starts, window, delay, offset, out, statistics):
+    shapes = (keys.shape, values.shape, base.shape, base.shape, base.shape, (0,) if queries is None else queries.shape)
+    return tuple(keys.new_empty(shape) for shape in shapes)
+
+
+_read = registry.operator(
+    "memory_read_cpu(Tensor keys, Tensor values, Tensor base, Tensor slope, Tensor exponent, Tensor? queries, "
+    "Tensor? starts, int? window, SymInt delay, SymInt offset) -> (Tensor, Tensor)",
+    _run, _fake, keep=_keep, backward=_gradients,
+)  # fmt: skip
+_read_backward = registry.operator(
+    "memory_read_cpu_backward(Tensor grad, Tensor keys, Tensor values, Tensor base, Tensor slope, Tensor exponent, "
+    "Tensor? queries, Tensor? starts, int? window, SymInt delay, SymInt offset, Tensor out, Tensor statistics)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _run_backward, _fake_backward,
+)  # fmt: skip
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -154,9 +181,9 @@ def memory_read(queries, keys, values, base, slope, exponent, starts, window, de
     bandwidths = [base.contiguous(), slope.contiguous(), exponent.contiguous()]
     if starts is not None:
         starts = starts.to(torch.int32).contiguous()
-    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
-        return _Read.apply(queries, keys, values, *bandwidths, starts, window, delay, offset)
-    place = (starts, window, delay, offset)
-    if 0 < queries.shape[1] <= FEW:
-        return _few(queries, keys, values, bandwidths, place)
-    return _forward(queries, keys, values, bandwidths, place, keep=False)[0]
+    if registry.direct(queries):
+        place = (starts, window, delay, offset)
+        if 0 < queries.shape[1] <= FEW:
+            return _few(queries, keys, values, bandwidths, place)
+        return _forward(queries, keys, values, bandwidths, place, keep=False)[0]
+    return _read(keys, values, *bandwidths, None if same else queries, starts, window, delay, offset)[0]

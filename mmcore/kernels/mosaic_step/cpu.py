@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,14 +40,11 @@ _Shape = _structure(
 )
 
 
-@functools.cache
-def _library() -> ctypes.CDLL:
-    library = native.load(Path(__file__).with_name("cpu.c"))
-    library.mm_mosaic_step.argtypes = [_ADDRESS] * 3 + [_Matrix] + [_ADDRESS] * 3 + [_INT] * 2 + [_ADDRESS, ctypes.c_int]
-    library.mm_mosaic_step.restype = None
-    library.mm_mosaic_step_scratch.argtypes = [_ADDRESS, _INT, ctypes.c_int]
-    library.mm_mosaic_step_scratch.restype = _INT
-    return library
+_C = native.functions(
+    Path(__file__).with_name("cpu.c"),
+    mm_mosaic_step=[_ADDRESS] * 3 + [_Matrix] + [_ADDRESS] * 3 + [_INT] * 2 + [_ADDRESS, ctypes.c_int],
+    mm_mosaic_step_scratch=(_INT, [_ADDRESS, _INT, ctypes.c_int]),
+)
 
 
 class Step:
@@ -68,7 +64,7 @@ class Step:
     def __call__(self, x: Tensor, memories: Sequence[Any], position: int, padding: Tensor | None = None) -> Tensor:
         rows, threads = x.numel() // self._shape.width, torch.get_num_threads()
         if (rows, threads) not in self._scratch:
-            size = _library().mm_mosaic_step_scratch(ctypes.byref(self._shape), rows, threads)
+            size = _C.mm_mosaic_step_scratch(ctypes.byref(self._shape), rows, threads)
             self._scratch[rows, threads] = torch.empty(size)
         for memory, fields in zip(memories, self._memories, strict=True):
             store = memory.store
@@ -80,7 +76,7 @@ class Step:
             fields.capacity, fields.used, fields.first = store.keys.shape[1], store.used, store.first
             store.used += 1
         logits = torch.empty(rows, self._shape.vocabulary)
-        _library().mm_mosaic_step(
+        _C.mm_mosaic_step(
             ctypes.byref(self._shape), self._layers, self._norm, self._classifier, x.data_ptr(), logits.data_ptr(),
             self._scratch[rows, threads].data_ptr(), rows, position, None if padding is None else padding.data_ptr(),
             threads,

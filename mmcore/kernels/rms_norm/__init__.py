@@ -8,8 +8,16 @@ from torch import Tensor
 from mmcore.kernels import dispatch
 from mmcore.kernels.rms_norm import blocked, cpu, reference
 
-_TABLE = {"cpu": cpu.rms_norm, "blocked": blocked.rms_norm, "reference": reference.rms_norm}
-_WITHOUT_CPU = {name: function for name, function in _TABLE.items() if name != "cpu"}
+
+def _triton(*arguments):
+    """Imported with its first use: Triton takes half a second."""
+    from mmcore.kernels.rms_norm import triton
+
+    return triton.rms_norm(*arguments)
+
+
+_TABLE = {"cpu": cpu.rms_norm, "triton": _triton, "blocked": blocked.rms_norm, "reference": reference.rms_norm}
+_DOUBLE = {name: _TABLE[name] for name in ("blocked", "reference")}
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, implementation: str = "auto") -> Tensor:
@@ -23,7 +31,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, implementation: str = "auto"
     """
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"rms_norm got x {tuple(x.shape)} and weight {tuple(weight.shape)}: give [..., d] and [d]")
-    # The C form computes in fp32: fp64, which asks for more, goes to a PyTorch form by itself.
+    # The compiled forms compute in fp32: fp64, which asks for more, goes to a PyTorch form by itself.
     double = x.dtype == torch.float64 and implementation == "auto"
-    run = dispatch.choose("rms_norm", _WITHOUT_CPU if double else _TABLE, implementation, x.device)
+    run = dispatch.choose("rms_norm", _DOUBLE if double else _TABLE, implementation, x.device, True)
     return run(x, weight, eps)

@@ -8,8 +8,16 @@ from torch import Tensor
 from mmcore.kernels import dispatch
 from mmcore.kernels.swiglu import blocked, cpu, reference
 
-_TABLE = {"cpu": cpu.swiglu, "blocked": blocked.swiglu, "reference": reference.swiglu}
-_WITHOUT_CPU = {name: function for name, function in _TABLE.items() if name != "cpu"}
+
+def _triton(*arguments):
+    """Imported with its first use: Triton takes half a second."""
+    from mmcore.kernels.swiglu import triton
+
+    return triton.swiglu(*arguments)
+
+
+_TABLE = {"cpu": cpu.swiglu, "triton": _triton, "blocked": blocked.swiglu, "reference": reference.swiglu}
+_DOUBLE = {name: _TABLE[name] for name in ("blocked", "reference")}
 
 
 def swiglu(gate: Tensor, up: Tensor, implementation: str = "auto") -> Tensor:
@@ -25,7 +33,7 @@ def swiglu(gate: Tensor, up: Tensor, implementation: str = "auto") -> Tensor:
             f"swiglu got gate {gate.dtype} {tuple(gate.shape)} and up {up.dtype} {tuple(up.shape)}: "
             f"give one shape and dtype"
         )
-    # The C form computes in fp32: fp64, which asks for more, goes to a PyTorch form by itself.
+    # The compiled forms compute in fp32: fp64, which asks for more, goes to a PyTorch form by itself.
     double = gate.dtype == torch.float64 and implementation == "auto"
-    run = dispatch.choose("swiglu", _WITHOUT_CPU if double else _TABLE, implementation, gate.device)
+    run = dispatch.choose("swiglu", _DOUBLE if double else _TABLE, implementation, gate.device, True)
     return run(gate, up)

@@ -5,25 +5,34 @@ so a weight may be moved or converted in between."""
 from __future__ import annotations
 
 import ctypes
-import functools
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mmcore.kernels import native
+from mmcore.kernels import native, registry
+from mmcore.kernels.thin_linear import reference
+
+_ADDRESS, _INT = ctypes.c_void_p, ctypes.c_int64
+_C = native.functions(
+    Path(__file__).with_name("cpu.c"),
+    mm_thin_linear=[_ADDRESS, _INT, _INT, _ADDRESS, _ADDRESS, _INT, _ADDRESS, _ADDRESS] + [ctypes.c_int] * 2,
+)
+
+MOST_ROWS = 16
+"""Rows of x up to which the compiled kernel is used; a library's matrix product is better with more."""
 
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 """As in thin_rows.h."""
 
 
-def why_not(x: Tensor, weight: Tensor, scale: Tensor | None, most_rows: int) -> str | None:
+def why_not(x: Tensor, weight: Tensor, scale: Tensor | None) -> str | None:
     """The reason why the C kernel cannot take these tensors, or None."""
     rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
     if x.dtype is not torch.float32:
         return f"x is {x.dtype}, and the kernel computes in torch.float32"
-    if not 1 <= rows <= most_rows:
-        return f"x has {rows} rows, and the kernel is for 1 to {most_rows}"
+    if not 1 <= rows <= MOST_ROWS:
+        return f"x has {rows} rows, and the kernel is for 1 to {MOST_ROWS}"
     if weight.dtype not in FORMATS or (weight.dtype is torch.int8) != (scale is not None):
         return f"the weight is {weight.dtype}, and the kernel reads torch.float32, torch.bfloat16, or torch.int8 with scales"
     if not (weight.is_contiguous() and weight.is_cpu):
@@ -33,23 +42,27 @@ def why_not(x: Tensor, weight: Tensor, scale: Tensor | None, most_rows: int) -> 
     return None
 
 
-@functools.cache
-def _function() -> ctypes._CFuncPtr:
-    function = native.load(Path(__file__).with_name("cpu.c")).mm_thin_linear
-    address, integer = ctypes.c_void_p, ctypes.c_int64
-    function.argtypes = [address, integer, integer, address, address, integer, address, address] + [ctypes.c_int] * 2
-    function.restype = None
-    return function
-
-
 def thin_linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
     """As in `mmcore.kernels.thin_linear`, for tensors that `why_not` has no reason against."""
     x = x.contiguous()
     out, width = weight.shape
     y = x.new_empty(*x.shape[:-1], out)
     scratch = torch.empty_like(x) if weight.dtype is torch.bfloat16 else x
-    _function()(
+    _C.mm_thin_linear(
         x.data_ptr(), x.numel() // width, width, weight.data_ptr(), None if scale is None else scale.data_ptr(), out,
         y.data_ptr(), scratch.data_ptr(), FORMATS[weight.dtype], torch.get_num_threads(),
     )
     return y
+
+
+def _run(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+    form = reference.library_linear if why_not(x, weight, scale) else thin_linear
+    return form(x, weight, scale)
+
+
+def _fake(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+traced = registry.operator("thin_linear_cpu(Tensor x, Tensor weight, Tensor? scale) -> Tensor", _run, _fake)
+"""The product as an operator, for torch.compile; calls that are not traced do without."""

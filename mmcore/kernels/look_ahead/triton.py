@@ -1,0 +1,163 @@
+"""Look-ahead values in Triton: one pass over memory each way.
+
+A program holds C positions of one head and reads the positions one step on (in the backward pass one step back too)
+from the cache that the first read has filled. The sums over positions for the two numbers of a head leave each program
+as partial sums, so that their order is fixed.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mmcore.errors import ConfigError
+from mmcore.kernels import registry, tuning
+from mmcore.kernels.look_ahead.blocked import _fake, _keep
+
+CHUNK = 16 if tuning.INTERPRETED else 32
+
+
+@triton.jit
+def _tile(base, positions, length, step, size, D: tl.constexpr):
+    """Rows of a head at `base`, [C, D] in fp32; zero outside the sequence."""
+    columns = tl.arange(0, D)
+    inside = ((positions >= 0) & (positions < length))[:, None] & (columns < size)[None, :]
+    at = base + positions.to(tl.int64)[:, None] * step + columns[None, :]
+    return tl.load(at, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _mixed(raw, positions, length, step, size, mix, after, D: tl.constexpr):
+    """vbar, what follows v~, and 1 / ||vbar|| (0 for 0) at these positions; `after` follows the last one."""
+    own = _tile(raw, positions, length, step, size, D)
+    following = _tile(raw, positions + 1, length, step, size, D)
+    following = tl.where((positions == length - 1)[:, None], after[None, :], following)
+    mixed = mix * own + (1 - mix) * following
+    norm = tl.sqrt(tl.sum(mixed * mixed, 1))
+    return mixed, own - following, tl.where(norm == 0, 0.0, 1.0 / tl.where(norm == 0, 1.0, norm))
+
+
+@triton.jit
+def _forward_kernel(
+    raw, mix, scale, after, values, length, heads, size, raw_row, raw_step, raw_head, C: tl.constexpr, D: tl.constexpr
+):
+    positions = tl.program_id(0) * C + tl.arange(0, C)
+    row = tl.program_id(1)
+    b, h = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
+    columns = tl.arange(0, D)
+    last = tl.load(after + row.to(tl.int64) * size + columns, mask=columns < size, other=0.0).to(tl.float32)
+    mixed, _, inverse = _mixed(
+        raw + b * raw_row + h * raw_head, positions, length, raw_step, size, tl.load(mix + h), last, D
+    )
+    out = mixed * (inverse * tl.load(scale + h))[:, None]
+    at = values + ((b * length + positions)[:, None] * heads + h) * size + columns[None, :]
+    inside = (positions < length)[:, None] & (columns < size)[None, :]
+    tl.store(at, out.to(values.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _backward_kernel(
+    grad, raw, mix, scale, after, grad_raw, grad_after, partial, length, heads, size,
+    grad_row, grad_step, grad_head, raw_row, raw_step, raw_head, C: tl.constexpr, D: tl.constexpr,
+):
+    positions = tl.program_id(0) * C + tl.arange(0, C)
+    row = tl.program_id(1)
+    b, h = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
+    columns = tl.arange(0, D)
+    raw += b * raw_row + h * raw_head
+    grad += b * grad_row + h * grad_head
+    m, s = tl.load(mix + h), tl.load(scale + h)
+    last = tl.load(after + row.to(tl.int64) * size + columns, mask=columns < size, other=0.0).to(tl.float32)
+
+    mixed, difference, inverse = _mixed(raw, positions, length, raw_step, size, m, last, D)
+    upstream = _tile(grad, positions, length, grad_step, size, D)
+    unit = mixed * inverse[:, None]
+    along = tl.sum(upstream * unit, 1)
+    for_mixed = (upstream - unit * along[:, None]) * (inverse * s)[:, None]
+
+    earlier, _, inverse = _mixed(raw, positions - 1, length, raw_step, size, m, last, D)
+    upstream = _tile(grad, positions - 1, length, grad_step, size, D)
+    unit = earlier * inverse[:, None]
+    before = (upstream - unit * tl.sum(upstream * unit, 1)[:, None]) * (inverse * s)[:, None]
+
+    result = m * for_mixed + (1 - m) * before
+    at = grad_raw + ((b * length + positions)[:, None] * heads + h) * size + columns[None, :]
+    inside = (positions < length)[:, None] & (columns < size)[None, :]
+    tl.store(at, result.to(grad_raw.dtype.element_ty), mask=inside)
+    ends = (positions == length - 1)[:, None] & (columns < size)[None, :]
+    tl.store(grad_after + row.to(tl.int64) * size + columns[None, :] + positions[:, None] * 0, (1 - m) * for_mixed,
+             mask=ends)
+    at = partial + (row * tl.num_programs(0) + tl.program_id(0)) * 2
+    there = (positions < length)[:, None]
+    tl.store(at, tl.sum(tl.sum(tl.where(there, for_mixed * difference, 0.0), 1), 0))
+    tl.store(at + 1, tl.sum(along, 0))
+
+
+_CONFIG = [triton.Config({"C": CHUNK}, num_warps=4, num_stages=1)]
+_FORWARD, _BACKWARD = tuning.Tuned(_forward_kernel, _CONFIG, ()), tuning.Tuned(_backward_kernel, _CONFIG, ())
+
+
+def _plain(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _run(raw: Tensor, mix: Tensor, scale: Tensor, after: Tensor) -> Tensor:
+    raw = _plain(raw)
+    batch, length, heads, size = raw.shape
+    values = torch.empty(raw.shape, dtype=raw.dtype, device=raw.device)
+    if raw.numel():
+        _FORWARD(
+            (triton.cdiv(length, CHUNK), batch * heads), raw, mix.contiguous(), scale.contiguous(), after.contiguous(),
+            values, length, heads, size, *raw.stride()[:3], on=raw, D=triton.next_power_of_2(size),
+        )  # fmt: skip
+    return values
+
+
+def _gradients(ctx, grad):
+    return _values_backward(grad, *ctx.saved_tensors)
+
+
+def _run_backward(grad: Tensor, raw: Tensor, mix: Tensor, scale: Tensor, after: Tensor) -> tuple[Tensor, ...]:
+    grad, raw = _plain(grad), _plain(raw)
+    batch, length, heads, size = raw.shape
+    grad_raw = torch.empty(raw.shape, dtype=raw.dtype, device=raw.device)
+    if not raw.numel():
+        return grad_raw, torch.zeros_like(mix), torch.zeros_like(scale), torch.zeros_like(after)
+    grad_after = torch.empty(after.shape, dtype=torch.float32, device=raw.device)
+    blocks = triton.cdiv(length, CHUNK)
+    partial = torch.empty(batch, heads, blocks, 2, dtype=torch.float32, device=raw.device)
+    _BACKWARD(
+        (blocks, batch * heads), grad, raw, mix.contiguous(), scale.contiguous(), after.contiguous(), grad_raw,
+        grad_after, partial, length, heads, size, *grad.stride()[:3], *raw.stride()[:3], on=raw,
+        D=triton.next_power_of_2(size),
+    )  # fmt: skip
+    grad_mix, grad_scale = (part.clone() for part in partial.sum((0, 2)).unbind(-1))
+    return grad_raw, grad_mix, grad_scale, grad_after.to(after.dtype)
+
+
+def _fake_backward(grad, raw, mix, scale, after):
+    return tuple(part.new_empty(part.shape) for part in (raw, mix, scale, after))
+
+
+_values = registry.operator(
+    "look_ahead_triton(Tensor raw_values, Tensor mix, Tensor scale, Tensor following) -> Tensor",
+    _run, _fake, keep=_keep, backward=_gradients,
+)  # fmt: skip
+_values_backward = registry.operator(
+    "look_ahead_triton_backward(Tensor grad, Tensor raw_values, Tensor mix, Tensor scale, Tensor following)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _run_backward, _fake_backward,
+)  # fmt: skip
+
+
+def look_ahead(raw_values: Tensor, mix: Tensor, scale: Tensor, following: Tensor | None = None) -> Tensor:
+    """See `mmcore.kernels.look_ahead.look_ahead`. Raises ConfigError for fp64, which would be rounded."""
+    if torch.float64 in (raw_values.dtype, mix.dtype, scale.dtype):
+        raise ConfigError("look_ahead computes in fp32 as 'triton': use implementation='blocked' for fp64")
+    if following is None:
+        batch, _, heads, size = raw_values.shape
+        following = raw_values.new_zeros(batch, heads, size)
+    run = _run if registry.direct(raw_values) else _values
+    return run(raw_values, mix.float(), scale.float(), following)

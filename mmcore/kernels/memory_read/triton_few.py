@@ -1,0 +1,144 @@
+"""A few queries over a long memory (decoding), without gradients: the pairs are shared out over the card.
+
+One query reads every pair once, and what limits it is the reading. So each head's pairs are cut into shares, one
+program each; a second kernel joins the shares' sums. Where the queries' place is a tensor on the device, nothing of the
+call depends on how far the text has come, and a CUDA graph of it stays right: each program finds its share itself.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mmcore.kernels import tuning
+from mmcore.kernels.memory_read.triton_parts import (
+    LOG2E,
+    constants,
+    count_power,
+    interval,
+    load_rows,
+    plain,
+    spans,
+    store_rows,
+)  # fmt: skip
+
+FEW = 16  # as many rows as a product on tensor cores has at least; FEW_ON_GPU of __init__.py
+
+
+@triton.jit
+def _share_kernel(
+    queries, keys, values, base, slope, exponent, starts, place, sums, totals, tops, count, pairs, heads, size,
+    query_row, query_step, query_head, key_row, key_step, key_head, value_row, value_step, value_head,
+    window, delay, offset, LENGTH, STARTS: tl.constexpr, WINDOW: tl.constexpr, PLACE: tl.constexpr,
+    PRECISION: tl.constexpr, D: tl.constexpr, EVEN: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):
+    """One share of what M queries of a head read: the weighted sum, the weights' sum, the greatest score (in log2)."""
+    share = tl.program_id(0)
+    row = tl.program_id(1)
+    b, h = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
+    if PLACE:
+        offset = tl.load(place).to(tl.int32)
+    rows = tl.arange(0, M)
+    first, last = interval(starts + b * count, rows, offset, count, pairs, window, delay, STARTS, WINDOW)
+    power, _ = count_power(first, last, tl.load(exponent + h))
+    scale = (tl.load(slope + h) * power + tl.load(base + h)) * LOG2E
+    q = load_rows(queries + b * query_row + h * query_head, rows, query_step, count, size, D, EVEN)
+    keys += b * key_row + h * key_head
+    values += b * value_row + h * value_head
+    acc = tl.zeros([M, D], tl.float32)
+    total = tl.zeros([M], tl.float32)
+    top = tl.full([M], float("-inf"), tl.float32)
+    begin, _, _, end = spans(first, last, rows < count, N)
+    each = tl.cdiv(tl.cdiv(end - begin, N), tl.num_programs(0)) * N
+    begin += share * each
+    for n in range(begin, tl.minimum(begin + each, end), N):
+        numbers = n + tl.arange(0, N)
+        k = load_rows(keys, numbers, key_step, end, size, D, EVEN)
+        v = load_rows(values, numbers, value_step, end, size, D, EVEN)
+        products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        open_ = (numbers[None, :] >= first[:, None]) & (numbers[None, :] <= last[:, None])
+        scores = tl.where(open_, products * scale[:, None], float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        finite = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weights = tl.exp2(scores - finite[:, None])
+        shrink = tl.exp2(top - finite)
+        total = total * shrink + tl.sum(weights, 1)
+        acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+        top = new_top
+    at = (row * tl.num_programs(0) + share).to(tl.int64) * count
+    store_rows(sums + at * size, acc, rows, size, count, size, D)
+    tl.store(totals + at + rows, total, mask=rows < count)
+    tl.store(tops + at + rows, top, mask=rows < count)
+
+
+@triton.jit
+def _join_kernel(
+    sums, totals, tops, out, count, heads, size, shares, D: tl.constexpr, S: tl.constexpr,
+):
+    """out of one query of one head from its shares."""
+    query = tl.program_id(0)
+    row = tl.program_id(1)
+    columns = tl.arange(0, D)
+    numbers = tl.arange(0, S)
+    present = numbers < shares
+    at = (row.to(tl.int64) * shares + numbers) * count + query
+    top = tl.load(tops + at, mask=present, other=float("-inf"))
+    greatest = tl.max(top, 0)
+    finite = tl.where(greatest == float("-inf"), 0.0, greatest)
+    weight = tl.exp2(top - finite)
+    total = tl.sum(tl.load(totals + at, mask=present, other=0.0) * weight, 0)
+    inside = present[:, None] & (columns < size)[None, :]
+    parts = tl.load(sums + at[:, None] * size + columns[None, :], mask=inside, other=0.0)
+    read = tl.sum(parts * weight[:, None], 0) / tl.where(total == 0, 1.0, total)
+    b, h = (row // heads).to(tl.int64), row % heads
+    target = out + ((b * count + query) * heads + h) * size
+    tl.store(target + columns, read.to(out.dtype.element_ty), mask=columns < size)
+
+
+def _configs() -> list[triton.Config]:
+    if tuning.INTERPRETED:
+        return [triton.Config({"N": 16}, num_warps=4, num_stages=1)]
+    choices = ((64, 4, 4), (128, 4, 3), (32, 2, 5))
+    return [triton.Config({"N": n}, num_warps=warps, num_stages=stages) for n, warps, stages in choices]
+
+
+_SHARE = tuning.Tuned(_share_kernel, _configs(), ("LENGTH", "WINDOW", "D"))
+_JOIN = tuning.Tuned(_join_kernel, [triton.Config({}, num_warps=4, num_stages=1)], ())
+
+
+def _shares(rows: int, reach: int, on: Tensor) -> int:
+    """Into how many shares `reach` pairs of each of `rows` heads are cut: four programs for each multiprocessor, but
+    none with less than 128 pairs to read."""
+    wanted = triton.cdiv(4 * tuning.processors(on), rows)
+    return max(1, min(wanted, triton.cdiv(reach, 16 if tuning.INTERPRETED else 128), 128))
+
+
+def memory_read(queries, keys, values, base, slope, exponent, starts, window, delay, offset) -> Tensor:
+    """See mmcore.kernels.memory_read.memory_read, for 1 to FEW queries. `offset` may be an int64 tensor on the device:
+    then `keys` and `values` may be a whole store, whose unwritten end no query reaches."""
+    queries, keys, values = plain(queries), plain(keys), plain(values)
+    batch, count, heads, size = queries.shape
+    pairs = keys.shape[1]
+    out = torch.empty(queries.shape, dtype=queries.dtype, device=queries.device)
+    if out.numel() == 0:
+        return out
+    reach = min(pairs, window + count) if window else pairs
+    shares = _shares(batch * heads, reach, queries)
+    fp32 = {"dtype": torch.float32, "device": queries.device}
+    sums = torch.empty(batch * heads, shares, count, size, **fp32)
+    totals, tops = torch.empty(2, batch * heads, shares, count, **fp32)
+    on_device = isinstance(offset, Tensor)
+    settings = constants(queries, starts, window)
+    _SHARE(
+        (shares, batch * heads), queries, keys, values, base, slope, exponent, queries if starts is None else starts,
+        offset if on_device else queries, sums, totals, tops, count, pairs, heads, size, *queries.stride()[:3],
+        *keys.stride()[:3], *values.stride()[:3], window or 0, delay, 0 if on_device else offset, tuning.bucket(reach),
+        on=queries, PLACE=on_device, M=FEW, **settings,
+    )  # fmt: skip
+    _JOIN(
+        (count, batch * heads), sums, totals, tops, out, count, heads, size, shares, on=queries, D=settings["D"],
+        S=triton.next_power_of_2(shares),
+    )  # fmt: skip
+    return out

@@ -1,0 +1,71 @@
+"""Kernels as operators of PyTorch, `torch.ops.mm.<kernel>_<form>`: one mechanism for all of them.
+
+torch.compile cannot look into C or Triton, and needs not: an operator says what shapes come out (`fake`) and which
+operator gives its gradients. Graphs then hold the call whole (fullgraph=True), FSDP2 and activation checkpointing see
+plain differentiable calls, and a selective checkpointing policy can name them (`operators`).
+
+Calls through PyTorch's dispatcher cost some 10 us in Python. Decoding, which makes many small calls without gradients,
+does without: where `direct` says so, a form calls its C function at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_LIBRARY = torch.library.Library("mm", "DEF")
+_DEVICES = ("CPU", "CUDA")
+_DIFFERENTIABLE: dict[str, Any] = {}
+
+
+def operator(
+    signature: str,
+    run: Callable,
+    fake: Callable,
+    *,
+    keep: Callable | None = None,
+    backward: Callable | None = None,
+) -> torch._ops.OpOverload:
+    """Define `mm::<signature>`, say `mm::double(Tensor x) -> Tensor`, and return the operator to call.
+
+    run: what it computes, on tensors of any device that it is called with. It changes no input, and no output shares
+        memory with an input or another output. All outputs are contiguous.
+    fake: the same for tensors without data: outputs of the right shape, dtype and device.
+    keep(ctx, inputs, outputs): saves what `backward(ctx, *gradients)` needs. The gradient of an output that is marked
+        non-differentiable comes as None. Both are given where the operator has gradients; they exist once: a gradient
+        of a gradient is refused.
+    """
+    name = signature.partition("(")[0]
+    _LIBRARY.define(signature, tags=(torch.Tag.pt2_compliant_tag,))
+    for device in _DEVICES:
+        _LIBRARY.impl(name, run, device)
+    torch.library.register_fake(f"mm::{name}", fake, lib=_LIBRARY)
+    made = getattr(torch.ops.mm, name).default
+    if backward is not None:
+
+        def setup(ctx, inputs, output):
+            ctx.set_materialize_grads(False)
+            keep(ctx, inputs, output)
+
+        @once_differentiable
+        def gradients(ctx, *given):
+            return (None,) * len(ctx.needs_input_grad) if all(g is None for g in given) else backward(ctx, *given)
+
+        torch.library.register_autograd(f"mm::{name}", gradients, setup_context=setup, lib=_LIBRARY)
+        _DIFFERENTIABLE[name] = made
+    return made
+
+
+def operators(*kernels: str) -> tuple[Any, ...]:
+    """The operators, in all forms known so far, whose results are kept when a policy wants those of `kernels` kept:
+    `operators("memory_read", "gated_scan")`. Forms in Triton are known from their first use on."""
+    return tuple(made for name, made in _DIFFERENTIABLE.items() if name.rsplit("_", 1)[0] in kernels)
+
+
+def direct(x: Tensor) -> bool:
+    """Whether a call on `x` may pass by the dispatcher: no gradient is recorded, nothing is traced, the data is real."""
+    return not torch.is_grad_enabled() and type(x) is Tensor and not torch.compiler.is_compiling()

@@ -1,0 +1,83 @@
+"""Compile every Triton kernel for an H100 on a machine without one: registers, spills and shared memory of each.
+
+`python -m tests.benchmarks.compile_for_hopper [--every] [--dtypes bf16,fp32] [--only memory_read]`. Minutes of one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from mmcore.kernels import tuning
+from tests.helpers.hopper import SHARED_LIMIT, Launches, compile_all
+
+B, T, H, D = 8, 4096, 32, 128
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def gated_scan(dtype: torch.dtype) -> None:
+    """Whole heads, and heads cut into segments."""
+    from mmcore.kernels.gated_scan import triton
+
+    for batch, time, heads in ((B, T, H), (1, 32_768, 16)):
+        raw, gates = empty(batch, time, heads, D, dtype=dtype), empty(batch, time, heads, dtype=dtype)
+        resets = empty(batch, time, dtype=torch.bool)
+        keys, _, _, entries, tops = triton._run(raw, gates, gates, resets, None, None, True)
+        triton._run_backward(keys, raw, gates, gates, resets, entries, tops)
+
+
+def memory_read(dtype: torch.dtype) -> None:
+    """Packed documents with and without a window, the transformers' causal attention, and a decoding step."""
+    from mmcore.kernels.memory_read import triton, triton_backward, triton_few
+
+    keys, scalar = empty(B, T, H, D, dtype=dtype), empty(H, dtype=torch.float32)
+    starts = empty(B, T, dtype=torch.int32)
+    for window, where in ((None, starts), (256, starts), (None, None)):
+        place = (where, window, 1, 0)
+        out, statistics = triton._run(keys, keys, scalar, scalar, scalar, None, *place)
+        triton_backward.run_backward(keys, keys, keys, scalar, scalar, scalar, None, *place, out, statistics)
+    query, place = empty(B, 1, H, D, dtype=dtype), empty(1, dtype=torch.int64)
+    triton_few.memory_read(query, keys, keys, scalar, scalar, scalar, None, None, 64, place)
+
+
+def small_ones(dtype: torch.dtype) -> None:
+    from mmcore.kernels.linear_cross_entropy import triton as loss
+    from mmcore.kernels.look_ahead import triton as look_ahead
+    from mmcore.kernels.rms_norm import triton as rms_norm
+    from mmcore.kernels.swiglu import triton as swiglu
+
+    x, weight = empty(T, 2048, dtype=dtype), empty(2048, dtype=torch.float32)
+    y, rstd = rms_norm._run(x, weight, 1e-5)
+    rms_norm._run_backward(y, x, weight, rstd)
+    swiglu._run(x, x)
+    swiglu._run_backward(x, x, x)
+    raw, scalar = empty(B, T, H, D, dtype=dtype), empty(H, dtype=torch.float32)
+    look_ahead._run(raw, scalar, scalar, empty(B, H, D, dtype=dtype))
+    look_ahead._run_backward(raw, raw, scalar, scalar, empty(B, H, D, dtype=dtype))
+    loss._step(empty(2048, 128_256, dtype=dtype), empty(2048, dtype=torch.int64), True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--every", action="store_true", help="all configurations, not the first of each")
+    parser.add_argument("--dtypes", default="bf16,fp32")
+    parser.add_argument("--only", choices=("gated_scan", "memory_read", "small_ones"))
+    options = parser.parse_args()
+    tuning.processors = lambda x: 132
+    works = (gated_scan, memory_read, small_ones)
+    for name in options.dtypes.split(","):
+        for work in works:
+            if options.only in (None, work.__name__):
+                with Launches() as seen:
+                    work(DTYPES[name])
+                for made in compile_all(seen, options.every):
+                    print(name, made, "TOO MUCH SHARED MEMORY" if made.shared > SHARED_LIMIT else "", flush=True)
+
+
+if __name__ == "__main__":
+    main()

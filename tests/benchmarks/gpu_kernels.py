@@ -1,0 +1,226 @@
+"""The kernels of a GPU beside the bandwidth of a copy and beside the rivals that can be had (parts b, c, d, g)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmcore.kernels.gated_scan import gated_scan
+from mmcore.kernels.linear_cross_entropy import linear_cross_entropy
+from mmcore.kernels.memory_read import memory_read
+from tests.benchmarks.gpu_timing import Place, attempt, backward_seconds, copy_bandwidth, seconds
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+READS = {"short": {"window": 256, "delay": 1}, "long": {"delay": 64}, "causal": {"delay": 0}}
+TINY_READS = {"short": {"window": 9, "delay": 1}, "long": {"delay": 5}, "causal": {"delay": 0}}
+
+
+def scans(place: Place, report: dict[str, Any]) -> None:
+    """gated_scan forward and backward: bytes that must move (in and out once) over time, and over a copy's rate."""
+    copy = copy_bandwidth(place)
+    attempt(report, "copy_gb_s", lambda: copy / 1e9)
+    for B, T, H, D in place.pick([(8, 4096, 32, 128), (1, 32_768, 32, 128), (4, 4096, 16, 128)], [(1, 40, 2, 16)]):
+        for name in place.pick(["bf16", "fp32"], ["fp32"]):
+            attempt(report, f"{B},{T},{H},{D} {name}", functools.partial(_scan, place, (B, T, H, D), DTYPES[name], copy))
+            place.free()
+
+
+def _scan(place: Place, shape: tuple[int, int, int, int], dtype: torch.dtype, copy: float) -> dict[str, Any]:
+    B, T, H, D = shape
+    new = functools.partial(torch.randn, device=place.device)
+    raw = new(shape).to(dtype).requires_grad_()
+    gates = new(B, T, H).to(dtype).requires_grad_()
+    decays = (-new(B, T, H).abs()).to(dtype).requires_grad_()
+    resets = torch.zeros(B, T, dtype=torch.bool, device=place.device)
+    resets[:, :: max(1, T // 4)] = True
+    upstream = new(shape).to(dtype)
+
+    def run(form: str) -> Tensor:
+        return gated_scan(raw, gates, decays, resets=resets, implementation=form)[0]
+
+    size = raw.element_size()
+    numbers, scalars = raw.numel() * size, gates.numel() * size
+    bytes_forward, bytes_backward = 2 * numbers + 2 * scalars, 3 * numbers + 4 * scalars
+    forward = seconds(place, lambda: run(place.form))
+    with torch.no_grad():
+        inference = seconds(place, lambda: run(place.form))
+    backward = backward_seconds(place, lambda: run(place.form), (raw, gates, decays), upstream)
+    found = {
+        "forward_ms": forward * 1e3, "without_gradients_ms": inference * 1e3, "backward_ms": backward * 1e3,
+        "forward_of_copy": bytes_forward / forward / copy, "backward_of_copy": bytes_backward / backward / copy,
+    }
+    if not place.tiny:
+        found["blocked_forward_ms"] = seconds(place, lambda: run("blocked")) * 1e3
+        found |= _fla_scan(place, shape, dtype)
+    return found
+
+
+def _fla_scan(place: Place, shape: tuple[int, int, int, int], dtype: torch.dtype) -> dict[str, Any]:
+    """flash-linear-attention's HGRN, the nearest recurrence of others: one gate a number, no norm."""
+    try:
+        from fla.ops.hgrn import fused_recurrent_hgrn
+    except ImportError:
+        return {"fla": "flash-linear-attention is not installed"}
+    B, T, H, D = shape
+    x = torch.randn(B, T, H * D, device=place.device, dtype=dtype)
+    g = F.logsigmoid(torch.randn_like(x))
+    return {"fla_hgrn_forward_ms": seconds(place, lambda: fused_recurrent_hgrn(x, g)) * 1e3}
+
+
+def pairs_read(length: int, place: dict[str, int]) -> int:
+    """Query-pair products of one head over one document."""
+    count = torch.arange(length, dtype=torch.float64) - place["delay"] + 1
+    if "window" in place:
+        count = count.clamp(max=place["window"] - place["delay"])
+    return int(count.clamp(min=0).sum())
+
+
+def reads(place: Place, report: dict[str, Any]) -> None:
+    """memory_read beside SDPA (flash, cuDNN) and compiled FlexAttention with the same mask."""
+    shapes = place.pick([(8, 4096, 32, 128), (1, 32_768, 32, 128)], [(1, 40, 1, 16)])
+    dtype = torch.float32 if place.tiny else torch.bfloat16
+    for B, T, H, D in shapes:
+        keys = F.normalize(torch.randn(B, T, H, D, device=place.device), dim=-1).to(dtype).requires_grad_()
+        values = torch.randn(B, T, H, D, device=place.device, dtype=dtype).requires_grad_()
+        scalars = [torch.full((H,), x, device=place.device).requires_grad_() for x in (4.5, 4.5, 1 / 3)]
+        starts = (torch.arange(T, device=place.device) // max(1, T // 4) * (T // 4)).int().expand(B, T).contiguous()
+        upstream = torch.randn_like(values)
+        title = f"{B},{T},{H},{D}"
+        for name, where in place.pick(READS, TINY_READS).items():
+            for packed in (False, True):
+                extra = where | ({"starts": starts} if packed else {})
+
+                def run(extra=extra, keys=keys, values=values, scalars=scalars) -> Tensor:
+                    return memory_read(keys, keys, values, *scalars, **extra, implementation=place.form)
+
+                products = B * H * D * pairs_read(T, where)
+                label = f"{title} {name}{' packed' if packed else ''}"
+                work = functools.partial(_attention, place, run, (keys, values, *scalars), upstream, products)
+                attempt(report, label, work)
+        _rivals(place, report, (B, T, H, D), dtype)
+        place.free()
+
+
+def _attention(
+    place: Place, run: Callable[[], Tensor], leaves: tuple[Tensor, ...], upstream: Tensor, products: int
+) -> dict[str, float]:
+    """Times, and TFLOP/s with two products forward and five backward, as is usual, whatever is computed again."""
+    forward = seconds(place, run)
+    backward = backward_seconds(place, run, leaves, upstream)
+    return {
+        "forward_ms": forward * 1e3, "backward_ms": backward * 1e3, "both_ms": (forward + backward) * 1e3,
+        "forward_tflops": 4 * products / forward / 1e12, "backward_tflops": 10 * products / backward / 1e12,
+    }
+
+
+def _rivals(place: Place, report: dict[str, Any], shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    B, T, H, D = shape
+    q, k, v = (torch.randn(B, H, T, D, device=place.device, dtype=dtype).requires_grad_() for _ in range(3))
+    upstream = torch.randn_like(q)
+    title = ",".join(map(str, shape))
+    causal = B * H * D * pairs_read(T, {"delay": 0})
+
+    def sdpa(backend: SDPBackend) -> Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    backends = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+    for name, backend in (backends if place.gpu else {"math": SDPBackend.MATH}).items():
+        work = functools.partial(_attention, place, functools.partial(sdpa, backend), (q, k, v), upstream, causal)
+        attempt(report, f"{title} sdpa {name}", work)
+    if not place.gpu:  # FlexAttention compiles for minutes there, and has no backward pass
+        return
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    compiled = torch.compile(flex_attention)
+    for name, where in READS.items():
+        window = where.get("window", 2 * T)
+
+        def mask(b, h, i, j, window=window, delay=where["delay"]):
+            return (j <= i - delay) & (j > i - window)
+
+        blocks = create_block_mask(mask, None, None, T, T, device=place.device)
+        run = functools.partial(compiled, q, k, v, block_mask=blocks)
+        products = B * H * D * pairs_read(T, where)
+        attempt(report, f"{title} flex {name}", functools.partial(_attention, place, run, (q, k, v), upstream, products))
+
+
+def losses(place: Place, report: dict[str, Any]) -> None:
+    """linear_cross_entropy with gradients beside F.cross_entropy, Liger-Kernel and cut-cross-entropy."""
+    N, d, V = place.pick((16_384, 2048, 128_256), (40, 16, 101))
+    dtype = torch.float32 if place.tiny else torch.bfloat16
+    hidden = torch.randn(N, d, device=place.device).to(dtype).requires_grad_()
+    weight = (torch.randn(V, d, device=place.device) / d**0.5).to(dtype).requires_grad_()
+    labels = torch.randint(0, V, (N,), device=place.device)
+
+    def ours(form: str) -> Tensor:
+        return linear_cross_entropy(hidden, weight, labels, implementation=form)
+
+    def plain() -> Tensor:
+        return F.cross_entropy(F.linear(hidden, weight).float(), labels)
+
+    def liger() -> Tensor:
+        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Liger
+
+        result = Liger.apply(hidden, weight, labels)
+        return result[0] if isinstance(result, tuple) else result
+
+    def cut() -> Tensor:
+        from cut_cross_entropy import linear_cross_entropy as cut_loss
+
+        return cut_loss(hidden, weight, labels)
+
+    sides = {"triton": functools.partial(ours, place.form), "blocked": functools.partial(ours, "blocked"),
+             "plain": plain, "liger": liger, "cut": cut}  # fmt: skip
+    products = 6 * N * d * V
+    for name, work in sides.items():
+
+        def timed(work=work) -> dict[str, float]:
+            place.free()
+            before = place.peak_bytes()
+            spent = seconds(place, lambda: torch.autograd.grad(work(), (hidden, weight)))
+            return {"ms": spent * 1e3, "tflops": products / spent / 1e12, "extra_gb": (place.peak_bytes() - before) / 1e9}
+
+        attempt(report, name, timed)
+
+
+def growth(place: Place, report: dict[str, Any]) -> None:
+    """Time and memory of one layer, forward and backward, over the context: ours and the transformer's."""
+    from mmcore.config import ModelConfig
+    from mmcore.model import build_model
+    from mmcore.model.documents import Packing
+
+    d, H = place.pick((2048, 16), (32, 2))
+    rows = report.setdefault("rows", [])
+    for kind in ("memory_mosaics_v2", "llama"):
+        config = ModelConfig(
+            model_type=kind, vocab_size=64, hidden_size=d, intermediate_size=3 * d, num_hidden_layers=1,
+            num_attention_heads=H, short_term_window=place.pick(256, 9),
+        )  # fmt: skip
+        model = build_model(config, place.form if place.tiny else "auto")
+        model.init_weights(0)
+        block = model.to(place.device).model.layers[0]
+        for context in place.pick([1024 * 2**n for n in range(8)], [16, 32]):
+
+            def one(context=context, block=block, kind=kind) -> dict[str, float]:
+                place.free()
+                x = torch.randn(1, context, d, device=place.device, requires_grad=True)
+
+                def step() -> None:
+                    with torch.autocast(place.device.type, torch.bfloat16, enabled=place.gpu):
+                        out = block(x, Packing(), 64)
+                    out.backward(x.detach())
+
+                spent = seconds(place, step, 0.5)
+                row = {"ms": spent * 1e3, "peak_gb": place.peak_bytes() / 1e9}
+                rows.append({"kind": kind, "context": context} | row)
+                return row
+
+            attempt(report, f"{kind} {context}", one)

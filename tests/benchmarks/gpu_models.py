@@ -1,0 +1,222 @@
+"""Training steps and decoding of whole models on a GPU (parts e and f)."""
+
+from __future__ import annotations
+
+import functools
+import random
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmcore import planning
+from mmcore.config import DistributedConfig, ModelConfig, load_recipe
+from mmcore.distributed.parallelize import parallelize
+from mmcore.model import accounting, build_model
+from tests.benchmarks.gpu_timing import Place, attempt, copy_bandwidth
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+PEAK = 989e12  # bf16 products of an H100 without sparsity
+TINY = ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+                   short_term_window=9, long_term_delay_range=(5, 9), long_term_delay=5)  # fmt: skip
+
+
+def training(place: Place, report: dict[str, Any]) -> None:
+    """Steps of the recipes' models on one card, packed documents, bf16 autocast: tokens/s, MFU, memory."""
+    names = place.pick(["1.5b", "1.5b-transformer", "350m", "350m-transformer", "124m", "124m-transformer"], ["tiny"])
+    for name in names:
+        config, length, batch, checkpointing = _job(place, name)
+        for compiled in place.pick([True, False] if name == "1.5b" else [True], [False]):
+            label = f"{name}{' compiled' if compiled else ''}"
+            work = functools.partial(_train_until_it_fits, place, config, length, batch, checkpointing, compiled)
+            attempt(report, label, work)
+            place.free()
+        if name.endswith("-transformer"):
+            attempt(report, f"{name} hf compiled", functools.partial(_train_hf, place, config, length, batch))
+            place.free()
+
+
+def _job(place: Place, name: str) -> tuple[ModelConfig, int, int, str]:
+    """(model, tokens of a sequence, sequences, checkpointing): the most that --plan says fits on this card."""
+    if place.tiny:
+        return TINY, 24, 2, "none"
+    recipe = load_recipe(RECIPES / f"{name}.yaml")
+    length = 4096
+    recipe = load_recipe(RECIPES / f"{name}.yaml", [f"training.sequence_length={length}",
+                                                    f"model.max_position_embeddings={length}"])  # fmt: skip
+    planned = planning.largest_micro_batch(recipe, planning.parse_machine("1xH100"), 16)
+    print(f"  {name}: --plan gives micro-batches of {planned}", flush=True)
+    return recipe.model, length, max(1, min(planned, 16)), "none" if planned else "selective"
+
+
+def _train_until_it_fits(place: Place, config: ModelConfig, length: int, batch: int, checkpointing: str,
+                         compiled: bool) -> dict[str, Any]:  # fmt: skip
+    while True:
+        try:
+            return _train(place, config, length, batch, checkpointing, compiled)
+        except torch.OutOfMemoryError:
+            print(f"  {batch} x {length} with checkpointing {checkpointing} does not fit", flush=True)
+        place.free()
+        if batch == 1 and checkpointing == "full":
+            raise RuntimeError("one sequence does not fit")
+        batch, checkpointing = (max(1, batch // 2), checkpointing) if batch > 1 else (1, "full")
+
+
+def _train(place: Place, config: ModelConfig, length: int, batch: int, checkpointing: str, compiled: bool) -> dict[str, Any]:
+    with torch.device(place.device):
+        model = build_model(config, "triton" if place.tiny else "auto")
+    model.init_weights(0)
+    parallelize(model, DistributedConfig(activation_checkpointing=checkpointing), compiled, precision="bf16")
+    delays = random.Random(0)
+    low, high = config.long_term_delay_range
+
+    def loss(tokens: Tensor, documents: Tensor) -> Tensor:
+        labels = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], -100)], 1)
+        return model.loss(tokens, labels, documents, delay=delays.randint(low, high), reduction="sum") / labels.numel()
+
+    found = _steps(place, model, loss, config, length, batch)
+    return found | {"checkpointing": checkpointing}
+
+
+def _steps(place: Place, model: torch.nn.Module, loss, config: ModelConfig, length: int, batch: int) -> dict[str, Any]:
+    """Steps of one micro-batch with clipping and fused AdamW."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    tokens = torch.randint(0, config.vocab_size, (batch, length), device=place.device)
+    documents = (torch.rand(batch, length, device=place.device) < 1 / 800).cumsum(1)  # of 800 tokens on average
+    times, parts = [], []
+    for step in range(place.pick(12, 2)):
+        place.sync()
+        marks = [time.perf_counter()]
+        with torch.autocast(place.device.type, torch.bfloat16, enabled=place.gpu):
+            value = loss(tokens, documents)
+        place.sync()
+        marks.append(time.perf_counter())
+        value.backward()
+        place.sync()
+        marks.append(time.perf_counter())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        place.sync()
+        marks.append(time.perf_counter())
+        if step == 0:
+            print(f"  first step {marks[-1] - marks[0]:.1f} s, loss {float(value.detach()):.3f}", flush=True)
+        times.append(marks[-1] - marks[0])
+        parts.append([b - a for a, b in zip(marks, marks[1:], strict=False)])
+    rate = batch * length / statistics.median(times[len(times) // 3 :])
+    micro = batch * length / statistics.median(sum(p[:2]) for p in parts[len(parts) // 3 :])
+    flops = accounting.training_flops_per_token(config, length)
+    names = ("forward_ms", "backward_ms", "update_ms")
+    middle = [statistics.median(p[i] for p in parts[len(parts) // 3 :]) * 1e3 for i in range(3)]
+    return {
+        "tokens_per_second": rate, "mfu": rate * flops / PEAK, "batch": batch, "length": length,
+        "tokens_per_second_without_update": micro, "mfu_without_update": micro * flops / PEAK,
+        **dict(zip(names, middle, strict=True)), "peak_gb": place.peak_bytes() / 1e9,
+    }
+
+
+def _train_hf(place: Place, config: ModelConfig, length: int, batch: int) -> dict[str, Any]:
+    """Hugging Face's Llama of the same shape, compiled, the same step. Its logits are whole: smaller batches fit."""
+    while True:
+        try:
+            model = _llama(config, length).to(place.device)
+            call = torch.compile(model) if place.gpu else model
+            return _steps(
+                place, model, lambda tokens, documents: call(input_ids=tokens, labels=tokens, use_cache=False).loss,
+                config, length, batch,
+            )  # fmt: skip
+        except torch.OutOfMemoryError:
+            if batch == 1:
+                raise
+        batch //= 2
+        place.free()
+
+
+def _llama(config: ModelConfig, length: int) -> torch.nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_hidden_layers, num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_attention_heads, max_position_embeddings=max(length, 4096), rms_norm_eps=1e-5,
+        tie_word_embeddings=False, attn_implementation="sdpa", pad_token_id=None, bos_token_id=1, eos_token_id=None,
+    ))  # fmt: skip
+
+
+def decoding(place: Place, report: dict[str, Any]) -> None:
+    """Steps of the 1.5b shape in bf16 after long contexts, eager and as CUDA graphs, beside the bytes that must be read
+    and beside Hugging Face's Llama of that shape."""
+    config = TINY if place.tiny else load_recipe(RECIPES / "1.5b.yaml").model
+    bandwidth = copy_bandwidth(place)
+    report["copy_gb_s"] = bandwidth / 1e9
+    model = build_model(config, "triton" if place.tiny else "auto")
+    model.init_weights(0)
+    dtype = torch.float32 if place.tiny else torch.bfloat16
+    model = model.to(device=place.device, dtype=dtype).eval()
+    # 32 conversations of 32,768 tokens would hold 200 GB
+    for rows, context in place.pick([(1, 4096), (1, 32_768), (32, 4096), (8, 32_768)], [(1, 40), (2, 40)]):
+        for graphs in (False, True) if place.gpu else (False,):
+            work = functools.partial(_decode, place, model, rows, context, graphs, bandwidth)
+            attempt(report, f"{rows} x {context}{' graphs' if graphs else ''}", work)
+            place.free()
+    del model
+    place.free()
+    for rows, context in place.pick([(1, 4096), (32, 4096), (1, 32_768)], [(1, 40)]):
+        attempt(report, f"hf {rows} x {context}", functools.partial(_decode_hf, place, config, dtype, rows, context))
+        place.free()
+
+
+def _decode(place: Place, model: Any, rows: int, context: int, graphs: bool, bandwidth: float) -> dict[str, Any]:
+    model.cuda_graphs = graphs
+    config, count = model.config, place.pick(64, 3)
+    state = model.new_state(rows)
+    draw = functools.partial(torch.randint, 0, config.vocab_size, device=place.device)
+    word = model.advance(draw((rows, 8)), state).argmax(-1, keepdim=True)
+    for memory in state.memories.values():  # the rest of the context as it would lie there
+        store, missing = memory.store, context - 2 * count - state.length
+        if store.window is None:
+            like = store.keys[:, :1]
+            for _ in range(0, missing, 512):
+                part = torch.nn.functional.normalize(torch.randn(rows, 512, *like.shape[2:], device=like.device), dim=-1)
+                part = part.to(like.dtype)[:, : min(512, missing)]
+                store.append(part, part)
+                missing -= part.shape[1]
+        else:
+            store.first += missing
+    state.length = context - 2 * count
+    times = []
+    for _ in range(2 * count):
+        place.sync()
+        start = time.perf_counter()
+        word = model.advance(word, state).argmax(-1, keepdim=True)
+        place.sync()
+        times.append(time.perf_counter() - start)
+    spent = statistics.median(times[count:])
+    size = model.classifier_weight.element_size()
+    weights = size * (accounting.parameters(config)["total"] - config.vocab_size * config.hidden_size)
+    pairs = accounting.pairs_per_query(config, context, config.long_term_delay)
+    read = min(pairs["short_term"], config.short_term_window) + context  # at this position, not on average
+    pairs_bytes = rows * config.num_hidden_layers * 2 * config.hidden_size * size * read
+    floor = (weights + pairs_bytes) / bandwidth
+    return {"tokens_per_second": rows / spent, "ms": spent * 1e3, "floor_ms": floor * 1e3, "of_floor": floor / spent,
+            "peak_gb": place.peak_bytes() / 1e9}  # fmt: skip
+
+
+@torch.inference_mode()
+def _decode_hf(place: Place, config: ModelConfig, dtype: torch.dtype, rows: int, context: int) -> dict[str, Any]:
+    """generate() of Hugging Face, its default cache: seconds of the last half of the new tokens."""
+    model = _llama(config, context + 256).to(device=place.device, dtype=dtype).eval()
+    prompt = torch.randint(2, config.vocab_size, (rows, context), device=place.device)
+    times = {}
+    for count in place.pick((8, 72), (2, 4)):
+        place.sync()
+        start = time.perf_counter()
+        model.generate(prompt, min_new_tokens=count, max_new_tokens=count, do_sample=False)
+        place.sync()
+        times[count] = time.perf_counter() - start
+    few, many = sorted(times)
+    spent = (times[many] - times[few]) / (many - few)
+    return {"tokens_per_second": rows / spent, "ms": spent * 1e3}
