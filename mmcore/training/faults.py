@@ -12,8 +12,8 @@ from typing import Any
 from torch import nn
 
 from mmcore.config import SpikeConfig, TrainingConfig
-from mmcore.distributed.messages import Messages
 from mmcore.distributed.mesh import World
+from mmcore.distributed.messages import Messages
 from mmcore.errors import NonFiniteError, SpikeError
 from mmcore.training.metrics import Smoothed
 from mmcore.training.step import StepResult, what_is_not_finite
