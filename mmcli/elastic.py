@@ -57,6 +57,7 @@ class Agent(LocalElasticAgent):
         """The signal that asks the run to stop."""
         self._told: set[int] = set()
         self._first_left: float | None = None
+        self._starts = 0
 
     def forward(self, number: int, _frame: object) -> None:
         """The handler of FORWARDED: every rank gets the signal; where none runs, the launcher ends."""
@@ -82,11 +83,19 @@ class Agent(LocalElasticAgent):
         return super()._start_workers(worker_group)
 
     def _name_start(self, worker_group: WorkerGroup) -> None:
-        """Give this start of the ranks a name that all nodes know: the store they meet in is that of the last start."""
-        store = worker_group.store  # of this rendezvous alone
-        if worker_group.group_rank == 0:
+        """Let the ranks of all nodes know a name for this start, and whether there was one before.
+
+        The store that they meet in is that of the last start, with its old entries; and where another node's rank has
+        failed, torchrun starts this node's again without counting it.
+        """
+        store, node = worker_group.store, worker_group.group_rank  # a store of this rendezvous alone
+        store.set(f"mm-starts/{node}", str(self._starts))
+        starts = [int(store.get(f"mm-starts/{other}")) for other in range(worker_group.group_world_size)]
+        if node == 0:
             store.set("mm-start", uuid.uuid4().hex)
         os.environ["MM_START"] = store.get("mm-start").decode()
+        os.environ["MM_STARTS_BEFORE"] = str(max(starts))
+        self._starts += 1
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         if self.asked is not None:

@@ -135,13 +135,15 @@ class Rank:
     rank: int = 0
     size: int = 1
     restarts: int = 0
-    """How often torchrun has started the ranks again."""
+    """How often the ranks have been started before."""
 
     @classmethod
     def here(cls) -> Rank:
-        values = (os.environ.get(name, start) for name, start in
-                  (("RANK", "0"), ("WORLD_SIZE", "1"), ("TORCHELASTIC_RESTART_COUNT", "0")))
-        return cls(*(int(value) for value in values))
+        rank, size, counted, told = (
+            int(os.environ.get(name, default)) for name, default in
+            (("RANK", "0"), ("WORLD_SIZE", "1"), ("TORCHELASTIC_RESTART_COUNT", "0"), ("MM_STARTS_BEFORE", "0"))
+        )  # fmt: skip
+        return cls(rank, size, max(counted, told))
 
     @property
     def launched(self) -> bool:

@@ -43,7 +43,8 @@ class Watch:
 
     timeout: seconds within which a rank that hangs is named. stacks: the file for this rank's stacks.
     on_hang(sentence) tells the verdict, after which leave(status) ends the process. on_orphan() is called once where
-    the process that started this one has gone. Stages in `patient` may take as long as they like.
+    the process that started this one has gone. Stages in `patient` may take as long as they like, as
+    long as all ranks publish.
     """
 
     def __init__(
@@ -85,26 +86,30 @@ class Watch:
         self._thread.join(2 * self._grace)
 
     def _watch(self) -> None:
+        looked = 0.0
         while not self._closing.wait(self._interval):
             self._publish()
             if os.getppid() != self._parent:
                 self._parent = os.getppid()
                 self._on_orphan()
             reached, _, stage, since = self._beats
-            if stage not in self._patient and time.monotonic() - since > self._limit:
-                self._end(reached)
+            if time.monotonic() - max(since, looked) > self._limit:
+                self._end(reached, stage in self._patient)
+                looked = time.monotonic()
 
-    def _end(self, reached: int) -> None:
-        """Name the rank at fault and leave, unless this rank moves on meanwhile."""
-        self._write_stacks()
+    def _end(self, reached: int, patient: bool) -> None:
+        """Name the rank at fault and leave, unless this rank moves on meanwhile. In a patient stage only a rank that is
+        silent is at fault."""
+        if not patient:
+            self._write_stacks()
         before = self._published_by_all()
         until = time.monotonic() + self._grace
         while time.monotonic() < until:
             if self._closing.wait(self._interval) or self._beats[0] != reached:
                 return
             self._publish()
-        verdict = self._verdict(before, self._published_by_all())
-        if self._beats[0] == reached:
+        verdict = self._verdict(before, self._published_by_all(), patient)
+        if verdict is not None and self._beats[0] == reached:
             self._on_hang(f"{verdict}; the stacks are in {self._stacks.parent}")
             self._leave(_FAILED)
 
@@ -137,12 +142,14 @@ class Watch:
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
 
-    def _verdict(self, before: Mapping[int, dict], now: Mapping[int, dict]) -> str:
+    def _verdict(self, before: Mapping[int, dict], now: Mapping[int, dict], patient: bool) -> str | None:
         if not now:
             return "no progress, and the launcher's store does not answer: the node that holds it is gone"
         silent = [r for r in range(self._world.size) if r not in now or now[r]["published"] == _count(before, r)]
         if silent:
             return "; ".join(_describe(rank, now.get(rank), True) for rank in silent[:4])
+        if patient:
+            return None
         fewest = min(report["reached"] for report in now.values())
         blamed = [rank for rank, report in now.items() if report["reached"] == fewest]
         if len(blamed) == len(now):
@@ -158,12 +165,10 @@ def _describe(rank: int, report: dict[str, Any] | None, silent: bool) -> str:
     if report is None:
         return f"rank {rank} never came as far as the first step"
     who = f"rank {rank} (pid {report['pid']} on {report['host']})"
-    what = f"does not answer ({_state(report)})" if silent else "makes no progress"
-    seen = "was last seen" if silent else "has been"
-    return (
-        f"{who} {what}: it {seen} at step {report['step']}, {report['stage']}, for {report['idle']:.0f} s, "
-        f"in {' < '.join(report['where'])}"
-    )
+    stage, lines = f"step {report['step']}, {report['stage']}", " < ".join(report["where"])
+    if silent:
+        return f"{who} does not answer ({_state(report)}): it was last seen at {stage}, in {lines}"
+    return f"{who} makes no progress: it has been at {stage}, for {report['idle']:.0f} s, in {lines}"
 
 
 def _state(report: dict[str, Any]) -> str:

@@ -12,8 +12,8 @@ from typing import Any
 from torch import nn
 
 from mmcore.config import SpikeConfig, TrainingConfig
-from mmcore.distributed.control import texts
 from mmcore.distributed.mesh import World
+from mmcore.distributed.messages import Messages
 from mmcore.errors import NonFiniteError, SpikeError
 from mmcore.training.metrics import Smoothed
 from mmcore.training.step import StepResult, what_is_not_finite
@@ -108,7 +108,7 @@ class Faults:
 
         own, whole: this rank's samples and those of the step. Every rank must call it.
         """
-        found = list(enumerate(texts(what_is_not_finite(result, model, own, whole) or "", self._world)))
+        found = list(enumerate(Messages(self._world).share(what_is_not_finite(result, model, own, whole) or "")))
         # A rank's loss is its own; gradients are already summed, and all ranks have their share of what one has spoilt
         rank, text = next((f for f in found if "loss is" in f[1]), next((f for f in found if f[1]), (0, "")))
         if not text:

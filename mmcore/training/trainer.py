@@ -22,8 +22,8 @@ from mmcore.checkpoint.rows import read_into, shape_of
 from mmcore.checkpoint.store import CheckpointWriter, load_state
 from mmcore.config import Recipe
 from mmcore.data.loader import Loader
-from mmcore.distributed.control import highest
 from mmcore.distributed.mesh import World
+from mmcore.distributed.reduce import highest
 from mmcore.errors import CheckpointError, DataError
 from mmcore.training import events
 from mmcore.training.converted import is_converted

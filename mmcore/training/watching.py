@@ -10,7 +10,7 @@ from mmcore.distributed.mesh import World
 from mmcore.training.run_folder import disk_errors
 
 SAVING = "saving"
-"""The stage whose length nobody knows: a slow disk is no hang. Whoever waits for a rank that saves watches it there."""
+"""The stage whose length nobody knows: a slow disk is no hang, as long as all ranks are alive."""
 
 
 class NotWatching:

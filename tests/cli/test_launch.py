@@ -17,7 +17,7 @@ from tests.helpers.tiny_run import tiny_values, write_recipe
 
 @pytest.fixture(autouse=True)
 def outside_torchrun(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", launch.GO_ON):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MM_STARTS_BEFORE", launch.GO_ON):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -120,6 +120,8 @@ def test_a_rank_knows_itself_and_how_its_run_goes_on(monkeypatch, tmp_path):
     for name, value in (("RANK", "3"), ("WORLD_SIZE", "8"), ("TORCHELASTIC_RESTART_COUNT", "2"), ("TORCHELASTIC_RUN_ID", "x")):
         monkeypatch.setenv(name, value)
     assert Rank.here() == Rank(3, 8, 2) and Rank.here().launched
+    monkeypatch.setenv("MM_STARTS_BEFORE", "4")  # this node's launcher has counted fewer than another one's
+    assert Rank.here().restarts == 4
     command = Command("pretrain", tmp_path / "a.yaml", [], False, False, None)
     assert command.to_go_on() == f"torchrun ... -m mmcli pretrain {tmp_path / 'a.yaml'} --resume"
     monkeypatch.setenv(launch.GO_ON, "mm pretrain a.yaml --gpus 8 --resume")

@@ -32,9 +32,11 @@ class Run:
     """A started run, its output in a file, its ranks known by the first lines of their logs.
 
     torchrun: start it with torchrun rather than mm's launcher; fault: with a fault of inject.py, also by torchrun.
+    nodes: how many launchers there are, of `ranks` ranks each, and where they meet; this is one of them.
     """
 
-    def __init__(self, folder: Path, *options: str, ranks: int = 2, restarts: int = 3, torchrun: bool = False, fault: str = ""):
+    def __init__(self, folder: Path, *options: str, ranks: int = 2, restarts: int = 3, torchrun: bool = False, fault: str = "",
+                 nodes: tuple[int, str] | None = None):  # fmt: skip
         self.folder, self.ranks = folder, ranks
         self.output = folder / "output.txt"
         self.begun = self._starts()
@@ -45,6 +47,8 @@ class Run:
             command = [sys.executable, "-m", "torch.distributed.run", *torchrun_options, "-m", module, *words]
         else:
             asked = ["--gpus", "0", "--ranks", str(ranks), "--max-restarts", str(restarts)]
+            if nodes:
+                asked += ["--nodes", str(nodes[0]), "--rdzv", nodes[1]]
             command = [sys.executable, "-m", "mmcli", *words, *asked]
         path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}

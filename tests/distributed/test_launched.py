@@ -8,6 +8,7 @@ import time
 import pytest
 
 from tests.distributed.launched import Run, losses, prepare, same_end
+from tests.helpers.ranks import free_port
 
 pytestmark = pytest.mark.slow
 STEPS = 60
@@ -64,8 +65,8 @@ def test_stopped_killed_and_frozen_it_ends_like_the_unbroken_run(unbroken, tmp_p
     assert same_end(tmp_path, unbroken, STEPS)
 
 
-def started(request, *arguments):
-    run = Run(*arguments)
+def started(request, *arguments, **settings):
+    run = Run(*arguments, **settings)
     request.addfinalizer(run.end)
     return run
 
@@ -82,7 +83,19 @@ def wait_for(run, pattern, seconds=120):
     return found[1]
 
 
-def test_a_mistake_is_told_once_and_ctrl_c_before_training_leaves(unbroken):
+def test_two_nodes_meet_and_start_again_together(unbroken, tmp_path, request):
+    """Two launchers of one rank each; one loses its rank, and the other's starts again with it, uncounted."""
+    prepare(tmp_path, unbroken, steps=STEPS, validation_every=20)
+    nodes = (2, f"127.0.0.1:{free_port()}")
+    one, two = (started(request, tmp_path, ranks=1, nodes=nodes) for _ in range(2))
+    one.wait_for_step(12)
+    one.signal(signal.SIGKILL, rank=1)
+    assert one.wait() == 0 and two.wait() == 0, one.said()
+    assert "from step 10 on" in one.said()
+    assert same_end(tmp_path, unbroken, STEPS)
+
+
+def test_a_mistake_is_told_once(unbroken):
     run = Run(unbroken, "--max-restarts", "2")
     assert run.wait() == 2
     (complaint,) = re.findall(r"^mm: .*$", run.said(), re.MULTILINE)

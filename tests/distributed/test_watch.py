@@ -126,6 +126,25 @@ def test_progress_and_patient_stages_are_left_alone(tmp_path):
     assert not ranks.said and not ranks.left and not list(tmp_path.iterdir())
 
 
+def test_a_rank_that_falls_silent_while_all_save_is_named(tmp_path):
+    def saving(watch, stop):
+        watch.beat(1, "saving")
+        stop.wait()
+
+    def falls_silent(watch, stop):
+        watch.beat(1, "saving")
+        time.sleep(0.3)
+        watch._closing.set()
+        stop.wait()
+
+    class OneLeaves(Ranks):
+        def expected(self, size):
+            return 1
+
+    ranks = OneLeaves(tmp_path, [saving, falls_silent])
+    assert set(ranks.said) == {0} and ranks.said[0].startswith("rank 1 (pid ") and "does not answer" in ranks.said[0]
+
+
 def test_a_rank_that_never_came_and_an_orphan(tmp_path, monkeypatch):
     assert _describe(3, None, True) == "rank 3 never came as far as the first step"
     orphaned = threading.Event()
