@@ -67,7 +67,7 @@ class Watch:
 
     def _opened(self, name: str, flags: int) -> None:
         path = os.path.realpath(name)
-        inside = path.startswith(self.folder + os.sep)
+        inside = (path + os.sep).startswith(self.folder + os.sep)
         if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC):
             self.faults.append(f"opened to write: {path}")
         elif not inside and not path.startswith(self.allowed) and not (path.startswith(self.code) and path.endswith((".py", ".pyc"))):
