@@ -67,7 +67,7 @@ class Watch:
 
     def _opened(self, name: str, flags: int) -> None:
         path = os.path.realpath(name)
-        inside = path.startswith(self.folder + os.sep)
+        inside = (path + os.sep).startswith(self.folder + os.sep)
         if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC):
             self.faults.append(f"opened to write: {path}")
         elif not inside and not path.startswith(self.allowed) and not (path.startswith(self.code) and path.endswith((".py", ".pyc"))):
@@ -178,10 +178,17 @@ def fuzz(options: argparse.Namespace) -> dict:
         numbers = [options.case] if options.case is not None else list(range(options.count))
         for start in range(0, len(numbers), BATCH):
             _batch(targets, options, numbers[start : start + BATCH], outcomes, defects)
+            found = _summary(options, outcomes, defects, begun)
+            if options.json:  # after every batch: a long run that is stopped has still said something
+                options.json.write_text(json.dumps(found, indent=1) + "\n")
             if options.verbose:
-                print(f"{start + BATCH:,} cases, {len(defects)} defects, {time.monotonic() - begun:.0f} s", file=sys.stderr)
+                print(f"{found['cases']:,} cases, {len(defects)} defects, {time.monotonic() - begun:.0f} s", file=sys.stderr)
     finally:
         shutil.rmtree(root, ignore_errors=True)
+    return found
+
+
+def _summary(options: argparse.Namespace, outcomes: dict[str, Counter], defects: list[dict], begun: float) -> dict:
     counts = {name: dict(sorted(counter.items())) for name, counter in sorted(outcomes.items())}
     total = sum((Counter(counter) for counter in counts.values()), Counter())
     return {"seed": options.seed, "cases": sum(total.values()), "outcomes": dict(total), "targets": counts, "defects": defects,
@@ -231,10 +238,7 @@ def main() -> int:
     parser.add_argument("--verbose", action="store_true", help="tell of each batch")
     options = parser.parse_args()
     found = fuzz(options)
-    text = json.dumps(found, indent=1)
-    if options.json:
-        options.json.write_text(text + "\n")
-    print(text)
+    print(json.dumps(found, indent=1))
     return 1 if found["defects"] else 0
 
 

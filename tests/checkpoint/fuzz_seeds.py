@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 
+from mmcore.checkpoint import disk, manifest, sharded
 from mmcore.checkpoint.formats import open_checkpoint, write_exported
+from mmcore.checkpoint.formats.modelconfig import config_json
 from mmcore.checkpoint.load import model_from
 from mmcore.checkpoint.store import load_state
-from mmcore.checkpoint.tensorfile import find_tensors, lazy_tensors, read_header
+from mmcore.checkpoint.tensorfile import TensorSpec, find_tensors, lazy_tensors, read_header, write_tensors
 from mmcore.config import ModelConfig, V1Config
 from mmcore.data import load_tokenizer, train_sentencepiece
 from mmcore.data.huggingface_tokenizer import _byte_letters
@@ -149,10 +151,38 @@ def _training(root: Path) -> list[Target]:
     folder = save(root / "run", 3, config=tiny)
     vouched = {"trainer.json": mutations.mutate_json, "config.json": mutations.mutate_json,
                "optimizer.safetensors": mutations.mutate_safetensors}  # fmt: skip
+    shards = _in_shards(folder, root / "shards" / folder.name)
     return [
+        Target("shards.json", shards, "shards.json", mutations.mutate_json, _state, 0.05, True),
         Target("manifest.json", folder, "manifest.json", mutations.mutate_json, _state, 0.04),
         *(Target(f"training {file}", folder, file, mutate, _state, 0.01, True) for file, mutate in vouched.items()),
     ]
+
+
+def _in_shards(source: Path, folder: Path) -> Path:
+    """A checkpoint of one rank as two ranks would have written it, half of the rows each."""
+    state = load_state(source)
+    folder.mkdir(parents=True)
+    records = {}
+    for file in ("config.json", "trainer.json"):
+        records[file] = disk.write_file(folder / file, [(source / file).read_bytes()])
+    tensors = {"model": dict(state.model), "optimizer": dict(state.optimizer)}
+    specs = {part: {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in found.items()} for part, found in tensors.items()}
+    pieces = []
+    for rank in range(2):
+        rows = {part: {name: _half(spec.shape[0], rank) for name, spec in found.items()} for part, found in specs.items()}
+        pieces.append(rows)
+        for part, found in tensors.items():
+            mine = {name: tensor[slice(*rows[part][name])] for name, tensor in found.items()}
+            sizes = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in mine.items()}
+            records |= write_tensors(folder, sharded.stem(part, rank, 2), mine, sizes)
+    records[sharded.NAME] = disk.write_file(folder / sharded.NAME, [sharded.index_bytes(specs, pieces)])
+    manifest.write_manifest(folder, state.step, records)
+    return folder
+
+
+def _half(rows: int, rank: int) -> tuple[int, int]:
+    return (0, rows // 2) if rank == 0 else (rows // 2, rows)
 
 
 def _llama2c(root: Path) -> list[Target]:
@@ -188,6 +218,11 @@ def _torch(root: Path) -> list[Target]:
     for kind, share in (("nano", 0.04), ("eft", 0.03)):
         path = v1_files.save(root / f"torch-{kind}" / "ckpt.pt", kind, **small)
         found.append(Target(f"v1 {kind} .pt", path.parent, "ckpt.pt", mutations.mutate_torch, _open("ckpt.pt"), share))
+    folder = root / "torch-state"
+    folder.mkdir()
+    tiny = ModelConfig(vocab_size=5, hidden_size=4, intermediate_size=3, num_hidden_layers=1, num_attention_heads=2)
+    torch.save({"model": weights(tiny), "config": config_json(tiny, torch.float32)}, folder / "model.pt")
+    found.append(Target("state dict .pt", folder, "model.pt", mutations.mutate_torch, _open("model.pt"), 0.04))
     found.append(Target("v1 nano .pt, model run", root / "torch-nano", "ckpt.pt", mutations.mutate_torch, _run("ckpt.pt"), 0.005))
     return found
 
