@@ -1,0 +1,148 @@
+"""What a model is: config.json's keys, which are those of a recipe's `model` section."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from mmcore.config.typed import build
+from mmcore.errors import ConfigError
+
+ARCHITECTURES = ("memory_mosaics_v2", "llama", "long_short_transformer", "memory_mosaics_v1")
+
+
+@dataclass(frozen=True)
+class V1Config:
+    """What only a first Memory Mosaic has (Zhang et al., "Memory Mosaics", arXiv 2405.06394): the settings in which the
+    public checkpoints differ."""
+
+    variant: str = "nano"
+    """nano or library, after the public code's two forms. They limit bandwidths differently, and only library divides
+    logits by sqrt(d)."""
+    bias: bool = False
+    """Whether projections and norms add a bias."""
+    norm_first: bool = True
+    """Whether a memory reads x + f(norm(x)), or norm(x) + f(norm(x))."""
+    persistent_banks: int = 1
+    """Sets of trained pairs in each persistent memory, whose reads are averaged; 0: there is no persistent memory."""
+    key_taps: int = 1
+    """Tokens, the newest included, that a raw key is computed from."""
+    value_taps: int | None = None
+    """Tokens that a value is computed from, the newest being the one that completes the pair; none: the mix of the
+    pair's own token and that one."""
+    value_shift: int = 1
+    """Tokens that a value looks ahead, and so the delay of the newest pair that a query reads."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.variant not in ("nano", "library"):
+            problems.append(f"model.v1.variant is {self.variant!r}: choose nano or library")
+        for name, least in (("persistent_banks", 0), ("key_taps", 1), ("value_shift", 0)):
+            if getattr(self, name) < least:
+                problems.append(f"model.v1.{name} is {getattr(self, name)}: it must be at least {least}")
+        if self.value_taps is not None and self.value_taps < 1:
+            problems.append(f"model.v1.value_taps is {self.value_taps}: it must be at least 1")
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network. The keys are config.json's, so a recipe and an exported checkpoint read alike."""
+
+    model_type: str = "memory_mosaics_v2"
+    """memory_mosaics_v2, llama (the baseline), long_short_transformer (the ablation of figure 5), or memory_mosaics_v1
+    (the predecessor)."""
+    vocab_size: int = 128_256
+    """Rows of the embedding; the tokenizer must not know more tokens."""
+    hidden_size: int = 768
+    """d, the width of the residual stream."""
+    intermediate_size: int = 2048
+    """d', the width of the persistent memory (SwiGLU); of a memory_mosaics_v1 the trained pairs of each head."""
+    num_hidden_layers: int = 12
+    """Blocks."""
+    num_attention_heads: int = 12
+    """H, heads of each memory, of size d / H."""
+    num_key_value_heads: int | None = None
+    """llama only: heads of keys and values (GQA); none means one for each query head."""
+    head_dim: int | None = None
+    """llama only: size of a head; none means hidden_size / num_attention_heads."""
+    short_term_window: int = 256
+    """h: a query at t reads the short-term pairs t-h+1 .. t-1 of its document."""
+    long_term_delay: int = 64
+    """m at inference: a query at t reads the long-term pairs 1 .. t-m of its document."""
+    long_term_delay_range: tuple[int, int] = (64, 256)
+    """In training m is drawn uniformly from these integers, both ends included, once a step."""
+    rms_norm_eps: float = 1e-5
+    """Added to the mean square in RMSNorm; by a memory_mosaics_v1 to the variance in LayerNorm."""
+    rope_theta: float = 10_000.0
+    """llama only: base of the rotary position encoding."""
+    rope_scaling: dict[str, Any] | None = None
+    """llama only: config.json's rope_scaling (rope_type linear or llama3)."""
+    max_position_embeddings: int = 4096
+    """The context the model was trained for. Reading further is allowed, and said."""
+    tie_word_embeddings: bool = False
+    """Whether embedding and classifier are one matrix."""
+    v1: V1Config | None = None
+    """memory_mosaics_v1 only: the settings that no other model has; none means their defaults."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.model_type == "memory_mosaics_v1":
+            object.__setattr__(self, "v1", self.v1 or V1Config())
+        elif self.v1 is not None:
+            problems.append(f"model.v1 is given for a {self.model_type}: remove it, or choose memory_mosaics_v1")
+        if self.model_type not in ARCHITECTURES:
+            problems.append(f"model.model_type is {self.model_type!r}: choose one of {', '.join(ARCHITECTURES)}")
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                     "short_term_window", "long_term_delay", "max_position_embeddings"):
+            if getattr(self, name) < 1:
+                problems.append(f"model.{name} is {getattr(self, name)}: it must be at least 1")
+        if not problems:
+            problems = self._misfits()
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+    def _misfits(self) -> list[str]:
+        problems = []
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            problems.append(
+                f"model.hidden_size {self.hidden_size} does not divide into {self.num_attention_heads} heads: "
+                f"make it a multiple of model.num_attention_heads"
+            )
+        if self.num_attention_heads % self.kv_heads:
+            problems.append(
+                f"model.num_key_value_heads {self.kv_heads} does not divide model.num_attention_heads "
+                f"{self.num_attention_heads}"
+            )
+        low, high = self.long_term_delay_range
+        if not 1 <= low <= high:
+            problems.append(f"model.long_term_delay_range is [{low}, {high}]: it must be [low, high], 1 <= low <= high")
+        if self.rms_norm_eps <= 0:
+            problems.append(f"model.rms_norm_eps is {self.rms_norm_eps}: it must be positive")
+        return problems
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def head_size(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+
+def model_config_from_json(values: dict[str, Any]) -> ModelConfig:
+    """A ModelConfig from an exported config.json; keys of other libraries are ignored. Raises ConfigError."""
+    known = {f.name for f in dataclasses.fields(ModelConfig)}
+    chosen = {key: value for key, value in values.items() if key in known}
+    parameters = values.get("rope_parameters")  # transformers 5 moved theta and scaling in here
+    if isinstance(parameters, dict):
+        chosen["rope_theta"] = float(parameters.get("rope_theta", chosen.get("rope_theta") or 10_000.0))
+        if parameters.get("rope_type", "default") != "default":
+            chosen["rope_scaling"] = {key: value for key, value in parameters.items() if key != "rope_theta"}
+    problems: list[str] = []
+    config = build(ModelConfig, chosen, "config.json", problems)
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return config
