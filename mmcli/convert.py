@@ -40,6 +40,11 @@ def convert(
         typer.Option(help="float32, bfloat16 or float16; by default the source's.", show_default=False),
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest file of weights, such as 5GB or 500MB.")] = "5GB",
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="A tokenizer's file or folder to go along; by default the source's.",
+                     show_default=False),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace DST once the new checkpoint is whole.")] = False,
     allow_nan: Annotated[
         bool, typer.Option("--allow-nan", help="Convert weights that hold NaN or infinity as they are.")
@@ -81,6 +86,7 @@ def convert(
             made = convert_checkpoint(
                 source, target, to=to, dtype=getattr(torch, dtype) if dtype else None, max_shard_bytes=limit,
                 force=force, allow_nonfinite=allow_nan, command=shlex.join(["mm", *sys.argv[1:]]), progress=tell,
+                tokenizer=tokenizer,
             )  # fmt: skip
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from the files that are finished", file=sys.stderr)

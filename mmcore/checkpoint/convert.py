@@ -60,10 +60,12 @@ def convert_checkpoint(
     allow_nonfinite: bool = False,
     command: str = "",
     progress: Progress | None = None,
+    tokenizer: str | Path | None = None,
 ) -> Certificate:
     """Write `source` as `target`: hf, train or torch (targets.py).
 
-    dtype None keeps the source's (fp32 for fp64). allow_nonfinite converts weights with NaN or infinity as they are.
+    dtype None keeps the source's (fp32 for fp64). tokenizer: goes along in place of the source's own.
+    allow_nonfinite converts weights with NaN or infinity as they are.
     Needs memory for a few tensors. Killed or interrupted, the same call goes on from the shards that were finished.
     Raises CheckpointError where the source cannot be read, the target is taken or cannot be written, or the two
     disagree; then nothing is left.
@@ -72,6 +74,8 @@ def convert_checkpoint(
         raise ConfigError(f"--to is {to!r}: choose one of {', '.join(targets.TARGETS)}")
     meter = Meter(progress)
     checkpoint = open_streamed(source, allow_nonfinite)
+    if tokenizer is not None:
+        checkpoint = replace(checkpoint, tokenizer_path=Path(tokenizer))
     target = Path(target).absolute()
     _check_apart(checkpoint.path, target)
     dtype = dtype or (torch.float32 if checkpoint.dtype == torch.float64 else checkpoint.dtype)
@@ -92,13 +96,13 @@ def convert_checkpoint(
         made.append(_certify(checkpoint, hashes, result, target, to, dtype, command, meter, beside.notes))
         return certificate.to_bytes(made[0])
 
-    tokenizer, beside = _tokenizer_files(checkpoint), _Beside({}, {}, [])
+    texts, beside = _tokenizer_files(checkpoint, tokenizer), _Beside({}, {}, [])
     if to == "hf":
-        beside = _beside(checkpoint, tokenizer)
+        beside = _beside(checkpoint, texts, tokenizer)
     meter.begin("writing", written + (_moments_bytes(checkpoint) if to == "train" else 0))
     targets.TARGETS[to](targets.Job(
         source=checkpoint, target=target, dtype=dtype, max_shard_bytes=max_shard_bytes, force=force,
-        allow_nonfinite=allow_nonfinite, key=staging_key(decides), files=tokenizer, extra_files=beside.files,
+        allow_nonfinite=allow_nonfinite, key=staging_key(decides), files=texts, extra_files=beside.files,
         extra_config=beside.config, progress=meter.add, certify=certify,
     ))  # fmt: skip
     return made[0]
@@ -156,8 +160,11 @@ def _moments_bytes(checkpoint: Checkpoint) -> int:
     return sum(spec.nbytes for spec in getattr(optimizer, "specs", {}).values())
 
 
-def _tokenizer_files(checkpoint: Checkpoint) -> dict[str, bytes | Path]:
-    """A folder's files as they are; a llama2.c vocabulary as the sentencepiece model that it was made from."""
+def _tokenizer_files(checkpoint: Checkpoint, given: str | Path | None) -> dict[str, bytes | Path]:
+    """A folder's files as they are; of the tokenizer that was given, or a llama2.c vocabulary or GPT-2's two files, those
+    of the model that is made of it."""
+    if given is not None:
+        return dict(load_tokenizer(checkpoint.path, given).files())
     if checkpoint.files:
         return dict(checkpoint.files)
     if checkpoint.tokenizer_path is None:
@@ -177,7 +184,7 @@ class _Beside:
     notes: list[str]
 
 
-def _beside(checkpoint: Checkpoint, files: dict[str, bytes | Path]) -> _Beside:
+def _beside(checkpoint: Checkpoint, files: dict[str, bytes | Path], chosen: str | Path | None) -> _Beside:
     """`files` are the tokenizer's, as the source has them; one that only another program can read stays as it is."""
     given = {}
     settings = checkpoint.path / "generation_config.json"
@@ -189,7 +196,7 @@ def _beside(checkpoint: Checkpoint, files: dict[str, bytes | Path]) -> _Beside:
     tokenizer, notes = None, []
     if files and not hub.made_elsewhere(given):
         try:
-            tokenizer = load_tokenizer(checkpoint.path)
+            tokenizer = load_tokenizer(checkpoint.path, chosen)
         except DataError as error:
             notes.append(f"the tokenizer's files were copied as they are, for {error}")
     said = {key: value for key, value in checkpoint.config_json.items() if key != "auto_map"}  # a stranger's code

@@ -254,6 +254,8 @@ def test_the_commands_work_on_a_file_with_gpt2s_tokenizer(tmp_path):
     for name in ("encoder.json", "vocab.bpe"):
         shutil.copy(gpt2 / name, tmp_path)
     assert json.loads(mm("chat", path, *say))["ids"] == given
-    mm("convert", path, tmp_path / "hf")
+    for name in ("encoder.json", "vocab.bpe"):
+        (tmp_path / name).unlink()
+    mm("convert", path, tmp_path / "hf", "--tokenizer", gpt2)
     assert json.loads(mm("chat", tmp_path / "hf", *say))["ids"] == given
     assert json.loads(mm("chat", tmp_path / "hf", *say, "--without", "contextual"))["ids"] != given

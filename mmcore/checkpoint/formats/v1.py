@@ -101,8 +101,8 @@ def is_v1(path: Path) -> bool:
     Raises CheckpointError."""
     held = torchfile.plain_dict(torchfile.read_torch_file(path)) or {}
     names = torchfile.plain_dict(held.get("model")) or held
-    ends = ("mosaic.wte.weight", "blocks.0.attn.kernel_beta")
-    return "model_args" in held or any(str(name).endswith(ends) for name in names)
+    typical = ("mosaic.wte.weight", "blocks.0.attn.kernel_beta")
+    return "model_args" in held or any(isinstance(name, str) and name.endswith(typical) for name in names)
 
 
 def open_v1(path: Path, *, verify: bool = True, allow_nonfinite: bool = False) -> Checkpoint:
