@@ -25,7 +25,7 @@ from mmcore.errors import MMError
 COMMANDS = {
     "pretrain": ("mmcli.pretrain", "pretrain", "Train a model on text, from a recipe."),
     "finetune": ("mmcli.finetune", "finetune", "Go on from a checkpoint: a longer context, or conversations."),
-    "eval": ("mmcli.evaluate", "evaluate", "Measure loss, perplexity and bits per byte on files."),
+    "eval": ("mmcli.evaluate", "evaluate", "Measure loss on text, or run the suites of knowledge."),
     "chat": ("mmcli.chat", "chat", "Talk to a model, or let it continue a text."),
     "convert": ("mmcli.convert", "convert", "Write a checkpoint in another format."),
 }

@@ -64,6 +64,14 @@ class PlainView:
                 self.say(f"{event.signal_name}: finishing this step and saving (Ctrl-C quits at once)")
             case events.Quitting():
                 self.say("quitting without saving")
+            case events.Skipped():
+                self.say(
+                    f"step {event.step:,}: skipped, {event.reason} ({event.in_a_row} in a row, {event.total} in all)"
+                )
+            case events.RolledBack():
+                self.say(rolled_back_line(event))
+            case events.Hung():
+                self.say(f"mm: {event.text}")
             case events.Ended():
                 self.say("\n".join(ending(event, self._run_folder, self.go_on)))
 
@@ -120,7 +128,7 @@ class LiveView(PlainView):
             case events.Quitting():
                 self._console.show_cursor(True)
                 self._quiet.leave()
-            case events.Ended():
+            case events.Ended() | events.Hung():
                 self.close()
                 super().__call__(event)
             case events.Validated():
@@ -292,6 +300,15 @@ def validation_line(event: events.Validated) -> str:
     bits = f" ({event.bits_per_byte:.4f} bits per byte)" if event.bits_per_byte is not None else ""
     where = f"on {count(event.tokens)} tokens, {seconds(event.seconds)}"
     return f"step {event.step:,}: validation loss {event.loss:.4f}{bits} {where}"
+
+
+def rolled_back_line(event: events.RolledBack) -> str:
+    """Why and where to the run went back."""
+    first, stop = event.samples
+    return (
+        f"step {event.spike_step:,}: loss {event.loss:.4f} is a spike above {event.smoothed_loss:.4f}: back at step "
+        f"{event.step:,}, samples {first:,} to {stop - 1:,} are left out (roll-back {event.count})"
+    )
 
 
 def saved_line(event: events.Saved) -> str:

@@ -109,7 +109,8 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    columns = (TextColumn("{task.description:<20}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    words = TextColumn("{task.description:<20}")
+    columns = (words, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         tasks: dict[str, Any] = {}
 
@@ -161,13 +162,14 @@ def _print_formats(as_json: bool) -> None:
 
 
 def _verify(path: Path, as_json: bool) -> None:
-    from mmcore.checkpoint.convert import verify_conversion
+    from mmcore.checkpoint.verify import verify_conversion
 
     with _progress() as tell:
         found = verify_conversion(path, tell)
     if as_json:
         return _print_json(found)
-    logits = {"equal": "equal to the last bit", "close": f"within {found.largest_difference:.3g} (another machine or version)"}
+    close = f"within {found.largest_difference:.3g} of those recorded, by another machine or version"
+    logits = {"equal": "equal to the last bit", "close": close}
     _print_table(
         {
             "verified": found.result,

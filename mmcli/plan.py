@@ -57,19 +57,27 @@ def _model_table(plan: dict):
 
 def _memory_table(plan: dict):
     memory, machine, batch = plan["memory_per_device"], plan["machine"], plan["batch"]
-    recomputed = plan["activation_checkpointing"] == "full"
+    recomputed = {"none": "", "selective": ", cheap results made again", "full": ", blocks computed again"}
+    whole = memory["gradients"] > max(memory["weights"], 1)
     notes = {
-        "weights": "fp32" + (f", a share of 1/{machine['count']}" if machine["count"] > 1 else ""),
+        "weights": "fp32" + (f", a share of 1/{plan['shards']}" if plan["shards"] > 1 else ""),
+        "gradients": "whole until the last micro-batch (distributed.gradient_reduction)" if whole else "",
         "optimizer": "AdamW's two moments",
         "working_copies": f"{machine['precision']} weights in use",
         "activations": f"{batch['micro_batch_size']} x {batch['sequence_length']} tokens"
-                       + (", blocks computed again" if recomputed else ""),
+                       + recomputed[plan["activation_checkpointing"]],
         "loss": "a chunk of logits, two gradients",
+        "checkpoint_copy": "written while training goes on (checkpoint.asynchronous)",
     }
-    names = {"working_copies": "working copies"}
+    names = {"working_copies": "working copies", "checkpoint_copy": "checkpoint copy"}
     rows = [(names.get(part, part), size(value), notes.get(part, ""))
             for part, value in memory.items() if part != "fits"]
     rows.append(("there is", size(machine["memory_bytes"]), ""))
+    if plan["host_memory_per_device"]:
+        rows.append(("in host memory", size(plan["host_memory_per_device"]), "distributed.cpu_offload, for each device"))
+    if plan["checkpoint"]["copy_bytes_per_device"] and "checkpoint_copy" not in memory:
+        note = "for each device, in host memory: " + notes["checkpoint_copy"]
+        rows.append(("checkpoint copy", size(plan["checkpoint"]["copy_bytes_per_device"]), note))
     return _table(f"Memory of each {_device(machine)}", rows)
 
 
@@ -102,7 +110,7 @@ def _verdict(plan: dict) -> str:
         lines.append("It fits.")
     elif batch["largest_micro_batch"]:
         lines.append(f"It does not fit: --set training.micro_batch_size={batch['largest_micro_batch']} does.")
-    elif plan["activation_checkpointing"] == "none":
+    elif plan["activation_checkpointing"] != "full":
         lines.append("It does not fit: try --set distributed.activation_checkpointing=full, or more GPUs.")
     else:
         lines.append("It does not fit, even one sequence at a time: it needs more GPUs or a shorter context.")

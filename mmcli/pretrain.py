@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -9,10 +11,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmcore.errors import ConfigError
+from mmcli import launch
+from mmcli.launch import GpusOption, NodesOption, RanksOption, RdzvOption, RestartsOption
+from mmcore.errors import ConfigError, MMError
 
 if TYPE_CHECKING:
     from mmcore.config import Recipe
+    from mmcore.training.trainer import Outcome
 
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file, such as recipes/quickstart.yaml.")]
 SetOption = Annotated[
@@ -21,6 +26,10 @@ SetOption = Annotated[
 ]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on from the run's newest whole checkpoint.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Start over, removing what the run folder holds.")]
+ProfileOption = Annotated[
+    str | None,
+    typer.Option("--profile", metavar="STEPS", help="Trace these steps, such as 10 or 10:13, into <run>/profile."),
+]
 
 
 def pretrain(
@@ -28,62 +37,153 @@ def pretrain(
     changes: SetOption = None,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
+    gpus: GpusOption = None,
+    ranks: RanksOption = None,
+    nodes: NodesOption = None,
+    rdzv: RdzvOption = None,
+    max_restarts: RestartsOption = None,
+    profile: ProfileOption = None,
     plan: Annotated[bool, typer.Option("--plan", help="Only say what the run would need: memory, days, disk.")] = False,
-    gpus: Annotated[
-        str | None, typer.Option("--gpus", metavar="64xH100", help="With --plan: the machines to plan for.")
-    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="With --plan: print JSON.")] = False,
 ) -> None:
     """Train a model on text, from a recipe.
 
-    Ctrl-C or SIGTERM finishes the step, saves, and says how to go on; a second Ctrl-C quits at once.
+    Ctrl-C, SIGTERM, SIGUSR1 or SIGUSR2 finishes the step, saves, and says how to go on; a second Ctrl-C quits at once.
+    Exit status: 130 after Ctrl-C, 75 after another signal (saved: run it again with --resume).
 
     \b
     Example:
       mm pretrain recipes/quickstart.yaml
       mm pretrain recipes/quickstart.yaml --set training.steps=200 --resume
+      mm pretrain recipes/quickstart.yaml --gpus 0 --ranks 2     # two processes on the CPU
+      mm pretrain recipes/8b.yaml --gpus 8 --nodes 8 --rdzv node01:29500 --resume
       mm pretrain recipes/8b.yaml --plan --gpus 64xH100
     """
+    changes = changes or []
+    if plan:
+        for name, value in (("--ranks", ranks), ("--nodes", nodes), ("--rdzv", rdzv), ("--max-restarts", max_restarts),
+                            ("--profile", profile)):  # fmt: skip
+            if value is not None:
+                raise ConfigError(f"{name} does not go with --plan: leave one of them out")
+        _show_plan(recipe, changes, gpus, as_json)
+        return
+    if as_json:
+        raise ConfigError("--json goes with --plan: add --plan")
+    ask = launch.read_launch(gpus, ranks, nodes, rdzv, max_restarts)
+    command = Command("pretrain", recipe, changes, resume, overwrite, profile)
+
+    def read() -> Recipe:
+        from mmcore.config import load_recipe
+
+        resolved = load_recipe(recipe, changes)
+        if resolved.training.init_from:
+            raise ConfigError(f"{recipe} has training.init_from: go on from a checkpoint with `mm finetune {recipe}`")
+        return resolved
+
+    train(command, read, ask)
+
+
+def _show_plan(recipe: Path, changes: list[str], gpus: str | None, as_json: bool) -> None:
+    from mmcli.plan import show_plan
     from mmcore.config import load_recipe
 
-    changes = changes or []
-    if not plan and (gpus or as_json):
-        raise ConfigError(f"{'--gpus' if gpus else '--json'} goes with --plan: add --plan")
-    resolved = load_recipe(recipe, changes)
-    if plan:
-        from mmcli.plan import show_plan
-
-        show_plan(resolved, gpus, as_json)
-        return
-    if resolved.training.init_from:
-        raise ConfigError(f"{recipe} has training.init_from: go on from a checkpoint with `mm finetune {recipe}`")
-    train("pretrain", recipe, lambda: resolved, changes, resume, overwrite)
+    if gpus is not None and gpus.isdigit():
+        raise ConfigError(f"--plan --gpus {gpus}: say which GPUs, such as {gpus}xH100")
+    show_plan(load_recipe(recipe, changes), gpus, as_json)
 
 
-def train(
-    command: str, path: Path, read: Callable[[], Recipe], changes: list[str], resume: bool, overwrite: bool
-) -> None:
-    """Prepare and run what `read` returns, showing it on the terminal; leaves with 128 + signal when stopped."""
-    if resume and overwrite:
-        raise ConfigError("--resume and --overwrite contradict one another: keep one")
-    from mmcli.console import make_view
+class Command:
+    """What was asked of `mm pretrain` or `mm finetune`, but for the processes to run it in."""
 
-    view = make_view(f"mm {command}", command_to_go_on(command, path, changes))
+    def __init__(self, name: str, path: Path, changes: list[str], resume: bool, overwrite: bool, profile: str | None):
+        if resume and overwrite:
+            raise ConfigError("--resume and --overwrite contradict one another: keep one")
+        self.name, self.path, self.changes = name, path, changes
+        self.resume, self.overwrite = resume, overwrite
+        self.profile = read_steps(profile)
+
+    def words(self) -> list[str]:
+        """The same command for a rank."""
+        words = [self.name, str(self.path)]
+        for change in self.changes:
+            words += ["--set", change]
+        for option, given in (("--resume", self.resume), ("--overwrite", self.overwrite)):
+            words += [option] if given else []
+        return [*words, "--profile", f"{self.profile[0]}:{self.profile[1]}"] if self.profile else words
+
+    def to_go_on(self, asked: launch.Launch | None = None) -> str:
+        """The command line that resumes this run: a resumed recipe must be the same, overrides included."""
+        if launch.GO_ON in os.environ:
+            return os.environ[launch.GO_ON]
+        words = ["mm", self.name, str(self.path)]
+        for change in self.changes:
+            words += ["--set", change]
+        words += asked.words() if asked else []
+        line = shlex.join([*words, "--resume"])
+        return f"torchrun ... -m {line.replace('mm', 'mmcli', 1)}" if launch.Rank.here().launched else line
+
+
+def train(command: Command, read: Callable[[], Recipe], asked: launch.Launch | None) -> None:
+    """Train what `read` returns, here or in the processes that were asked for.
+
+    Leaves with status 130 after Ctrl-C, and with 75 after another signal.
+    """
+    if asked is not None:
+        read()  # a mistake in the recipe is told before any process is started
+        launch.hand_over(asked, command.words(), command.to_go_on(asked))
+    here = launch.Rank.here()
     try:
-        view.say("loading torch")
+        outcome = _train_here(command, read, here)
+    except MMError as error:
+        launch.report_failure(str(error))
+        raise
+    if outcome.status == "interrupted" and outcome.signal is not None:
+        import signal
+
+        raise typer.Exit(128 + outcome.signal if outcome.signal == signal.SIGINT else launch.REQUEUE)
+
+
+def _train_here(command: Command, read: Callable[[], Recipe], here: launch.Rank) -> Outcome:
+    """Prepare and run, shown on the terminal by rank 0 and written into its log by every rank of several."""
+    from mmcli.console import PlainView, make_view
+
+    title, go_on = f"mm {command.name}", command.to_go_on()
+    with contextlib.ExitStack() as closing:
+        views = []
+        if here.rank == 0:
+            views.append(make_view(title, go_on))
+            closing.callback(views[0].close)
+            views[0].say("loading torch")
+        recipe = read()
+        if here.size > 1:
+            log = closing.enter_context(launch.open_log(recipe.run_folder, here))
+            views.append(PlainView(title, go_on, log))
+            closing.enter_context(launch.failures_to(log, here))
         from mmcore.training.setup import Start, prepare_trainer
 
-        start = Start(resume, overwrite)
-        outcome = prepare_trainer(read(), stage=command, start=start, listeners=[view]).fit()
-    finally:
-        view.close()
-    if outcome.status == "interrupted" and outcome.signal is not None:
-        raise typer.Exit(128 + outcome.signal)
+        start = Start(command.resume, command.overwrite)
+        if here.restarts and not (command.overwrite and not launch.begun_since_launch(recipe.run_folder)):
+            start = Start(resume=True)
+        return prepare_trainer(
+            recipe, stage=command.name, start=start, listeners=[*views, FailureReport()], profile=command.profile
+        ).fit()
 
 
-def command_to_go_on(command: str, path: Path, changes: list[str]) -> str:
-    """The command line that resumes this run: a resumed recipe must be the same, overrides included."""
-    words = ["mm", command, str(path)]
-    for change in changes:
-        words += ["--set", change]
-    return shlex.join([*words, "--resume"])
+class FailureReport:
+    """A listener that leaves the name of a rank that hangs for the launcher, where the view's rank may be that one."""
+
+    def __call__(self, event) -> None:
+        from mmcore.training.events import Hung
+
+        if isinstance(event, Hung):
+            launch.report_failure(event.text)
+
+
+def read_steps(text: str | None) -> tuple[int, int] | None:
+    """The first and the last step of "10" or "10:13". Raises ConfigError."""
+    if text is None:
+        return None
+    first, _, last = text.partition(":")
+    if not (first.isdigit() and (last or first).isdigit() and 1 <= int(first) <= int(last or first)):
+        raise ConfigError(f"--profile {text}: give a step or the first and the last one, such as 10 or 10:13")
+    return int(first), int(last or first)

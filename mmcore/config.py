@@ -20,7 +20,42 @@ import yaml
 
 from mmcore.errors import ConfigError
 
-ARCHITECTURES = ("memory_mosaics_v2", "llama", "long_short_transformer")
+ARCHITECTURES = ("memory_mosaics_v2", "llama", "long_short_transformer", "memory_mosaics_v1")
+
+
+@dataclass(frozen=True)
+class V1Config:
+    """What only a first Memory Mosaic has (Zhang et al., "Memory Mosaics", arXiv 2405.06394): the settings in which the
+    public checkpoints differ."""
+
+    variant: str = "nano"
+    """nano or library, after the public code's two forms. They limit bandwidths differently, and only library divides
+    logits by sqrt(d)."""
+    bias: bool = False
+    """Whether projections and norms add a bias."""
+    norm_first: bool = True
+    """Whether a memory reads x + f(norm(x)), or norm(x) + f(norm(x))."""
+    persistent_banks: int = 1
+    """Sets of trained pairs in each persistent memory, whose reads are averaged; 0: there is no persistent memory."""
+    key_taps: int = 1
+    """Tokens, the newest included, that a raw key is computed from."""
+    value_taps: int | None = None
+    """Tokens that a value is computed from, the newest being the one that completes the pair; none: the mix of the
+    pair's own token and that one."""
+    value_shift: int = 1
+    """Tokens that a value looks ahead, and so the delay of the newest pair that a query reads."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.variant not in ("nano", "library"):
+            problems.append(f"model.v1.variant is {self.variant!r}: choose nano or library")
+        for name, least in (("persistent_banks", 0), ("key_taps", 1), ("value_shift", 0)):
+            if getattr(self, name) < least:
+                problems.append(f"model.v1.{name} is {getattr(self, name)}: it must be at least {least}")
+        if self.value_taps is not None and self.value_taps < 1:
+            problems.append(f"model.v1.value_taps is {self.value_taps}: it must be at least 1")
+        if problems:
+            raise ConfigError("; ".join(problems))
 
 
 @dataclass(frozen=True)
@@ -28,13 +63,14 @@ class ModelConfig:
     """The network. The keys are config.json's, so a recipe and an exported checkpoint read alike."""
 
     model_type: str = "memory_mosaics_v2"
-    """memory_mosaics_v2, llama (the baseline), or long_short_transformer (the ablation of figure 5)."""
+    """memory_mosaics_v2, llama (the baseline), long_short_transformer (the ablation of figure 5), or memory_mosaics_v1
+    (the predecessor)."""
     vocab_size: int = 128_256
     """Rows of the embedding; the tokenizer must not know more tokens."""
     hidden_size: int = 768
     """d, the width of the residual stream."""
     intermediate_size: int = 2048
-    """d', the width of the persistent memory (SwiGLU)."""
+    """d', the width of the persistent memory (SwiGLU); of a memory_mosaics_v1 the trained pairs of each head."""
     num_hidden_layers: int = 12
     """Blocks."""
     num_attention_heads: int = 12
@@ -50,7 +86,7 @@ class ModelConfig:
     long_term_delay_range: tuple[int, int] = (64, 256)
     """In training m is drawn uniformly from these integers, both ends included, once a step."""
     rms_norm_eps: float = 1e-5
-    """Added to the mean square in RMSNorm."""
+    """Added to the mean square in RMSNorm; by a memory_mosaics_v1 to the variance in LayerNorm."""
     rope_theta: float = 10_000.0
     """llama only: base of the rotary position encoding."""
     rope_scaling: dict[str, Any] | None = None
@@ -59,9 +95,15 @@ class ModelConfig:
     """The context the model was trained for. Reading further is allowed, and said."""
     tie_word_embeddings: bool = False
     """Whether embedding and classifier are one matrix."""
+    v1: V1Config | None = None
+    """memory_mosaics_v1 only: the settings that no other model has; none means their defaults."""
 
     def __post_init__(self) -> None:
         problems = []
+        if self.model_type == "memory_mosaics_v1":
+            object.__setattr__(self, "v1", self.v1 or V1Config())
+        elif self.v1 is not None:
+            problems.append(f"model.v1 is given for a {self.model_type}: remove it, or choose memory_mosaics_v1")
         if self.model_type not in ARCHITECTURES:
             problems.append(f"model.model_type is {self.model_type!r}: choose one of {', '.join(ARCHITECTURES)}")
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -160,6 +202,28 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class SpikeConfig:
+    """When a loss is a spike: then the run goes back to its newest checkpoint and leaves out the samples since."""
+
+    nats: float | None = None
+    """Above the smoothed loss by more than this; give this or deviations."""
+    deviations: float | None = None
+    """Above the smoothed loss by more than this many standard deviations of the latest losses."""
+    after_steps: int = 100
+    """The first steps, whose loss still falls fast, are never taken for a spike."""
+    max_rollbacks: int = 5
+    """The run stops at the next spike after this many, and says so."""
+
+    def __post_init__(self) -> None:
+        if (self.nats is None) == (self.deviations is None):
+            raise ConfigError("training.spike_rollback: give nats or deviations, and one of them only")
+        if (self.nats or self.deviations or 0) <= 0:
+            raise ConfigError("training.spike_rollback: nats or deviations must be positive")
+        if self.after_steps < 1 or self.max_rollbacks < 1:
+            raise ConfigError("training.spike_rollback: after_steps and max_rollbacks must be at least 1")
+
+
+@dataclass(frozen=True)
 class TrainingConfig:
     """The optimization (SPEC 2: AdamW, warm-up, cosine)."""
 
@@ -206,10 +270,21 @@ class TrainingConfig:
     """Steps between lines of metrics.jsonl."""
     compile: bool = False
     """torch.compile each block."""
+    on_nonfinite: str = "stop"
+    """What a loss or gradient that is NaN or infinite does: stop (before the update), or skip (the step's samples are
+    passed over without an update, on every rank)."""
+    max_skipped_steps: int = 10
+    """With skip: the run stops at so many skipped steps in a row."""
+    spike_rollback: SpikeConfig | None = None
+    """When and how to go back after a spike of the loss; none: never."""
+    health_every: int = 500
+    """Steps between measurements of the memories (health.jsonl, TensorBoard's histograms); 0: none."""
+    wandb: str | None = None
+    """Weights & Biases project that gets the metrics too; it needs the extra: pip install 'mm[wandb]'."""
 
     def __post_init__(self) -> None:
         problems = []
-        for name in ("sequence_length", "batch_size", "log_every"):
+        for name in ("sequence_length", "batch_size", "log_every", "max_skipped_steps"):
             if getattr(self, name) < 1:
                 problems.append(f"training.{name} is {getattr(self, name)}: it must be at least 1")
         if self.micro_batch_size is not None and self.micro_batch_size < 1:
@@ -222,6 +297,10 @@ class TrainingConfig:
             problems.append(f"training.learning_rate is {self.learning_rate}: it must be positive")
         if self.schedule not in ("cosine", "constant"):
             problems.append(f"training.schedule is {self.schedule!r}: choose cosine or constant")
+        if self.on_nonfinite not in ("stop", "skip"):
+            problems.append(f"training.on_nonfinite is {self.on_nonfinite!r}: choose stop or skip")
+        if self.health_every < 0:
+            problems.append(f"training.health_every is {self.health_every}: it must not be negative")
         if self.precision not in ("auto", "fp32", "bf16", "fp8"):
             problems.append(f"training.precision is {self.precision!r}: choose auto, fp32, bf16 or fp8")
         if not 0 <= self.warmup_steps:
@@ -318,7 +397,7 @@ class DistributedConfig:
                 *most, last = choices
                 problems.append(f"distributed.{key} is {getattr(self, key)!r}: choose {', '.join(most)} or {last}")
         if self.shard_size is not None and self.sharding != "hybrid":
-            problems.append("distributed.shard_size is for hybrid sharding: set distributed.sharding=hybrid, or leave it out")
+            problems.append("distributed.shard_size is for hybrid sharding: set distributed.sharding=hybrid or leave it out")
         if self.shard_size is not None and self.shard_size < 1:
             problems.append(f"distributed.shard_size is {self.shard_size}: it must be at least 1")
         if self.timeout_seconds <= 0:

@@ -29,3 +29,7 @@ class HardwareError(MMError):
 
 class NonFiniteError(MMError):
     """A loss or gradient is NaN or infinite; nothing was updated."""
+
+
+class SpikeError(MMError):
+    """The loss went up again and again, more often than the recipe lets a run go back; nothing was updated."""

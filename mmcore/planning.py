@@ -1,7 +1,8 @@
 """What a recipe will cost on given machines, from formulas alone: nothing is allocated and torch is not imported.
 
-Memory assumes what the trainer does: fp32 master weights, gradients and AdamW moments, all sharded over the GPUs
-(FSDP), bf16 products on GPUs, fp32 on CPUs. Speed assumes a utilization (MFU) that is stated with its reason.
+Memory assumes what the trainer does: fp32 master weights, gradients and AdamW moments, cut over all GPUs or over those
+of a node (distributed.sharding), bf16 products on GPUs, fp32 on CPUs. Speed assumes a utilization (MFU) that is stated
+with its reason.
 """
 
 from __future__ import annotations
@@ -129,7 +130,7 @@ def plan(recipe: Recipe, machine: Machine) -> dict:
 
     Raises ConfigError where the batch does not divide over the devices or the recipe says no length.
     """
-    training, model = recipe.training, recipe.model
+    training, model, precision = recipe.training, recipe.model, _precision(recipe, machine)
     rank_batch, odd = divmod(training.batch_size, machine.count)
     if odd or not rank_batch:
         raise ConfigError(
@@ -150,7 +151,7 @@ def plan(recipe: Recipe, machine: Machine) -> dict:
         "training_flops_per_token": accounting.training_flops_per_token(model, training.sequence_length),
         "machine": {
             "device": machine.device, "count": machine.count, "memory_bytes": machine.memory_bytes,
-            "precision": _precision(recipe, machine), "peak_flops": machine.peaks.get(_precision(recipe, machine)),
+            "precision": precision, "peak_flops": machine.peaks.get(peak_name(precision)),
         },
         "batch": {
             "sequence_length": training.sequence_length, "batch_size": training.batch_size,
@@ -159,11 +160,13 @@ def plan(recipe: Recipe, machine: Machine) -> dict:
             "largest_micro_batch": largest,
         },
         "memory_per_device": memory | {"fits": memory["total"] <= (1 - RESERVE) * machine.memory_bytes},
+        "host_memory_per_device": host_memory_per_device(recipe, machine),
+        "shards": shards_of(recipe, machine),
         "activation_checkpointing": recipe.distributed.activation_checkpointing,
         "checkpoint": {
             **checkpoint, "kept": kept,
-            # While one is written, the ones it will replace are still there. keep_last 0 keeps all.
-            "disk_bytes": checkpoint["total"] * ((kept + 1) if kept else _checkpoints_written(recipe)),
+            "disk_bytes": checkpoint["total"] * checkpoints_kept(recipe),
+            "copy_bytes_per_device": checkpoint_copy(recipe, machine),
         },
         "decoding_state": accounting.decoding_state_bytes(model),
         "training": _duration(recipe, machine),
@@ -173,25 +176,56 @@ def plan(recipe: Recipe, machine: Machine) -> dict:
 def memory_per_device(recipe: Recipe, machine: Machine, micro_batch: int) -> dict[str, int]:
     """Bytes on one device at the peak of a step, by part.
 
-    `working_copies`: bf16 weights of the products on one GPU (autocast keeps them for the backward pass); on several,
-    two gathered blocks with the fp32 gradient of one, and the gathered embedding and classifier. `loss`: a chunk of
-    logits, and the gradients of the hidden states and of the classifier, made in the forward pass.
+    Weights, gradients and moments are a share of the whole (`shards_of`). `gradients` of accumulated micro-batches are
+    whole where they are summed over ranks once a step (distributed.gradient_reduction). With distributed.cpu_offload
+    these parts lie in host memory: `host_memory_per_device`. `working_copies`: bf16 weights of the products on one GPU
+    (autocast keeps them for the backward pass); on several, two gathered blocks with the fp32 gradient of one, and the
+    gathered embedding and classifier. `loss`: a chunk of logits, and the gradients of the hidden states and of the
+    classifier, made in the forward pass. On a CPU `checkpoint_copy` is memory of the same kind; a GPU has it in its
+    host's.
     """
-    model, shards = recipe.model, machine.count
-    count = accounting.parameters(model)["total"]
-    compute = 2 if _precision(recipe, machine) == "bf16" else accounting.FP32
+    model = recipe.model
+    compute = accounting.FP32 if _precision(recipe, machine) == "fp32" else 2
     tokens = micro_batch * recipe.training.sequence_length
-    parts = {
-        "weights": -(-accounting.FP32 * count // shards),
-        "gradients": -(-accounting.FP32 * count // shards),
-        "optimizer": -(-2 * accounting.FP32 * count // shards),
+    states = _states(recipe, machine)
+    if recipe.distributed.cpu_offload and not machine.is_cpu:
+        states = dict.fromkeys(states, 0)
+    parts = states | {
         "working_copies": _working_copies(recipe, machine, compute),
         "activations": accounting.activation_bytes(
             model, tokens, compute, recipe.distributed.activation_checkpointing
         ),
         "loss": accounting.loss_bytes(model, tokens, compute, machine.is_cpu),
     }
+    if machine.is_cpu:
+        parts["checkpoint_copy"] = checkpoint_copy(recipe, machine)
+    if machine.count > 1 and recipe.distributed.gradient_reduction == "step":
+        accumulates = recipe.training.batch_size > machine.count * micro_batch
+        parts["gradients"] += accounting.FP32 * accounting.parameters(model)["total"] if accumulates else 0
     return parts | {"total": sum(parts.values())}
+
+
+def checkpoint_copy(recipe: Recipe, machine: Machine) -> int:
+    """Bytes of host memory in which a device's share of a checkpoint waits to be written while training goes on."""
+    return -(-accounting.checkpoint_bytes(recipe.model)["total"] // machine.count) if recipe.checkpoint.asynchronous else 0
+
+
+def host_memory_per_device(recipe: Recipe, machine: Machine) -> int:
+    """Bytes of host memory that a GPU's share takes with distributed.cpu_offload."""
+    return sum(_states(recipe, machine).values()) if recipe.distributed.cpu_offload and not machine.is_cpu else 0
+
+
+def shards_of(recipe: Recipe, machine: Machine) -> int:
+    """How many devices share one copy of the weights."""
+    if recipe.distributed.sharding == "full":
+        return machine.count
+    return min(machine.count, recipe.distributed.shard_size or machine.per_node)
+
+
+def _states(recipe: Recipe, machine: Machine) -> dict[str, int]:
+    """A device's share of weights, gradients and AdamW's two moments, all fp32."""
+    share = -(-accounting.FP32 * accounting.parameters(recipe.model)["total"] // shards_of(recipe, machine))
+    return {"weights": share, "gradients": share, "optimizer": 2 * share}
 
 
 def largest_micro_batch(recipe: Recipe, machine: Machine, rank_batch: int) -> int:
@@ -199,7 +233,9 @@ def largest_micro_batch(recipe: Recipe, machine: Machine, rank_batch: int) -> in
     def fits(size: int) -> bool:
         return memory_per_device(recipe, machine, size)["total"] <= (1 - RESERVE) * machine.memory_bytes
 
-    low, high = 0, rank_batch
+    if fits(rank_batch):  # nothing is accumulated then, which may need less than a smaller one
+        return rank_batch
+    low, high = 0, rank_batch - 1
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
@@ -221,8 +257,17 @@ def _precision(recipe: Recipe, machine: Machine) -> str:
     return recipe.training.precision
 
 
-def _checkpoints_written(recipe: Recipe) -> int:
-    return -(-recipe.training.total_steps // recipe.checkpoint.every)
+def peak_name(precision: str) -> str:
+    """Whose peak utilization is measured by: fp8 speeds up some products of a bf16 run, and is compared with that."""
+    return "bf16" if precision == "fp8" else precision
+
+
+def checkpoints_kept(recipe: Recipe) -> int:
+    """The most checkpoints that lie on the disk at once: those that stay, and one that is being written."""
+    steps, keep = recipe.training.total_steps, recipe.checkpoint
+    written = -(-steps // keep.every)
+    for_ever = steps // keep.keep_every if keep.keep_every else 0
+    return min(written, keep.keep_last + 1 + for_ever) if keep.keep_last else written
 
 
 def _duration(recipe: Recipe, machine: Machine) -> dict:
@@ -231,7 +276,7 @@ def _duration(recipe: Recipe, machine: Machine) -> dict:
     tokens = steps * recipe.training.tokens_per_step
     flops = accounting.training_flops_per_token(recipe.model, recipe.training.sequence_length)
     speed = seconds = None
-    peak = machine.peaks.get(_precision(recipe, machine))
+    peak = machine.peaks.get(peak_name(_precision(recipe, machine)))
     if peak:
         speed = machine.mfu * peak * machine.count / flops
         seconds = tokens / speed

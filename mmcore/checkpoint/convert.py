@@ -18,12 +18,11 @@ import torch
 
 import mmcore
 from mmcore.checkpoint import certificate, hub, manifest, targets, untrusted
-from mmcore.checkpoint.certificate import AGAIN, Certificate
+from mmcore.checkpoint.certificate import Certificate
 from mmcore.checkpoint.formats import Checkpoint, open_checkpoint
 from mmcore.checkpoint.formats.base import Reopened
 from mmcore.checkpoint.formats.folder import tokenizer_files
 from mmcore.checkpoint.load import load_tokenizer
-from mmcore.checkpoint.resolve import resolve_checkpoint
 from mmcore.checkpoint.resumable import staging_key
 from mmcore.checkpoint.tensorfile import LazyTensors, TensorSpec, dtype_name
 from mmcore.errors import CheckpointError, ConfigError, DataError
@@ -32,17 +31,19 @@ Progress = Callable[[str, int, int], None]
 """Hears of what is being done, the bytes of it that are done, and all of its bytes."""
 
 
-class _Meter:
+class Meter:
     """Adds up the bytes of one thing after another and tells."""
 
     def __init__(self, tell: Progress | None):
         self._tell, self._what, self._done, self._total = tell, "", 0, 0
 
     def begin(self, what: str, total: int) -> None:
+        """From now on `what` is done, of so many bytes."""
         self._what, self._done, self._total = what, 0, total
         self.add(0)
 
     def add(self, count: int) -> None:
+        """So many bytes more are done."""
         self._done += count
         if self._tell is not None:
             self._tell(self._what, self._done, self._total)
@@ -69,8 +70,8 @@ def convert_checkpoint(
     """
     if to not in targets.TARGETS:
         raise ConfigError(f"--to is {to!r}: choose one of {', '.join(targets.TARGETS)}")
-    meter = _Meter(progress)
-    checkpoint = _open(source, allow_nonfinite)
+    meter = Meter(progress)
+    checkpoint = open_streamed(source, allow_nonfinite)
     target = Path(target).absolute()
     _check_apart(checkpoint.path, target)
     dtype = dtype or (torch.float32 if checkpoint.dtype == torch.float64 else checkpoint.dtype)
@@ -79,10 +80,10 @@ def convert_checkpoint(
     files = _files_read(checkpoint, to)
     before = _stamps(files)
     meter.begin("hashing the source", sum(file.stat().st_size for file in files))
-    hashes = certificate.hashes_of(files, _known_hashes(checkpoint.path), meter.add)
+    hashes = certificate.hashes_of(files, known_hashes(checkpoint.path), meter.add)
     decides = {"source": hashes, "config": checkpoint.config_json, "to": to, "dtype": dtype_name(dtype),
                "shard": max_shard_bytes, "version": mmcore.__version__, "nonfinite": allow_nonfinite}  # fmt: skip
-    written = sum(spec.nbytes for spec in _specs(checkpoint).values()) * dtype.itemsize // checkpoint.dtype.itemsize
+    written = sum(spec.nbytes for spec in specs_of(checkpoint).values()) * dtype.itemsize // checkpoint.dtype.itemsize
     made: list[Certificate] = []
 
     def certify(result: Path) -> bytes:
@@ -103,17 +104,18 @@ def convert_checkpoint(
     return made[0]
 
 
-def _open(path: str | Path, allow_nonfinite: bool, verify: bool = True) -> Checkpoint:
+def open_streamed(path: str | Path, allow_nonfinite: bool, verify: bool = True) -> Checkpoint:
     """A checkpoint whose weights are read with little memory."""
     checkpoint = open_checkpoint(path, verify=verify, allow_nonfinite=allow_nonfinite)
 
     def reopen() -> LazyTensors:
         return open_checkpoint(checkpoint.path, verify=False, allow_nonfinite=allow_nonfinite).tensors
 
-    return replace(checkpoint, tensors=Reopened(_specs(checkpoint), reopen))
+    return replace(checkpoint, tensors=Reopened(specs_of(checkpoint), reopen))
 
 
-def _specs(checkpoint: Checkpoint) -> dict[str, TensorSpec]:
+def specs_of(checkpoint: Checkpoint) -> dict[str, TensorSpec]:
+    """Dtypes and shapes of the weights, which reads none."""
     return checkpoint.tensors.specs
 
 
@@ -131,7 +133,7 @@ def _files_read(checkpoint: Checkpoint, to: str) -> list[Path]:
     files = list(checkpoint.weight_files)
     if to == "train" and checkpoint.format == "training":
         names = manifest.read_manifest(checkpoint.path)[1]
-        files += [checkpoint.path / name for name in names if name.startswith(("optimizer", "trainer", "recipe"))]
+        files += [checkpoint.path / name for name in names if name.startswith(("optimizer", "trainer", "recipe", "shards"))]
     return files
 
 
@@ -142,7 +144,7 @@ def _stamps(files: list[Path]) -> list[tuple[int, int]]:
         raise CheckpointError(f"{error.filename} has gone while it was converted: convert it again") from error
 
 
-def _known_hashes(path: Path) -> dict[str, str]:
+def known_hashes(path: Path) -> dict[str, str]:
     """Hashes that opening has just compared: those of a training checkpoint's manifest."""
     if not (path / manifest.NAME).is_file():
         return {}
@@ -190,7 +192,8 @@ def _beside(checkpoint: Checkpoint, files: dict[str, bytes | Path]) -> _Beside:
             tokenizer = load_tokenizer(checkpoint.path)
         except DataError as error:
             notes.append(f"the tokenizer's files were copied as they are, for {error}")
-    values = hub.hub_config({"bos_token_id": None, "eos_token_id": None} | checkpoint.config_json, tokenizer)
+    said = {key: value for key, value in checkpoint.config_json.items() if key != "auto_map"}  # a stranger's code
+    values = hub.hub_config({"bos_token_id": None, "eos_token_id": None} | said, tokenizer)
     found: dict[str, bytes | Path] = {**hub.hub_files(values, tokenizer, given)}
     if tokenizer is None:
         found = {**files, **found}
@@ -202,18 +205,17 @@ def _beside(checkpoint: Checkpoint, files: dict[str, bytes | Path]) -> _Beside:
 
 
 def _certify(source: Checkpoint, hashes: dict[str, str], path: Path, target: Path, to: str, dtype: torch.dtype,
-             command: str, meter: _Meter, notes: list[str]) -> Certificate:  # fmt: skip
+             command: str, meter: Meter, notes: list[str]) -> Certificate:  # fmt: skip
     """Read the result back, compare, and write down what was found. Raises CheckpointError where the two disagree."""
-    result = _open(path, allow_nonfinite=True, verify=False)
-    meter.begin("comparing", sum(spec.nbytes for spec in _specs(result).values()))
+    result = open_streamed(path, allow_nonfinite=True, verify=False)
+    meter.begin("comparing", sum(spec.nbytes for spec in specs_of(result).values()))
     agreement = certificate.compare(source, result, dtype, meter.add)
     optimizer = _compare_training(source, path) if to == "train" else None
-    trace, rounded = agreement.result, certificate.is_rounded(_specs(source).values(), dtype)
-    share = certificate.rounding_share(dtype, source.config.num_hidden_layers) if rounded else 0.0
-    if not agreement.largest_difference <= share * trace.largest:
+    trace, rounded = agreement.result, certificate.is_rounded(specs_of(source).values(), dtype)
+    if not agreement.largest_difference <= agreement.tolerance:
         raise CheckpointError(
             f"the result's logits differ from the source's by {agreement.largest_difference:.3g}, more than "
-            f"{share * trace.largest:.3g}: choose another dtype; nothing was written"
+            f"{agreement.tolerance:.3g}: choose another dtype; nothing was written"
         )
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     files = [file for file in files if not file.name.startswith(".")]
@@ -231,7 +233,7 @@ def _certify(source: Checkpoint, hashes: dict[str, str], path: Path, target: Pat
         tokens=certificate.probe_tokens(source.config).shape[1],
         largest_logit=trace.largest if trace.finite else None,
         largest_difference=agreement.largest_difference,
-        tolerance=share * trace.largest,
+        tolerance=agreement.tolerance,
         logits_sha256=trace.sha256,
         samples=trace.samples,
         optimizer=optimizer,
@@ -265,88 +267,6 @@ def _notes(source: Checkpoint, to: str, optimizer: str | None, finite: bool) -> 
     if source.tokenizer_path is None and not source.files:
         notes.append("the source has no tokenizer: put one beside the weights to use the result with text")
     return notes
-
-
-# -- checking again --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Verification:
-    """What `verify_conversion` found; whatever is wrong raises instead."""
-
-    result: str
-    certificate: str
-    files: int
-    """Whose hashes are the recorded ones."""
-    logits: str
-    """equal: to the last bit; close: within 1e-4 of the largest, as other machines and versions compute them."""
-    largest_difference: float
-    """Of the recorded logits; 0 where they are equal."""
-    source: str
-    """compared again, changed since, or not there."""
-
-
-def verify_conversion(path: str | Path, progress: Progress | None = None) -> Verification:
-    """Check a conversion's result again: its files' hashes, its logits, and its source where that is still there.
-
-    Raises CheckpointError where it has no certificate or is no longer what that says, naming all that differs.
-    """
-    meter = _Meter(progress)
-    found = resolve_checkpoint(path, verify=False)
-    place = certificate.path_of(found)
-    if not os.path.lexists(place):
-        raise CheckpointError(f"{found} has no {place.name}: only what `mm convert` wrote can be verified")
-    known = certificate.read_certificate(place)
-    _check_files(found, known, place, meter)
-    result = _open(found, allow_nonfinite=True, verify=False)
-    meter.begin("computing logits", 0)
-    trace = certificate.trace_of(result)
-    apart = 0.0 if trace.sha256 == known.logits_sha256 else _apart(trace.samples, known.samples)
-    if not apart <= AGAIN * trace.largest:
-        raise CheckpointError(
-            f"{found} has the files that {place.name} names, but its logits differ from the recorded ones by "
-            f"{apart:.3g}: this version of mm computes something else than {known.versions.get('mm')} did"
-        )
-    logits = "equal" if trace.sha256 == known.logits_sha256 else "close"
-    return Verification(str(path), str(place), len(known.result_files), logits, apart, _source_again(known, result, meter))
-
-
-def _check_files(found: Path, known: Certificate, place: Path, meter: _Meter) -> None:
-    folder = found if found.is_dir() else found.parent
-    there = [folder / name for name in known.result_files if (folder / name).is_file()]
-    meter.begin("hashing the result", sum(file.stat().st_size for file in there))
-    hashes = certificate.hashes_of(there, {}, meter.add)
-    faults = [
-        f"{name} {'was altered' if name in hashes else 'is missing'}"
-        for name, sha256 in known.result_files.items()
-        if hashes.get(name) != sha256
-    ]
-    if faults:
-        raise CheckpointError(f"{found} is not what {place.name} says ({'; '.join(faults)}): convert the source again")
-
-
-def _apart(now: list[float | None], then: list[float | None]) -> float:
-    """The largest difference of two lists of logits; infinite where only one is finite."""
-    if any((a is None) != (b is None) for a, b in zip(now, then, strict=True)):
-        return float("inf")
-    return max((abs(a - b) for a, b in zip(now, then, strict=True) if a is not None), default=0.0)
-
-
-def _source_again(known: Certificate, result: Checkpoint, meter: _Meter) -> str:
-    """Compare with the source once more, where it is still as it was. Raises CheckpointError where they differ."""
-    try:
-        source = _open(known.source, allow_nonfinite=True)
-        files = [source.path / name if source.path.is_dir() else source.path for name in known.source_files]
-        if certificate.hashes_of(files, _known_hashes(source.path)) != known.source_files:
-            return "changed since"
-    except (CheckpointError, DataError, OSError):
-        return "not there"
-    dtype = getattr(torch, known.dtype)
-    meter.begin("comparing", sum(spec.nbytes for spec in _specs(result).values()))
-    apart = certificate.compare(source, result, dtype, meter.add).largest_difference
-    if not apart <= max(known.tolerance, known.largest_difference):
-        raise CheckpointError(f"{known.result} differs from its source {known.source} by {apart:.3g}: convert it again")
-    return "compared again"
 
 
 def next_command(made: Certificate) -> str:

@@ -245,18 +245,6 @@ def recover(parent: Path, wanted: Callable[[str], bool], spare: Path | None = No
             remove_folder(path)
 
 
-def lock_folder(path: Path) -> int | None:
-    """A descriptor that keeps `recover` off a folder until it is closed; None where another process has one.
-
-    Raises OSError, also for a link.
-    """
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    if _try_lock(descriptor) is False:
-        os.close(descriptor)
-        return None
-    return descriptor
-
-
 class Hold:
     """Keeps a finished folder from being purged by another process while this object lives.
 
@@ -284,6 +272,18 @@ def remove_unless_held(path: Path) -> bool:
         return True
     finally:
         os.close(descriptor)
+
+
+def lock_folder(path: Path) -> int | None:
+    """A descriptor that keeps `recover` off a folder until it is closed; None where another process has one.
+
+    Raises OSError, also for a link.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    if _try_lock(descriptor) is False:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def _try_lock(descriptor: int) -> bool | None:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmcore.data.tokenizer import FILE_KEY
 from mmcore.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def hub_files(
 def made_elsewhere(given: Mapping[str, bytes]) -> bool:
     """Whether a folder's tokenizer files are another program's, whole with their tokenizer_config.json."""
     config = read_object(given, _TOKENIZER)
-    return "tokenizer_class" in config and "tokenizer_file" not in config  # the latter is this project's own mark
+    return "tokenizer_class" in config and not {FILE_KEY, "tokenizer_file"} & set(config)  # this project's own marks
 
 
 def generation_config(values: Mapping[str, Any], tokenizer: Tokenizer | None = None) -> dict[str, Any]:

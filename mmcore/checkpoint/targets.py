@@ -87,9 +87,9 @@ def write_train(job: Job) -> None:
             folder = staging.path / "checkpoints" / manifest.folder_name(step)
             disk.make_folders(folder)
             options = {"staging": staging, "allow_nonfinite": job.allow_nonfinite}
-            records = tensorfile.write_tensors(folder, "model", job.source.tensors, job.specs, job.max_shard_bytes, **options)
-            specs = getattr(optimizer, "specs", {})
-            records |= tensorfile.write_tensors(folder, "optimizer", optimizer, specs, job.max_shard_bytes, **options)
+            limit, moments = job.max_shard_bytes, getattr(optimizer, "specs", {})
+            records = tensorfile.write_tensors(folder, "model", job.source.tensors, job.specs, limit, **options)
+            records |= tensorfile.write_tensors(folder, "optimizer", optimizer, moments, limit, **options)
             records |= copied(folder, {
                 "config.json": disk.json_bytes(job.config_json),
                 "generation_config.json": disk.json_bytes(generation_config_json(job.config_json)),

@@ -67,29 +67,29 @@ class LazyTensors(Mapping[str, Tensor]):
     """Tensors that are read when they are asked for. NaN and infinity are refused unless allowed."""
 
     def __init__(self, readers: Mapping[str, Callable[[], Tensor]], specs: Mapping[str, TensorSpec], origin: Path,
-                 allow_nonfinite: bool = False, twins: Mapping[str, str] | None = None, hold: object = None):  # fmt: skip
+                 allow_nonfinite: bool = False, twins: Mapping[str, str] | None = None,
+                 hold: object = None):  # fmt: skip
         """twins: name -> another name in `readers` whose tensor must be the same; the other is not part of the mapping.
         hold: whatever keeps the files there, let go with this mapping."""
         self._readers, self.specs, self.origin, self._allow_nonfinite = readers, specs, origin, allow_nonfinite
         self._twins, self._hold = dict(twins or {}), hold
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor = self._readers[name]()
-        if name in self._twins and not same_bits(tensor, self._readers[self._twins[name]]()):
+        return self._checked(name, lambda reader: reader())
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows start .. stop-1 of a tensor; of a safetensors file only those are read."""
+        return self._checked(
+            name, lambda reader: reader.rows(start, stop) if isinstance(reader, Stored) else reader()[start:stop]
+        )
+
+    def _checked(self, name: str, read: Callable[[Callable[[], Tensor]], Tensor]) -> Tensor:
+        tensor = read(self._readers[name])
+        if name in self._twins and not same_bits(tensor, read(self._readers[self._twins[name]])):
             raise CheckpointError(
                 f"{self.origin}: its config.json ties {self._twins[name]} to {name}, but the two differ: correct "
                 f"tie_word_embeddings"
             )
-        return self._checked(name, tensor)
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows start .. stop-1 of a tensor; of a safetensors file only those are read."""
-        reader = self._readers[name]
-        if name in self._twins or not isinstance(reader, Stored):
-            return self[name][start:stop]
-        return self._checked(name, reader.rows(start, stop))
-
-    def _checked(self, name: str, tensor: Tensor) -> Tensor:
         if not self._allow_nonfinite and not is_finite(tensor):
             raise CheckpointError(
                 f"{self.origin}: tensor {shown(name)} holds NaN or infinity: go back to an earlier checkpoint, or "

@@ -31,10 +31,10 @@ from mmcore.checkpoint.contents import check_optimizer, own_texts
 from mmcore.checkpoint.disk import FileRecord
 from mmcore.checkpoint.formats.folder import copied
 from mmcore.checkpoint.formats.modelconfig import config_from
+from mmcore.checkpoint.host_copy import HostCopy
 from mmcore.checkpoint.names import check_tensors, expected_tensors
 from mmcore.checkpoint.retention import purge
 from mmcore.checkpoint.rows import written
-from mmcore.checkpoint.staging import Staging
 from mmcore.checkpoint.tensorfile import TensorSpec
 from mmcore.distributed.mesh import World
 from mmcore.distributed.messages import GLANCE, Messages
@@ -104,7 +104,7 @@ class CheckpointWriter:
         self._messages = Messages(world)
         self._keep_last, self._keep_every = keep_last, keep_every
         self._asynchronous, self._patience, self._shard_bytes = asynchronous, patience, shard_bytes
-        self._staging = Staging()
+        self._host_copy = HostCopy()
         self._save: _Save | None = None
         self._published: Path | None = None
 
@@ -204,7 +204,7 @@ class CheckpointWriter:
         mine = {section: written(tensors, self._messages.rank, self._messages.size)
                 for section, tensors in sections.items()}  # fmt: skip
         if aside:
-            tensors = self._staging.copy(mine)
+            tensors = self._host_copy.copy(mine)
         else:
             tensors = {section: {name: rows.local for name, rows in part.items()} for section, part in mine.items()}
         save = _Save(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -92,13 +94,13 @@ def start_world(device: torch.device, distributed: DistributedConfig | None = No
 
     shape = _mesh_shape(distributed, world)
     timeout = timedelta(seconds=distributed.timeout_seconds)
+    options: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
     try:
-        store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-        store.set_timeout(timeout)
-        options: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
+        # A process may start and stop several worlds, and torchrun ranks several times: each has keys of its own
+        store = dist.PrefixStore(f"mm/{_start_key()}/{next(_starts)}", _meeting_point(distributed.timeout_seconds))
         dist.init_process_group(
             "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl",
-            store=dist.PrefixStore("groups", store), rank=rank, world_size=size, timeout=timeout, **options,
+            store=dist.PrefixStore("groups", store), rank=world.rank, world_size=world.size, timeout=timeout, **options,
         )  # fmt: skip
     except (dist.DistError, ValueError) as error:
         sentence = " ".join(str(error).split())
@@ -111,13 +113,36 @@ def start_world(device: torch.device, distributed: DistributedConfig | None = No
         world,
         mesh=init_device_mesh(device.type, shape, mesh_dim_names=names),
         control=dist.new_group(backend="gloo", timeout=timeout),
-        store=dist.PrefixStore("mm", store),
+        store=dist.PrefixStore("control", store),
         timeout_seconds=distributed.timeout_seconds,
     )
 
 
+_starts = itertools.count()
+
+
+@functools.cache
+def _meeting_point(timeout_seconds: float) -> Store:
+    """The store at MASTER_ADDR and MASTER_PORT, which lives as long as this process."""
+    import torch.distributed as dist
+
+    timeout = timedelta(seconds=timeout_seconds)
+    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    return store
+
+
+def _start_key() -> str:
+    """Tells this start of the ranks from earlier ones.
+
+    torchrun gives ranks that it starts again the same store (pytorch#135712), where addresses of dead processes lie.
+    MM_START is set by mm's own launcher, the same on every node; the count of torchrun's may differ between nodes.
+    """
+    return os.environ.get("MM_START") or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+
 def _mesh_shape(distributed: DistributedConfig, world: World) -> tuple[int, ...]:
-    """[ranks], or [copies, ranks that share one] where sharding is hybrid."""
+    """[ranks], or [copies, ranks that share one] where sharding is hybrid and there are several copies."""
     if distributed.sharding == "full":
         return (world.size,)
     share = distributed.shard_size or world.local_size
@@ -125,7 +150,7 @@ def _mesh_shape(distributed: DistributedConfig, world: World) -> tuple[int, ...]
         raise ConfigError(
             f"distributed.shard_size {share} does not divide {world.size} ranks: choose a divisor, or sharding=full"
         )
-    return (world.size // share, share)
+    return (world.size,) if share == world.size else (world.size // share, share)
 
 
 def stop_world(world: World) -> None:

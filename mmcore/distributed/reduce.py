@@ -33,3 +33,14 @@ def _sum(value: Tensor, group: ProcessGroup | None) -> Tensor:
 def agreed(flag: bool, world: World) -> bool:
     """Whether any rank raised `flag`: ranks that disagree about stopping would wait for one another for ever."""
     return bool(total(torch.tensor(int(flag)), world).item()) if world.size > 1 else flag
+
+
+def highest(value: int, world: World) -> int:
+    """The largest `value` of all ranks; each must ask at the same point. Over the control group: no GPU is waited for."""
+    if world.size == 1:
+        return value
+    import torch.distributed as dist
+
+    shared = torch.tensor(value)
+    dist.all_reduce(shared, dist.ReduceOp.MAX, group=world.control)
+    return int(shared)

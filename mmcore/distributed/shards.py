@@ -29,7 +29,8 @@ def local_rows(tensor: Tensor) -> tuple[Tensor, int]:
     if not is_sharded(tensor):
         return tensor, 0
     mesh = tensor.device_mesh
-    parts, place = mesh.size(mesh.mesh_dim_names.index(SHARD)), mesh.get_local_rank(SHARD)
+    dimension = mesh.mesh_dim_names.index(SHARD)
+    parts, place = mesh.size(dimension), mesh.get_coordinate()[dimension]
     return local(tensor), min(tensor.shape[0], place * -(-tensor.shape[0] // parts))
 
 

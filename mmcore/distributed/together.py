@@ -12,7 +12,6 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from typing import Any, TypeVar
 
 from mmcore import errors
@@ -22,6 +21,7 @@ from mmcore.distributed.reduce import agreed
 T = TypeVar("T")
 
 _BEAT_SECONDS = 5.0
+_POLL_SECONDS = 0.5
 _calls = itertools.count()
 """Numbers the calls of this module, which every rank makes in the same order, so that their keys differ."""
 
@@ -102,22 +102,17 @@ def _working(world: World, key: str, work: Callable[[], T], told: Callable[[T], 
 
 def _await(world: World, key: str, rank: int) -> Any:
     """What `rank` publishes under `key`. Raises what it raised, or HardwareError once its heart has stopped."""
-    from torch.distributed import DistStoreError
-
-    beats, heard = 0, time.monotonic()
-    while True:
-        try:
-            world.store.wait([key], timedelta(seconds=min(_BEAT_SECONDS, world.timeout_seconds)))
-            break
-        except DistStoreError:
-            now = world.store.add(f"{key}/beat", 0)
-            if now != beats:
-                beats, heard = now, time.monotonic()
-            elif time.monotonic() - heard > world.timeout_seconds:
-                raise errors.HardwareError(
-                    f"rank {rank} has been silent for {world.timeout_seconds:g} s: look at its log, and start again with "
-                    f"--resume"
-                ) from None
+    beats, heard, pause = 0, time.monotonic(), 0.01
+    while not world.store.check([key]):  # the store's own wait prints a warning whenever its time is over
+        time.sleep(pause)
+        pause = min(1.5 * pause, _POLL_SECONDS)
+        now = world.store.add(f"{key}/beat", 0)
+        if now != beats:
+            beats, heard = now, time.monotonic()
+        elif time.monotonic() - heard > world.timeout_seconds:
+            raise errors.HardwareError(
+                f"rank {rank} has been silent for {world.timeout_seconds:g} s: look at its log, and go on with --resume"
+            )
     outcome = json.loads(world.store.get(key))
     if "value" not in outcome:
         _raise(outcome, rank)

@@ -172,7 +172,7 @@ class HarnessModel(_TemplateLM or object):
             if token == self.end or token in self.model.stop_ids:
                 break
             drawn.append(token)
-            text = self.tokens.decode(drawn, continues=True)
+            text = self.tokens.decode(drawn)  # as a text of its own, which is how the harness's model decodes
             if any(stop in text for stop in until):
                 break
         for stop in until:
@@ -209,7 +209,8 @@ def measure(
     tasks: Tasks, model: Any, tokenizer: Any, journal: Journal, identity: Any, limit: int | None = None,
     tick: Callable[[float], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """A row of plain values for each task: `score` in percent by its main metric, and all metrics."""
+    """A row of plain values for each task: `score` by its main metric, in percent where `percent` says so (a perplexity
+    is not), and all metrics."""
     require()
     rows: list[dict[str, Any]] = []
     names = [*tasks.local, *tasks.online]
@@ -283,7 +284,7 @@ def _row(name: str, group: str, results: dict[str, Any], items: int) -> dict[str
     order = ("acc_norm", "acc", "exact_match")
     main = min(metrics, key=lambda key: next((i for i, word in enumerate(order) if key.startswith(word)), len(order)))
     percent = main.split(",")[0] in (*order, "f1", "pass@1")
-    return {"task": name, "group": group, "metric": main.split(",")[0], "items": items,
+    return {"task": name, "group": group, "metric": main.split(",")[0], "percent": percent, "items": items,
             "score": (100 if percent else 1) * metrics[main], "metrics": metrics}
 
 

@@ -36,7 +36,9 @@ class Journal:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._file.close()
-            raise ConfigError(f"another evaluation is writing to {self.path}: wait for it, or give --out a new folder") from None
+            raise ConfigError(
+                f"another evaluation is writing to {self.path}: wait for it, or give --out a new folder"
+            ) from None
         self._read()
         self.found = len(self.records)
 

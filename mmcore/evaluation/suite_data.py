@@ -196,7 +196,8 @@ def _walk(folder: Path) -> Iterable[Path]:
 
 def read_words(path: Path) -> tuple[list[str], str]:
     """The words of a text file, or of a folder's text files in the order of their names; and a hash of them."""
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md", "") and p.is_file())
+    found = [path] if path.is_file() else sorted(path.rglob("*"))
+    files = [file for file in found if file.is_file() and (file == path or file.suffix in (".txt", ".md", ""))]
     words: list[str] = []
     for file in files:
         try:

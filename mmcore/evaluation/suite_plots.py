@@ -29,7 +29,8 @@ def draw_all(report: dict[str, Any], folder: Path) -> list[tuple[str, str, str]]
         found.append(_save(_by_shots(models), folder, "in_context", "in-context-by-shots",
                            "Accuracy over shots: lines are the best prompt form, bands its interval; dots are the mean of "
                            "the forms, the dotted line is chance."))
-    if models := columns(report, "persistent"):
+    models = [(name, [row for row in rows if row["percent"]]) for name, rows in columns(report, "persistent")]
+    if any(rows for _, rows in models):
         found.append(_save(_bars(models), folder, "persistent", "persistent", "Score of each benchmark, percent."))
     return found
 
@@ -56,6 +57,7 @@ def _panels(count: int) -> tuple[Any, list[Any]]:
         axis.set_visible(False)
     for axis in flat[:count]:
         axis.grid(True, color="#e6e6e6", linewidth=0.6)
+        axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
     return figure, flat[:count]
 
@@ -107,8 +109,8 @@ def _by_depth(models: list[tuple[str, list[dict[str, Any]]]]) -> Any:
             longest = max(row["length"] for row in rows if row["task"] in tasks)
             scores = depth_scores(rows, tasks, longest)
             points = [(20 * part + 10, score) for part, score in enumerate(scores) if score is not None]
-            axis.plot(*zip(*points, strict=True), marker="o", markersize=3.5, color=_colour(index),
-                      label=f"{name}, {longest:,}") if points else None
+            axis.plot([depth for depth, _ in points], [score for _, score in points], marker="o", markersize=3.5,
+                      color=_colour(index), label=f"{name}, {longest:,}")
         axis.set_xlim(0, 100)
         axis.set_xlabel("depth of the fact in the context, %")
         axis.set_title(title, fontsize=10)
@@ -122,15 +124,18 @@ def _by_shots(models: list[tuple[str, list[dict[str, Any]]]]) -> Any:
     figure, axes = _panels(len(panels))
     for axis, (task, kind) in zip(axes, panels, strict=True):
         for index, (name, rows) in enumerate(models):
-            mine = sorted((row for row in rows if (row["task"], row["labels"]) == (task, kind)), key=lambda row: row["shots"])
+            mine = [row for row in rows if (row["task"], row["labels"]) == (task, kind)]
+            mine.sort(key=lambda row: row["shots"])
             shots = [row["shots"] for row in mine]
             low, high = zip(*(row["best"]["interval"] for row in mine), strict=True) if mine else ((), ())
-            axis.plot(shots, [row["best"]["score"] for row in mine], marker="o", markersize=3.5, color=_colour(index), label=name)
+            best = [row["best"]["score"] for row in mine]
+            axis.plot(shots, best, marker="o", markersize=3.5, color=_colour(index), label=name)
             axis.fill_between(shots, low, high, color=_colour(index), alpha=0.12, linewidth=0)
             axis.plot(shots, [row["mean"] for row in mine], linestyle="none", marker=".", markersize=4, color=_colour(index))
             if mine:
                 axis.axhline(mine[0]["chance"], color="#888888", linestyle=":", linewidth=1)
         axis.set_xscale("symlog", base=2, linthresh=1)
+        axis.set_xlim(left=-0.15 if 0 in {row["shots"] for _, rows in models for row in rows} else None)
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         axis.set_xlabel("shots (examples of every class)")
         axis.set_title(f"{task}, {kind} labels", fontsize=10)

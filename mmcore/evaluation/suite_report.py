@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,21 +31,30 @@ def write(report: dict[str, Any], folder: str | Path) -> list[Path]:
 
     Raises HardwareError where the disk refuses.
     """
+    with drafted(folder, last="results.json") as draft:
+        pictures = suite_plots.draw_all(report, draft)
+        (draft / "results.md").write_text(markdown(report, pictures), encoding="utf-8")
+        (draft / "report.html").write_text(page(report, pictures, draft), encoding="utf-8")
+        (draft / "results.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        names = sorted(path.name for path in draft.iterdir())
+    return [Path(folder) / name for name in (*names, ITEMS)]
+
+
+@contextlib.contextmanager
+def drafted(folder: str | Path, last: str) -> Iterator[Path]:
+    """A folder for files that move into `folder` when the block ends well, each in one step, `last` after all others.
+
+    Raises HardwareError where the disk refuses.
+    """
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".draft-") as name:
-            draft = Path(name)
-            pictures = suite_plots.draw_all(report, draft)
-            (draft / "results.md").write_text(markdown(report, pictures), encoding="utf-8")
-            (draft / "report.html").write_text(page(report, pictures, draft), encoding="utf-8")
-            (draft / "results.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            names = sorted((path.name for path in draft.iterdir()), key=lambda name: (name == "results.json", name))
-            for one in names:
-                os.replace(draft / one, folder / one)
+            yield Path(name)
+            for path in sorted(Path(name).iterdir(), key=lambda path: (path.name == last, path.name)):
+                os.replace(path, folder / path.name)
     except OSError as error:
         raise HardwareError(f"{folder} cannot be written ({error.strerror}): give --out another folder") from error
-    return [folder / name for name in (*names, ITEMS)]
 
 
 def summary(report: dict[str, Any]) -> str:
@@ -80,11 +91,12 @@ def page(report: dict[str, Any], pictures: list[tuple[str, str, str]], folder: P
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     source = (Path(__file__).parent / "templates" / "suites.html.j2").read_text(encoding="utf-8")
     names = labels(report)
-    sections = [(section, title) for section, title in TITLES.items() if any(result.get(section) for result in report["results"])]
+    sections = [(section, title) for section, title in TITLES.items()
+                if any(result.get(section) for result in report["results"])]
     plots = [{"section": section, "what": what, "data": base64.b64encode((folder / f"{stem}.svg").read_bytes()).decode()}
              for section, stem, what in pictures]
-    models = [[name, result["model_type"], f"{result['parameters']:,}", f"{result['trained_context']:,}", result["sha256"][:16]]
-              for name, result in zip(names, report["results"], strict=True)]
+    models = [[name, result["model_type"], f"{result['parameters']:,}", f"{result['trained_context']:,}",
+               result["sha256"][:16]] for name, result in zip(names, report["results"], strict=True)]
     return environment.from_string(source).render(
         names=names, summary=summary(report), notes=report["notes"], sections=sections, introductions=INTRODUCTIONS,
         plots=plots, tables=tables(report), examples=_examples(report), models=models, data=report["data"],

@@ -40,7 +40,8 @@ def tables(report: dict[str, Any]) -> list[Table]:
 
 def columns(report: dict[str, Any], suite: str) -> list[tuple[str, list[dict[str, Any]]]]:
     """(name, rows of a suite) of each result that has any."""
-    return [(name, result[suite]) for name, result in zip(labels(report), report["results"], strict=True) if result.get(suite)]
+    named = zip(labels(report), report["results"], strict=True)
+    return [(name, result[suite]) for name, result in named if result.get(suite)]
 
 
 def mean(values: Iterable[float]) -> float | None:
@@ -72,16 +73,18 @@ def _persistent(report: dict[str, Any]) -> list[Table]:
             first = next(row for row in mine if row)
             lines.append([task, f"{first['items']:,}", first["metric"], *(shown(row and row["score"]) for row in mine)])
         means = [mean(scores) for scores in group_scores(models, group)]
-        lines.append(["mean", f"{len(tasks)} of {of}" if of else f"{len(tasks)}", "", *map(shown, means)])
+        if any(value is not None for value in means):
+            lines.append(["mean", f"{len(tasks)} of {of}" if of else f"{len(tasks)}", "", *map(shown, means)])
         note = f"The paper's group of {of}. " if of else ""
-        found.append(Table("persistent", f"{title}, percent", ["benchmark", "items", "metric", *(name for name, _ in models)],
-                           lines, f"{note}Through lm-evaluation-harness, each benchmark by its main metric."))
+        header = ["benchmark", "items", "metric", *(name for name, _ in models)]
+        found.append(Table("persistent", f"{title}, percent", header, lines,
+                           f"{note}Through lm-evaluation-harness, each benchmark by its main metric."))
     return found
 
 
 def group_scores(models: list[tuple[str, list[dict[str, Any]]]], group: str) -> list[list[float]]:
-    """Scores of a group's tasks for each model."""
-    return [[row["score"] for row in rows if row["group"] == group] for _, rows in models]
+    """Scores of a group's tasks for each model, those in percent."""
+    return [[row["score"] for row in rows if row["group"] == group and row["percent"]] for _, rows in models]
 
 
 def _order(task: str) -> tuple[int, str]:

@@ -27,7 +27,7 @@ from mmcore.evaluation.journal import Journal, key_of
 from mmcore.evaluation.reading import ModelReader, Reader
 from mmcore.evaluation.ruler import suite as new_knowledge
 from mmcore.evaluation.runner import pick_device
-from mmcore.model import accounting
+from mmcore.model import accounting, build_model
 
 FULL_ITEMS = 500
 """Items of each task and length, or of each task and number of shots, where no limit is given; RULER's number."""
@@ -110,6 +110,8 @@ def run_suites(
     suites = [suite for suite in suite_data.SUITES if suite in settings.suites]
     material = suite_data.gather(suites, data, settings.tasks, settings.seed)
     persistent = _persistent_tasks(settings, data) if "persistent" in suites else None
+    if not (material.new_knowledge or material.classifications or persistent):
+        raise ConfigError(f"none of the tasks {', '.join(settings.tasks)} belongs to {', '.join(suites)}: choose others")
     subjects = [open_subject(path) for path in checkpoints]
     lengths = settings.lengths or default_lengths([one.checkpoint.config.max_position_embeddings for one in subjects])
     shown = settings.shots if material.classifications else ()
@@ -224,7 +226,8 @@ def describe(subject: Subject, without: Sequence[str], tokenizer: Any) -> dict[s
 
 def versions() -> dict[str, str]:
     """Of what took part."""
-    return {"mm": mmcore.__version__, "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    ours = {"mm": mmcore.__version__, "python": platform.python_version()}
+    return ours | {"torch": torch.__version__, "numpy": np.__version__}
 
 
 def _load(subject: Subject, device: torch.device, without: Sequence[str]) -> tuple[Any, Any]:
@@ -234,8 +237,9 @@ def _load(subject: Subject, device: torch.device, without: Sequence[str]) -> tup
 
 
 def _memories(subject: Subject) -> tuple[str, ...]:
-    return ("attention", "persistent") if subject.checkpoint.config.model_type == "llama" else (
-        "short_term", "long_term", "persistent")
+    """What can be removed of a checkpoint."""
+    with torch.device("meta"):
+        return type(build_model(subject.checkpoint.config).model.layers[0]).MEMORIES
 
 
 def _variants(subject: Subject, without: Sequence[str]) -> list[tuple[str, ...]]:
@@ -275,9 +279,15 @@ def _notes(
 
 
 def _persistent_tasks(settings: SuiteSettings, data: Sequence[str | Path]) -> Any:
+    """The benchmarks, or None where the tasks that are asked for are all of other suites."""
     from mmcore.evaluation.persistent import benchmarks
 
-    return benchmarks.gather(data, settings.tasks, settings.online)
+    tasks = benchmarks.gather(data, settings.tasks, settings.online)
+    if tasks is not None:
+        from mmcore.evaluation import harness  # slow to import, and not needed without benchmarks
+
+        harness.require()
+    return tasks
 
 
 def _persistent_job(

@@ -49,7 +49,7 @@ def cheap(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def call(*arguments: Any, **options: Any) -> Tensor:
         result = function(*arguments, **options)
         made = None if torch.compiler.is_compiling() else _made.get()
-        if made is not None and result.requires_grad:
+        if made is not None and result.requires_grad and result.is_contiguous():
             made[_place(result)] = (result, Recipe(function, arguments, options, result))
         return result
 
@@ -63,9 +63,9 @@ def remake(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def call(*arguments: Any, **options: Any) -> Tensor:
         made: dict[tuple, tuple[Tensor, Recipe]] = {}
 
-        def pack(tensor: Tensor) -> Tensor | Recipe:
-            found = made.get(_place(tensor))
-            return tensor if found is None else found[1]
+        def pack(tensor: Tensor) -> Tensor | tuple[Recipe, torch.Size]:
+            found = made.get(_place(tensor)) if tensor.is_contiguous() else None
+            return tensor if found is None else (found[1], tensor.shape)  # products flatten what they are given
 
         token = _made.set(made)
         try:
@@ -78,9 +78,13 @@ def remake(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return call
 
 
-def _unpack(kept: Tensor | Recipe) -> Tensor:
-    return kept.make() if isinstance(kept, Recipe) else kept
+def _unpack(kept: Tensor | tuple[Recipe, torch.Size]) -> Tensor:
+    if isinstance(kept, Tensor):
+        return kept
+    recipe, shape = kept
+    return recipe.make().view(shape)
 
 
 def _place(tensor: Tensor) -> tuple:
-    return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
+    """Where a contiguous tensor lies, whatever its shape."""
+    return tensor.data_ptr(), tensor.dtype, tensor.numel()

@@ -7,6 +7,7 @@ the padding is a document of its own that no query reads.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -195,7 +196,7 @@ class Mark:
     """A moment of a DecodingState; see there."""
 
     length: int
-    memories: dict[str, tuple[Any, ...]]
+    memories: dict[str, tuple[Any, ...] | dict[str, Any]]
 
 
 class DecodingState:
@@ -229,16 +230,28 @@ class DecodingState:
 
     def mark(self, room: int = 0) -> Mark:
         """The present moment, to `rewind` to as often as wanted; the next `room` tokens then move no stored pair.
-        Costs a few vectors for each memory, whatever the length."""
-        return Mark(self.length, {name: memory.mark(room) for name, memory in self.memories.items()})
+        Costs a few vectors for each memory, whatever the length; a memory whose class has no `mark` of its own is
+        copied."""
+        marks = {name: memory.mark(room) if "mark" in vars(type(memory)) else _copy(memory)
+                 for name, memory in self.memories.items()}
+        return Mark(self.length, marks)
 
     def rewind(self, mark: Mark) -> None:
         """Forget what was read after `mark`. Marks made later than it are void from then on."""
         self.length = mark.length
         for name, memory in self.memories.items():
-            memory.rewind(mark.memories[name])
+            if isinstance(mark.memories[name], dict):
+                vars(memory).update(_copy(memory, mark.memories[name]))
+            else:
+                memory.rewind(mark.memories[name])
 
     @property
     def bytes(self) -> int:
         """Memory that the state's tensors fill, in bytes."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
+
+
+def _copy(memory: Any, fields: dict[str, Any] | None = None) -> dict[str, Any]:
+    """All that a memory's state consists of (or `fields` of one), copied; the owner stays who it is."""
+    fields = vars(memory) if fields is None else fields
+    return copy.deepcopy(fields, {id(memory.owner): memory.owner})

@@ -81,7 +81,8 @@ def check_memory(recipe: Recipe, device: torch.device, world: World | None = Non
     world = world or World()
     machine = planning.machine_here() if device.type == "cuda" else planning.parse_machine("cpu")
     machine = dataclasses.replace(machine, count=world.size, per_node=world.local_size)
-    micro_batch = min(recipe.training.micro_batch_size or recipe.training.batch_size, recipe.training.batch_size // world.size)
+    share = recipe.training.batch_size // world.size
+    micro_batch = min(recipe.training.micro_batch_size or share, share)
     needed = planning.memory_per_device(recipe, machine, micro_batch)["total"]
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
@@ -94,6 +95,8 @@ def check_memory(recipe: Recipe, device: torch.device, world: World | None = Non
         remedies.append(f"lower training.micro_batch_size (now {micro_batch})")
     if recipe.distributed.activation_checkpointing != "full":
         remedies.append("set distributed.activation_checkpointing=full")
+    if device.type == "cpu" and recipe.checkpoint.asynchronous:
+        remedies.append("set checkpoint.asynchronous=false")
     remedies.append("train on more ranks" if world.size > 1 else "make the model smaller")
     raise HardwareError(
         f"training needs about {needed / _GIB:.1f} GiB and {free / _GIB:.1f} GiB are free on {device.type}: "
@@ -103,16 +106,14 @@ def check_memory(recipe: Recipe, device: torch.device, world: World | None = Non
 
 def check_disk(recipe: Recipe) -> None:
     """Raise HardwareError where the checkpoints that are kept at once do not fit on the disk of the run folder."""
-    keep, every = recipe.checkpoint.keep_last, recipe.checkpoint.every
-    written = -(-recipe.training.total_steps // every)
-    kept = min(written, keep + 1) if keep else written  # a new one is whole before an old one goes
-    needed = kept * checkpoint_bytes(recipe.model)["total"]
+    needed = planning.checkpoints_kept(recipe) * checkpoint_bytes(recipe.model)["total"]
     place = _existing(recipe.run_folder)
     free = shutil.disk_usage(place).free
     if needed > free:
         raise HardwareError(
             f"the checkpoints need about {needed / _GIB:.1f} GiB and {free / _GIB:.1f} GiB are free at {place}: free "
-            f"some space, lower checkpoint.keep_last (now {keep}), or choose another checkpoint.folder"
+            f"some space, lower checkpoint.keep_last (now {recipe.checkpoint.keep_last}), or choose another "
+            f"checkpoint.folder"
         )
 
 

@@ -2,7 +2,8 @@
 
 A listener is any function of one event; where it has a method `close`, that is called when the run ends, however
 it ends. The trainer knows nothing of terminals: metrics.py holds the listeners that write files, and a front end
-brings its own. Stopping and Quitting come from the thread that watches signals, all others from the trainer's.
+brings its own. Stopping and Quitting come from the thread that watches signals, Hung from the one that watches the
+ranks, all others from the trainer's.
 """
 
 from __future__ import annotations
@@ -81,6 +82,44 @@ class StepDone:
 
 
 @dataclass(frozen=True)
+class Skipped:
+    """A step passed without an update, because its loss or gradient was not finite."""
+
+    step: int
+    samples: tuple[int, int]
+    """The step's first global sample number, and the one after its last."""
+    reason: str
+    in_a_row: int
+    total: int
+    """Skipped steps of the whole run."""
+
+
+@dataclass(frozen=True)
+class RolledBack:
+    """The loss jumped: the run is back at a checkpoint, and will not see the samples since then again."""
+
+    step: int
+    """Of the checkpoint."""
+    spike_step: int
+    loss: float
+    smoothed_loss: float
+    samples: tuple[int, int]
+    """The first one that is left out, and the one after the last."""
+    count: int
+    """How often the run has gone back."""
+
+
+@dataclass(frozen=True)
+class Health:
+    """The memories were measured (health.py says what the numbers are)."""
+
+    step: int
+    memories: tuple[dict, ...]
+    """One for each layer and kind, with `layer`, `memory`, and quantity -> its numbers."""
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Validated:
     """Held-out text was read."""
 
@@ -133,6 +172,14 @@ class Quitting:
 
 
 @dataclass(frozen=True)
+class Hung:
+    """A rank has made no progress for too long: `text` names it, and this process ends at once. Comes from a thread of
+    its own, while the trainer's is stuck."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class Ended:
     """Training is over, whole or interrupted."""
 
@@ -151,6 +198,6 @@ class Ended:
 
 Event = (
     Preparing | Tokenizing | Notice | Started | StepDone | Validating | Validated | Saving | Saved | Stopping | Quitting
-    | Ended
+    | Skipped | RolledBack | Health | Hung | Ended
 )
 Listener = Callable[[Event], None]

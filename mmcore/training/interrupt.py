@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM as a request: finish the step, save, leave.
+"""Ctrl-C and a scheduler's signals as a request: finish the step, save, leave.
+
+SIGTERM comes before a machine is taken away, SIGUSR1 or SIGUSR2 where the user asked the scheduler for one (SLURM's
+--signal).
 
 Signals are read from a pipe by a thread of their own. Python runs its signal handlers between two bytecodes
 of the main thread, and one backward pass is a single bytecode that can take seconds; the thread answers at
@@ -14,13 +17,13 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-CAUGHT = (signal.SIGINT, signal.SIGTERM)
+CAUGHT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Interrupts:
-    """A context in which the first SIGINT or SIGTERM sets `received` and calls `on_first(signal)`.
+    """A context in which the first of CAUGHT sets `received` and calls `on_first(signal)`.
 
-    A SIGINT after that calls `on_second()` and exits with status 130 at once; more SIGTERMs change nothing.
+    A SIGINT after that calls `on_second()` and exits with status 130 at once; more of the others change nothing.
     Outside the main thread Python can catch no signals: the context then leaves them as they are.
     """
 
@@ -58,6 +61,10 @@ class Interrupts:
         os.close(self._write_end)  # the watcher reads the end of the file and returns
         self._thread.join()
         os.close(self._read_end)
+
+    def ask(self, number: signal.Signals) -> None:
+        """The same as receiving it, from any thread."""
+        self._handle(number)
 
     def _watch(self) -> None:
         while received := os.read(self._read_end, 64):

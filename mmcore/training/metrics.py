@@ -1,4 +1,4 @@
-"""Numbers of a run: the smoothed loss, and listeners that write metrics.jsonl and TensorBoard files."""
+"""Numbers of a run: the smoothed loss, and listeners that write metrics.jsonl, health.jsonl and TensorBoard files."""
 
 from __future__ import annotations
 
@@ -6,10 +6,19 @@ import dataclasses
 import json
 import math
 import os
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
-from mmcore.training.events import Ended, Event, Saved, Saving, StepDone, Validated
+import torch
+
+from mmcore.training.events import Ended, Event, Health, RolledBack, Saved, Saving, Skipped, StepDone, Validated
 from mmcore.training.run_folder import disk_errors
+
+_KINDS = {
+    StepDone: "step", Validated: "validation", Saved: "checkpoint", Skipped: "skipped", RolledBack: "rollback"
+}  # fmt: skip
+"""The events of metrics.jsonl, and what their lines are called."""
 
 
 class Smoothed:
@@ -38,22 +47,27 @@ class Smoothed:
         self.total, self.weight = state["total"], state["weight"]
 
 
-KINDS = {StepDone: "step", Validated: "validation", Saved: "checkpoint"}
-
-
-def as_line(event: StepDone | Validated | Saved) -> dict:
-    """The event as one flat JSON object: `kind` (step, validation, checkpoint) first, then the event's fields; a
-    number that is not finite, which JSON cannot hold, is null, and a path its last part."""
+def as_line(event: Event) -> dict:
+    """The event as one flat JSON object: `kind` first, then the event's fields; a number that is not finite, which
+    JSON cannot hold, is null, and a path its last part."""
     fields = {k: v.name if isinstance(v, Path) else v for k, v in dataclasses.asdict(event).items()}
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
-    return {"kind": KINDS[type(event)]} | finite
+    return {"kind": _KINDS[type(event)]} | finite
 
 
 def wanted(event: Event, log_every: int) -> bool:
-    """Whether the event belongs into the metrics: every validation and checkpoint, every n-th step, the last one."""
+    """Whether the event belongs into the metrics: every n-th step and the last one, and all that is rare."""
     if isinstance(event, StepDone):
         return event.step % log_every == 0 or event.step == event.total_steps
-    return isinstance(event, (Validated, Saved))
+    return type(event) in _KINDS
+
+
+def numbers(line: dict) -> dict[str, float]:
+    """What of a line can be drawn over the steps."""
+    return {
+        name: value for name, value in line.items()
+        if isinstance(value, (int, float)) and name not in ("step", "total_steps")
+    }  # fmt: skip
 
 
 class JsonLines:
@@ -90,11 +104,12 @@ class TensorBoard:
 
     def __call__(self, event: Event) -> None:
         if wanted(event, self.log_every):
-            values = as_line(event)
-            kind, step = values.pop("kind"), values.pop("step")
-            for name, value in values.items():
-                if name not in ("total_steps", "path") and value is not None:
-                    self._writer.add_scalar(f"{kind}/{name}", value, step)
+            line = as_line(event)
+            for name, value in numbers(line).items():
+                self._writer.add_scalar(f"{line['kind']}/{name}", value, line["step"])
+        elif isinstance(event, Health):
+            for name, values in by_kind(event.memories).items():
+                self._writer.add_histogram(name, torch.tensor(values), event.step)
         elif isinstance(event, (Saving, Ended)):
             self._writer.flush()
 
@@ -102,8 +117,42 @@ class TensorBoard:
         self._writer.close()
 
 
+class HealthLines:
+    """Appends to health.jsonl: a line for each measurement, with least, quartiles and largest of each quantity."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __call__(self, event: Event) -> None:
+        if not isinstance(event, Health):
+            return
+        memories = [
+            {name: summary(value) if isinstance(value, list) else value for name, value in memory.items() if value != []}
+            for memory in event.memories
+        ]
+        line = {"kind": "health", "step": event.step, "seconds": round(event.seconds, 3), "memories": memories}
+        with disk_errors(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def summary(values: Sequence[float]) -> list[float | None]:
+    """Least, quartiles and largest of some numbers, to four digits; null for one that is not finite."""
+    marks = torch.quantile(torch.tensor(values, dtype=torch.float64), torch.linspace(0, 1, 5, dtype=torch.float64))
+    return [float(f"{value:.4g}") if math.isfinite(value) else None for value in marks.tolist()]
+
+
+def by_kind(memories: Sequence[dict]) -> dict[str, list[float]]:
+    """`<memory>/<quantity>` -> the numbers of all layers."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for memory in memories:
+        for name, value in memory.items():
+            if isinstance(value, list):
+                found[f"{memory['memory']}/{name}"] += [number for number in value if math.isfinite(number)]
+    return {name: values for name, values in found.items() if values}
+
+
 def keep_lines_until(path: Path, step: int) -> int:
-    """Drop from metrics.jsonl what a broken run wrote after `step`, and a last line that was cut short.
+    """Drop from metrics.jsonl or health.jsonl what a broken run wrote after `step`, and a last line that was cut short.
 
     The file is replaced whole or not at all. Returns the number of lines dropped.
     """

@@ -6,7 +6,10 @@ environment.json   versions, processor, GPU, git commit, command line; earlier s
 data.json          the data's fingerprint
 tokenizer/         the tokenizer's files
 metrics.jsonl      one line a step, one a validation
+health.jsonl       what the memories have become, every so often
 tensorboard/       the same numbers
+logs/              what each rank of several said, and its stacks where it hung
+profile/           traces, where they were asked for
 checkpoints/       step-000123/, whole or absent
 ```
 """
@@ -49,9 +52,14 @@ FREE_KEYS = frozenset(
         "training.device",
         "training.micro_batch_size",
         "training.compile",
+        "training.on_nonfinite",
+        "training.max_skipped_steps",
+        "training.spike_rollback",
+        "training.health_every",
+        "training.wandb",
     }
 )
-FREE_SECTIONS = ("checkpoint.", "distributed.")
+FREE_SECTIONS = ("checkpoint.", "distributed.", "training.spike_rollback.")
 _ROUNDING = ("training.device", "training.micro_batch_size", "training.compile", "distributed.")
 
 
@@ -77,6 +85,7 @@ class RunFolder:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
+        self.health = path / "health.jsonl"
         self.tensorboard = path / "tensorboard"
         self.tokenizer = path / "tokenizer"
         self.recipe = path / "recipe.yaml"
@@ -131,7 +140,7 @@ class RunFolder:
             for folder in (self.checkpoints, self.tensorboard, self.tokenizer):
                 if folder.exists():
                     shutil.rmtree(folder)
-            for name in ("metrics.jsonl", "recipe.yaml", "environment.json", "data.json"):
+            for name in ("metrics.jsonl", "health.jsonl", "wandb-id", "recipe.yaml", "environment.json", "data.json"):
                 (self.path / name).unlink(missing_ok=True)
 
     def write_identity(self, recipe: Recipe, fingerprint: dict[str, Any]) -> None:

@@ -39,11 +39,13 @@ from mmcore.training import checks
 from mmcore.training.converted import read_converted
 from mmcore.training.events import Event, Listener, Notice, Preparing, Tokenizing
 from mmcore.training.memory import explain_memory
-from mmcore.training.metrics import JsonLines, TensorBoard, keep_lines_until
+from mmcore.training.metrics import HealthLines, JsonLines, TensorBoard, keep_lines_until
+from mmcore.training.profile import Profile
 from mmcore.training.run_folder import RunFolder, check_same_recipe, disk_errors
 from mmcore.training.step import IGNORED
 from mmcore.training.tokenizers import find_tokenizer
 from mmcore.training.trainer import Job, Trainer, load_weights
+from mmcore.training.wandb_log import WandB, check_installed
 
 
 @dataclass(frozen=True)
@@ -57,15 +59,22 @@ class Start:
 
 
 def prepare_trainer(
-    recipe: Recipe, *, stage: str = "pretrain", start: Start | None = None, listeners: Iterable[Listener] = ()
+    recipe: Recipe,
+    *,
+    stage: str = "pretrain",
+    start: Start | None = None,
+    listeners: Iterable[Listener] = (),
+    profile: tuple[int, int] | None = None,
 ) -> Trainer:
     """A trainer for `recipe`, its run folder written, at step 0 or where the run left off.
 
     stage: pretrain, or finetune (weights and tokenizer of training.init_from; see finetune.py for its recipe).
+    profile: the first and the last step to trace into the run's folder.
     Raises an MMError for every mistake that can be known before the first step.
     """
     here = world_from_environment()
     checks.check_recipe(recipe, here)
+    check_installed(recipe)
     device = checks.choose_device(recipe.training.device, here)
     precision = checks.choose_precision(recipe.training.precision, device)
     if recipe.distributed.deterministic:
@@ -73,6 +82,9 @@ def prepare_trainer(
     world = start_world(device, recipe.distributed)
     try:
         trainer = _prepare(recipe, stage, start or Start(), list(listeners), device, precision, world)
+        if profile is not None:
+            folder = recipe.run_folder / "profile"
+            trainer.listeners.append(Profile(folder, *profile, world, device, _teller(trainer.listeners)))
     except BaseException:
         stop_world(world)
         raise
@@ -83,15 +95,8 @@ def prepare_trainer(
 def _prepare(
     recipe: Recipe, stage: str, start: Start, listeners: list[Listener], device: torch.device, precision: str, world: World
 ) -> Trainer:
-    """The trainer of this rank. Rank 0 talks to listeners and writes the run's folder; the others wait for it where
-    they need what it makes."""
-    if not world.is_first:
-        listeners = []
-
-    def tell(event: Event) -> None:
-        for listener in listeners:
-            listener(event)
-
+    """The trainer of this rank. Rank 0 writes the run's folder; the others wait for it where they need what it makes."""
+    tell = _teller(listeners)
     run = RunFolder(recipe.run_folder)
     resumed = _find_start(recipe, run, start, world, tell)
     source = in_turn(world, lambda: _source(recipe, run, stage, world)) if resumed is None else None
@@ -114,6 +119,14 @@ def _prepare(
                 trainer.restore(resumed)
     on_first(world, lambda: _open_run_folder(trainer, run, tokenizer, corpus, start))
     return trainer
+
+
+def _teller(listeners: list[Listener]) -> Listener:
+    def tell(event: Event) -> None:
+        for listener in listeners:
+            listener(event)
+
+    return tell
 
 
 def _known_tokenizer(recipe: Recipe, resumed: Path | None, source: Checkpoint | None) -> Path | None:
@@ -177,9 +190,6 @@ def _find_start(recipe: Recipe, run: RunFolder, start: Start, world: World, tell
     if newest is None:
         tell(Notice(f"{run.path} holds no checkpoint yet: starting from the beginning"))
         return None
-    if read_converted(newest, recipe.model):
-        tell(Notice(f"{newest} holds weights that were converted: training begins with them at step 1"))
-        return newest
     for sentence in on_first(world, lambda: _changes(recipe, newest)):
         tell(Notice(sentence))
     return newest
@@ -194,7 +204,9 @@ def _look_at_folder(run: RunFolder, start: Start) -> bool:
 
 
 def _changes(recipe: Recipe, newest: Path) -> list[str]:
-    """What to say about a recipe that differs from the checkpoint's. Raises CheckpointError where it may not differ."""
+    """What to say about going on from a checkpoint. Raises CheckpointError where the recipe cannot."""
+    if read_converted(newest, recipe.model):
+        return [f"{newest} holds weights that were converted: training begins with them at step 1"]
     try:
         before = yaml.safe_load((newest / "recipe.yaml").read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError):
@@ -325,7 +337,10 @@ def _open_run_folder(trainer: Trainer, run: RunFolder, tokenizer: Tokenizer, cor
         tokenizer.save(run.tokenizer)
         if trainer.step == 0 and run.tensorboard.exists():
             shutil.rmtree(run.tensorboard)
-    keep_lines_until(run.metrics, trainer.step)
+    for path in (run.metrics, run.health):
+        keep_lines_until(path, trainer.step)
     every = trainer.recipe.training.log_every
-    writers = [JsonLines(run.metrics, every), TensorBoard(run.tensorboard, every, trainer.step)]
+    writers = [JsonLines(run.metrics, every), HealthLines(run.health), TensorBoard(run.tensorboard, every, trainer.step)]
+    if trainer.recipe.training.wandb is not None:
+        writers.append(WandB(trainer.recipe, every))
     trainer.listeners = [*writers, *trainer.listeners]

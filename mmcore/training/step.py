@@ -1,4 +1,4 @@
-"""One optimizer step: gradients over micro-batches, the check that they are finite, the update."""
+"""One optimizer step: gradients over micro-batches, and whether they are finite."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,6 @@ from mmcore.distributed.mesh import World
 from mmcore.distributed.parallelize import micro_batch
 from mmcore.distributed.reduce import total, total_over_shards
 from mmcore.distributed.shards import local
-from mmcore.errors import NonFiniteError
 
 IGNORED = -100
 """The label of a token that is not trained."""
@@ -36,7 +34,7 @@ class StepResult:
 
     @property
     def is_finite(self) -> bool:
-        """Whether an update may be made with it; the same on all ranks."""
+        """Whether an update may be made. The same on every rank."""
         return math.isfinite(self.loss) and math.isfinite(self.gradient_norm)
 
 
@@ -87,7 +85,10 @@ def gradient_norm(model: nn.Module, world: World) -> Tensor:
     """The 2-norm of the whole gradient, a scalar tensor; over several ranks each adds what its shards hold."""
     gradients = [local(p.grad) for p in model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
-    return total_over_shards(norm.double().square(), world).sqrt() if world.size > 1 else norm
+    if world.size == 1:
+        return norm
+    square = norm.double().square().to(world.mesh.device_type)  # offloaded gradients lie in host memory
+    return total_over_shards(square, world).sqrt()
 
 
 @torch.no_grad()
@@ -98,38 +99,29 @@ def clip(model: nn.Module, norm: float, largest: float) -> None:
         torch._foreach_mul_(gradients, largest / norm)
 
 
-def require_finite(
-    result: StepResult, model: nn.Module, step: int, samples: range, checkpoint: Path | None, learning_rate: float
-) -> None:
-    """Raise NonFiniteError, before anything is updated, where the loss or the gradient of a step is not finite.
+def what_is_not_finite(result: StepResult, model: nn.Module, own: range, whole: range) -> str | None:
+    """What is not finite on this rank, in words that name the samples; None where its losses and gradients are.
 
-    `samples` are this rank's global sample numbers of the step, in the order of the micro-batches. The sentence
-    names the step, the samples of the micro-batches at fault, and what to try.
+    own: this rank's global sample numbers of the step, in the order of the micro-batches; whole: those of all ranks,
+    whose gradients are already summed.
     """
-    if result.is_finite:
-        return
-    size = max(1, math.ceil(len(samples) / max(1, len(result.micro_losses))))
+    size = max(1, math.ceil(len(own) / max(1, len(result.micro_losses))))
     bad = [i for i, loss in enumerate(result.micro_losses) if not math.isfinite(loss)]
     if bad:
-        what = f"the loss is {result.micro_losses[bad[0]]}"
-        where = ", ".join(_span(samples[i * size : (i + 1) * size]) for i in bad[:4])
-    else:
-        what = f"the gradient norm is {result.gradient_norm}{_worst_gradient(model)}"
-        where = _span(samples)
-    kept = f"the last whole checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
-    raise NonFiniteError(
-        f"step {step} stopped before its update: {what} on samples {where}; {kept}; try a lower "
-        f"training.learning_rate (it stood at {learning_rate:.3g}), more training.warmup_steps, "
-        f"a lower training.gradient_clip, or training.precision=fp32, and look at those samples"
-    )
+        where = ", ".join(_span(own[i * size : (i + 1) * size]) for i in bad[:4])
+        return f"the loss is {result.micro_losses[bad[0]]} on samples {where}"
+    if math.isfinite(result.gradient_norm):
+        return None
+    worst = _worst_gradient(model)
+    return worst and f"the gradient norm is {result.gradient_norm} ({worst}) on samples {_span(whole)}"
 
 
 def _span(samples: range) -> str:
     return f"{samples[0]}-{samples[-1]}" if len(samples) > 1 else f"{samples[0]}"
 
 
-def _worst_gradient(model: nn.Module) -> str:
+def _worst_gradient(model: nn.Module) -> str | None:
     for name, parameter in model.named_parameters():
         if parameter.grad is not None and not bool(torch.isfinite(local(parameter.grad)).all()):
-            return f" (first in {name})"
-    return " (every entry is finite: their squares overflow)"
+            return f"first in {name}"
+    return None

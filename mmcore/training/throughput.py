@@ -17,7 +17,7 @@ def peak_flops(device: torch.device, precision: str) -> float:
     A CPU's peak is measured because it follows the clock, which is not known, and the threads in use.
     """
     if device.type == "cuda":
-        published = planning.machine_here().peaks.get(precision)
+        published = planning.machine_here().peaks.get(planning.peak_name(precision))
         if published:
             return published
     return measured_flops(device, torch.float32 if precision == "fp32" else torch.bfloat16)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,13 @@ from mmcore.checkpoint.store import CheckpointWriter, load_state
 from mmcore.config import Recipe
 from mmcore.data.loader import Loader
 from mmcore.distributed.mesh import World
-from mmcore.distributed.reduce import agreed
+from mmcore.distributed.reduce import highest
 from mmcore.errors import CheckpointError, DataError
 from mmcore.training import events
 from mmcore.training.converted import is_converted
 from mmcore.training.events import Event, Listener
+from mmcore.training.faults import Faults
+from mmcore.training.health import measure
 from mmcore.training.interrupt import Interrupts
 from mmcore.training.memory import explain_memory
 from mmcore.training.metrics import Smoothed
@@ -40,9 +42,10 @@ from mmcore.training.optimizer import (
 )
 from mmcore.training.run_folder import recipe_text
 from mmcore.training.schedule import learning_rate, long_term_delay
-from mmcore.training.step import StepResult, accumulate, clip, require_finite
+from mmcore.training.step import StepResult, accumulate, clip
 from mmcore.training.throughput import Meter, memory_in_use, peak_flops, synchronize
 from mmcore.training.validation import bits_per_byte, held_out_loss
+from mmcore.training.watching import SAVING, NotWatching, watch_ranks
 
 
 @dataclass
@@ -103,6 +106,8 @@ class Trainer:
         """Global number of the next sample."""
         self.tokens = 0
         self.smoothed, self.meter = Smoothed(), Meter()
+        self.faults = Faults(job.recipe.training, job.world)
+        self._watch = NotWatching()
         self.checkpoint: Path | None = None
         """The newest one of this run."""
         self.resumed_from: Path | None = None
@@ -112,50 +117,72 @@ class Trainer:
             asynchronous=keep.asynchronous,
         )  # fmt: skip
         self.resources.callback(self.writer.close)
-        self._validated_step = self._saved_step = 0
+        self._validated_step = 0
+        self._saved_step: int | None = 0
+        """The step of the newest save; None where that has to be written again."""
         self._validation_seconds = 0.0
         self._last_loss: float | None = None
+        self._stop: signal.Signals | None = None
+        """What the ranks have agreed to stop for."""
         self._last_validation: tuple[float, float | None] | None = None
 
     def fit(self) -> Outcome:
-        """Train until the last step, or until SIGINT or SIGTERM: then the current step is finished and saved.
+        """Train until the last step, or until a signal asks any rank to stop: then the current step is finished and saved.
 
-        Raises NonFiniteError before an update that is not finite, and HardwareError where memory does not suffice.
+        Raises NonFiniteError before an update that is not finite, SpikeError where the loss jumps too often, and
+        HardwareError where memory does not suffice.
         """
         began = time.perf_counter()
-        interrupts = Interrupts(
+        self._interrupts = interrupts = Interrupts(
             on_first=lambda number: self._emit(events.Stopping(number.name)),
             on_second=lambda: self._emit(events.Quitting()),
         )
         with self.resources, explain_memory(self.recipe), interrupts:
             for listener in self.listeners:
                 self.resources.callback(getattr(listener, "close", _nothing))
+            self._watch = self.resources.enter_context(
+                watch_ranks(self.job.world, self.recipe, self._hang, lambda: interrupts.ask(signal.SIGTERM))
+            )
             self._emit(self._started())
-            self._run(interrupts)
+            self._run()
             finished = self.step >= self.total_steps and not self._validation_due()
-            outcome = Outcome("done" if finished else "interrupted", self.step, self.checkpoint, interrupts.received)
+            outcome = Outcome("done" if finished else "interrupted", self.step, self.checkpoint, self._stop)
             self._emit(self._ended(outcome, time.perf_counter() - began))
         return outcome
 
-    def _run(self, interrupts: Interrupts) -> None:
-        def stopping() -> bool:
-            return agreed(interrupts.received is not None, self.job.world)
+    def _stopping(self) -> bool:
+        """Whether any rank was asked to stop; every rank must call it at the same points."""
+        own = self._interrupts.received
+        number = highest(int(own or 0), self.job.world)
+        if number and self._stop is None:
+            self._stop = signal.Signals(number)
+            if own is None:
+                self._emit(events.Stopping(f"{self._stop.name} on another rank"))
+        return self._stop is not None
 
+    def _run(self) -> None:
         self.model.train()
         self._peak = peak_flops(self.job.device, self.job.precision) * self.job.world.size
-        every = self.recipe.checkpoint.every
         if self._validation_due():  # the run was stopped after a step whose validation was still to come
-            self._validate(stopping)
-        with self._loader() as loader:
-            steps = iter(loader)
-            while self.step < self.total_steps and not stopping():
-                self._train_step(steps)
-                self._published(self.writer.poll())
-                if self._validation_due() and not stopping():
-                    self._validate(stopping)
-                if self.step % every == 0 or self.step == self.total_steps:
-                    self.save(wait=self.step == self.total_steps)
+            self._validate()
+        while self.step < self.total_steps and not self._stopping():
+            with self._loader() as loader:
+                self._steps(iter(loader))
         self.save()
+
+    def _steps(self, batches: Iterator[Sequence]) -> None:
+        """Steps until the last one, a stop, or a roll-back, after which the samples go on elsewhere."""
+        every, health = self.recipe.checkpoint.every, self.recipe.training.health_every
+        while self.step < self.total_steps and not self._stopping():
+            if not self._train_step(batches):
+                return
+            self._published(self.writer.poll())
+            if health and self.step % health == 0:
+                self._measure_health()
+            if self._validation_due() and not self._stopping():
+                self._validate()
+            if self.step % every == 0 or self.step == self.total_steps:
+                self.save(wait=self.step == self.total_steps)
 
     def _loader(self) -> Loader:
         training, world = self.recipe.training, self.job.world
@@ -166,33 +193,93 @@ class Trainer:
             rank=world.rank,
             world_size=world.size,
             start=self.position,
-            stop=self.total_steps * training.batch_size,
+            stop=self.position + (self.total_steps - self.step) * training.batch_size,
         )
 
-    def _train_step(self, batches: Iterator[Sequence]) -> None:
-        """One update. Nothing of the trainer changes where the loss or the gradient is not finite."""
+    def _train_step(self, batches: Iterator[Sequence]) -> bool:
+        """One update, or a step passed over; False where the run went back to a checkpoint instead.
+
+        Nothing of the trainer changes where the loss or the gradient is not finite and the recipe does not skip.
+        """
         training, step = self.recipe.training, self.step + 1
         rate = learning_rate(training, step)
         delay = long_term_delay(self.recipe.model.long_term_delay_range, training.seed, step)
         self.meter.start()
+        self._watch.beat(step, "waiting for data")
         micro_batches = next(batches)
+        self._watch.beat(step, "forward and backward")
         self.optimizer.zero_grad(set_to_none=True)
         job = self.job
         result = accumulate(
             self.model, micro_batches, delay, job.device, job.precision, job.world, self.recipe.distributed
         )
-        if not result.is_finite:  # the sentence to come names the newest whole checkpoint
-            self._published(self.writer.wait())
-        require_finite(result, self.model, step, self._samples_of_step(), self.checkpoint, rate)
+        self._watch.beat(step, "updating")
+        if not result.is_finite:
+            self._pass_over(result, step, rate)
+            return True
+        if self.faults.spikes.is_spike(result.loss) and self._roll_back(result.loss):
+            return False
         clip(self.model, result.gradient_norm, training.gradient_clip)
         set_learning_rate(self.optimizer, rate)
         self.optimizer.step()
         synchronize(self.job.device)
         self.meter.stop(training.tokens_per_step)
-        self.step = step
-        self.position += training.batch_size
-        self.tokens += training.tokens_per_step
+        self._count_step()
+        self.faults.step_done(result.loss if result.trained_tokens else None)
         self._emit(self._step_done(result, rate, delay))
+        return True
+
+    def _count_step(self) -> None:
+        self.step += 1
+        self.position += self.recipe.training.batch_size
+        self.tokens += self.recipe.training.tokens_per_step
+
+    def _pass_over(self, result: StepResult, step: int, rate: float) -> None:
+        """Go on without an update, on every rank, or raise NonFiniteError."""
+        self._published(self.writer.wait())  # the sentence to come names the newest whole checkpoint
+        whole = range(self.position, self.position + self.recipe.training.batch_size)
+        reason = self.faults.what_is_not_finite(result, self.model, self._samples_of_step(), whole)
+        self.faults.skip(step, reason, whole, self.checkpoint, rate)
+        self.optimizer.zero_grad(set_to_none=True)
+        self._count_step()
+        counts = self.faults.counts
+        self._emit(events.Skipped(step, (whole.start, whole.stop), reason, counts.in_a_row, counts.skipped_steps))
+
+    def _roll_back(self, loss: float) -> bool:
+        """Go back to the newest checkpoint and leave out the samples since; False where there is none yet.
+
+        The checkpoint is written again with what is left out, so that whoever resumes from it leaves the same out.
+        """
+        self._published(self.writer.wait())
+        step, end, smoothed = self.step + 1, self.position + self.recipe.training.batch_size, self.smoothed.value
+        if self.checkpoint is None or is_converted(load_state(self.checkpoint).state):
+            self._emit(events.Notice(f"the loss of step {step} is a spike, and there is no checkpoint yet to go back to"))
+            return False
+        self.faults.go_back(step, loss)
+        seconds, protected = self.meter.seconds, self.resumed_from
+        self.optimizer.zero_grad(set_to_none=True)
+        self.restore(self.checkpoint)
+        samples, self.position = range(self.position, end), end
+        self.meter.seconds, self.resumed_from = seconds, protected
+        self.faults.went_back(samples)
+        self._saved_step = None
+        self.save()
+        self._emit(events.RolledBack(
+            self.step, step, loss, smoothed, (samples.start, samples.stop), self.faults.counts.rollbacks
+        ))  # fmt: skip
+        return True
+
+    def _measure_health(self) -> None:
+        """Look into the memories; all ranks compute, since their weights may be shared out among them."""
+        self._watch.beat(self.step, "measuring the memories")
+        start = time.perf_counter()
+        memories = measure(self.model, self.job.samples, self.job.device, self.job.precision)
+        if memories:
+            self._emit(events.Health(self.step, memories, time.perf_counter() - start))
+
+    def _hang(self, text: str) -> None:
+        """A rank makes no progress: said from the watching thread, since this one may be the stuck one."""
+        self._emit(events.Hung(text))
 
     def _samples_of_step(self) -> range:
         """This rank's global sample numbers in the step that is being made."""
@@ -233,16 +320,21 @@ class Trainer:
         due = self.step == self.total_steps or (every > 0 and self.step > 0 and self.step % every == 0)
         return bool(self.job.validation) and due and self._validated_step < self.step
 
-    def _validate(self, stopping: Callable[[], bool]) -> None:
+    def _validate(self) -> None:
         start = time.perf_counter()
         total = sum(batch.tokens.numel() for batch in self.job.validation)
+
+        def progress(done: int) -> None:
+            self._watch.beat(self.step, "validating")
+            self._emit(events.Validating(done, total))
+
         found = held_out_loss(
             self.model,
             self.job.validation,
             self.job.device,
             self.job.precision,
-            stop=stopping,
-            progress=lambda done: self._emit(events.Validating(done, total)),
+            stop=self._stopping,
+            progress=progress,
             world=self.job.world,
         )
         if found is None:
@@ -258,6 +350,7 @@ class Trainer:
         wait=False returns once the tensors are copied, and `checkpoint` changes when it is whole; with
         checkpoint.asynchronous off that is the same.
         """
+        self._watch.beat(self.step, SAVING)
         self._published(self.writer.wait() if wait or self.step != self._saved_step else None)
         if self.step in (0, self._saved_step):
             return self.checkpoint
@@ -298,6 +391,7 @@ class Trainer:
             "validated_step": self._validated_step,
             "validation": self._last_validation,
             "data_identity": self.job.data_identity,
+            "faults": self.faults.state(),
         }
 
     def restore(self, checkpoint: Path) -> None:
@@ -329,6 +423,8 @@ class Trainer:
         self.meter.seconds = state["training_seconds"]
         self._validated_step = state["validated_step"]
         self._last_validation = tuple(state["validation"]) if state["validation"] else None
+        if "faults" in state:  # checkpoints of earlier versions know of none
+            self.faults.load(state["faults"])
         self.checkpoint = self.resumed_from = checkpoint
         self._saved_step = self.step
 

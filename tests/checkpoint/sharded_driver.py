@@ -29,6 +29,7 @@ from mmcore.distributed.mesh import World
 from mmcore.distributed.messages import Messages
 from mmcore.errors import CheckpointError
 from tests.checkpoint.sharded_model import Toy, writer
+from tests.distributed.checkpoint_faults import small_disk
 from tests.helpers.forked_ranks import run_ranks
 
 LAYOUTS = {1: {"one": False}, 2: {"two": False}, 3: {"three": False}, 4: {"four": False, "hybrid": True}}
@@ -255,6 +256,41 @@ def check_failures(folder: Path, digests: list[str]) -> None:
     assert toy.digest() == digests[1], "the failures changed the weights"
 
 
+def fill_the_disk(world: World, run: str) -> list[Any]:
+    """Save step after step until there is no room, then make room and save again."""
+    toy, saved = Toy(world), []
+    saver = writer(Path(run), world, asynchronous=True)
+    try:
+        for _ in range(9):
+            toy.train(1)
+            toy.save(saver)
+            saved.append(saver.wait().name)
+        told = "no error"
+    except CheckpointError as error:
+        told = str(error)
+    names = sorted(os.listdir(Path(run) / "checkpoints"))
+    Messages(world).all(True)
+    if world.rank == 0:
+        disk.remove_folder(Path(run) / "checkpoints" / saved[0])
+    Messages(world).all(True)
+    toy.save(saver, wait=True)
+    return [told, saved, names, saver.wait().name]
+
+
+def check_a_full_disk(folder: Path, digests: list[str]) -> None:
+    """A real one: a small file system, on which two checkpoints fit and a third does not."""
+    with small_disk(folder / "small", "500k") as run:
+        answers = run_ranks(2, fill_the_disk, str(run))
+        assert answers[0] == answers[1], answers
+        told, saved, names, last = answers[0]
+        assert "the disk is full: free some space" in told and "earlier checkpoints are untouched" in told
+        assert saved and names == saved, "nothing half-written is left"
+        assert [path.name for path in whole_checkpoints(run)] == [last, *saved[:0:-1]]
+        toy = Toy(World())
+        toy.restore(run / "checkpoints" / saved[-1])
+        assert len(saved) > 4 or toy.digest() == digests[len(saved)]
+
+
 def say_what_is_skipped(world: World, run: str) -> list[Any]:
     """Damage seen by one rank only is heard by all."""
     heard: list[str] = []
@@ -289,7 +325,8 @@ def checks() -> dict[str, Callable[[Path, list[str]], None]]:
 
     table = {f"saved on {size}": bind(check_saving, size) for size in LAYOUTS}
     table |= {f"resumed on {size}": bind(check_resuming, size) for size in GOES_ON}
-    return table | {"failures are shared": check_failures, "damage is agreed on": check_agreement_about_damage}
+    return table | {"failures are shared": check_failures, "a full disk is shared": check_a_full_disk,
+                    "damage is agreed on": check_agreement_about_damage}  # fmt: skip
 
 
 def main(folder: Path) -> None:
@@ -298,6 +335,8 @@ def main(folder: Path) -> None:
         try:
             check(folder, digests)
             results[name] = "ok"
+        except OSError as error:
+            results[name] = f"skipped: {error}"
         except (AssertionError, SystemExit) as error:
             results[name] = "".join(traceback.format_exception(error))
     (folder / "results.json").write_text(json.dumps(results, indent=2))

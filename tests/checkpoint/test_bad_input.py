@@ -147,19 +147,23 @@ def test_a_pickled_payload_is_never_executed(tmp_path, refused, to):
     assert not (tmp_path / "executed").exists()
 
 
+@pytest.mark.parametrize("config", [MOSAIC, LLAMA], ids=["mosaic", "llama"])
 @pytest.mark.parametrize("to", TARGETS)
-def test_code_planted_in_a_folder_is_never_executed(tmp_path, source, to):
-    """Neither by conversion nor carried along."""
-    config = json.loads((source / "config.json").read_text())
-    config["auto_map"] = {"AutoModelForCausalLM": "modeling_evil.Model", "AutoConfig": "configuration_evil.Config"}
-    (source / "config.json").write_text(json.dumps(config))
-    for name in ("modeling_evil", "configuration_evil", "tokenization_evil", "__init__", "sitecustomize"):
+def test_code_planted_in_a_folder_is_never_executed(tmp_path, config, to):
+    """Neither by conversion nor carried along; a mosaic's folder ships this project's own modules and names only those."""
+    source = write_exported(tmp_path / "source", config, weights(config))
+    values = json.loads((source / "config.json").read_text())
+    values["auto_map"] = {"AutoModelForCausalLM": "modeling_evil.Model", "AutoConfig": "configuration_evil.Config"}
+    (source / "config.json").write_text(json.dumps(values))
+    for name in ("modeling_evil", "modeling_memory_mosaics", "tokenization_evil", "__init__", "sitecustomize"):
         (source / f"{name}.py").write_text(f"import os; os.mkdir({str(tmp_path / 'executed')!r})")
     target = tmp_path / TARGETS[to]
     assert run(["convert", str(source), str(target), "--to", to]) == 0
     assert not (tmp_path / "executed").exists()
-    assert not list(tmp_path.glob("out/*evil*")) and not list(tmp_path.glob("run/**/*evil*"))
-    assert "auto_map" not in open_checkpoint(target).config_json
+    shipped = [path for path in tmp_path.rglob("*.py") if not path.is_relative_to(source)]
+    assert bool(shipped) == (to == "hf" and config is MOSAIC)
+    assert not any("executed" in path.read_text() for path in shipped)
+    assert "evil" not in json.dumps(open_checkpoint(target).config_json)
 
 
 # -- targets ---------------------------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def test_a_run_becomes_an_exported_folder(tmp_path, config):
 def test_narrow_dtypes_are_within_their_tolerance(tmp_path, dtype):
     save(tmp_path / "run", 5)
     certificate = json.loads(run(tmp_path / "run", tmp_path / "out", "--dtype", dtype, "--json"))
-    assert 0 < certificate["largest_difference"] <= certificate["tolerance"] < 0.04 * certificate["largest_logit"]
+    assert 0 < certificate["largest_difference"] <= certificate["tolerance"] < 0.1 * certificate["largest_logit"]
     assert certificate["rounded"]
 
 
@@ -119,3 +119,40 @@ def test_stories260K_becomes_a_folder_with_its_tokenizer(tmp_path):
     after = mmcore.load_tokenizer(tmp_path / "out")
     text = "Lily went to the park — 😀"
     assert after.encode(text) == before.encode(text) and (after.bos_id, after.eos_id) == (1, 2)
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    from mmcli.app import run as app_run
+    from mmcore.checkpoint import tensorfile
+
+    save(tmp_path / "run", 5)
+    original = tensorfile._write_shard
+
+    def write(path, *arguments):
+        if "00003" in path.name:
+            raise KeyboardInterrupt
+        return original(path, *arguments)
+
+    monkeypatch.setattr(tensorfile, "_write_shard", write)
+    command = ["convert", str(tmp_path / "run"), str(tmp_path / "out"), "--max-shard-size", "4KB"]
+    assert app_run(command) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    monkeypatch.setattr(tensorfile, "_write_shard", original)
+    assert app_run(command) == 0 and sorted(os.listdir(tmp_path)) == ["out", "run"]
+    assert app_run(["convert", "--verify", str(tmp_path / "out")]) == 0
+    assert "equal to the last bit" in capsys.readouterr().out
+
+
+def test_verify_as_json(tmp_path):
+    save(tmp_path / "run", 5)
+    run(tmp_path / "run", tmp_path / "m.pt", "--to", "torch")
+    found = json.loads(run("--verify", tmp_path / "m.pt", "--json"))
+    assert found["logits"] == "equal" and found["source"] == "compared again" and found["files"] == 1
+
+
+def test_what_to_run_next(tmp_path):
+    save(tmp_path / "run", 5)
+    assert "--resume --set checkpoint.folder=" in run(tmp_path / "run", tmp_path / "new", "--to", "train")
+    assert "checkpoints/step-000005/recipe.yaml" in run(tmp_path / "run", tmp_path / "new2", "--to", "train")
+    run(tmp_path / "run", tmp_path / "out")
+    assert "mm pretrain RECIPE --resume" in run(tmp_path / "out", tmp_path / "new3", "--to", "train")

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import mmcore
-from mmcore.checkpoint.convert import convert_checkpoint, verify_conversion
+from mmcore.checkpoint.convert import convert_checkpoint
 from mmcore.checkpoint.formats import open_checkpoint, write_exported
 from mmcore.checkpoint.store import load_state
+from mmcore.checkpoint.verify import verify_conversion
 from tests.checkpoint.llama_reference import write_llama2c
 from tests.checkpoint.small import ALL, LLAMA, MOSAIC, TIED, moments, same, save, weights
 from tests.helpers.real_data import DATA, needs_data

@@ -82,7 +82,7 @@ def test_the_copies_use_the_same_memory_again(tmp_path):
 def test_without_asynchronous_nothing_is_copied_and_nothing_is_left_to_do(tmp_path):
     saver = writer(tmp_path, asynchronous=False)
     begin(saver, 1)
-    assert not saver.busy and names(tmp_path) == ["step-000001"] and not saver._staging._buffers
+    assert not saver.busy and names(tmp_path) == ["step-000001"] and not saver._host_copy._buffers
     assert saver.poll().name == "step-000001" and saver.timing.background_seconds == 0
 
 

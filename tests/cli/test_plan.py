@@ -43,6 +43,18 @@ def test_memory_by_part(capsys):
     assert memory["weights"] == pytest.approx(4 * plan["parameters"]["total"] / 64)
     assert memory["optimizer"] == pytest.approx(2 * memory["weights"], rel=1e-6)
     assert plan["checkpoint"]["total"] == 12 * plan["parameters"]["total"]
+    assert plan["checkpoint"]["copy_bytes_per_device"] == pytest.approx(12 * plan["parameters"]["total"] / 64)
+
+
+def test_what_saving_takes():
+    here = planning.parse_machine("cpu")
+    recipe, without = load("quickstart"), load("quickstart", "checkpoint.asynchronous=false")
+    copied, plain = (planning.memory_per_device(r, here, 1) for r in (recipe, without))
+    assert copied["checkpoint_copy"] == 3 * copied["weights"] and copied["total"] - plain["total"] == 3 * copied["weights"]
+    settings = ("training.steps=100", "training.tokens=null", "checkpoint.every=5")
+    for keep, expected in (((2, 0), 3), ((0, 0), 20), ((2, 50), 5), ((1, 5), 20)):
+        kept = load("quickstart", *settings, f"checkpoint.keep_last={keep[0]}", f"checkpoint.keep_every={keep[1]}")
+        assert planning.checkpoints_kept(kept) == expected
 
 
 def test_largest_micro_batch_is_the_largest(capsys):
@@ -60,6 +72,47 @@ def test_checkpointing_saves_memory():
     kept = planning.memory_per_device(load("8b", "distributed.activation_checkpointing=none"), machine, 1)
     again = planning.memory_per_device(load("8b"), machine, 1)
     assert again["activations"] < kept["activations"] / 4
+
+
+def test_selective_checkpointing_lies_between():
+    machine = planning.parse_machine("64xH100")
+    none, selective, full = (
+        planning.memory_per_device(load("8b", f"distributed.activation_checkpointing={mode}"), machine, 1)["activations"]
+        for mode in ("none", "selective", "full")
+    )
+    assert full < selective < 0.8 * none
+
+
+def test_hybrid_sharding_shares_within_a_node():
+    machine = planning.parse_machine("64xH100")
+    full = planning.memory_per_device(load("8b"), machine, 16)
+    hybrid = planning.memory_per_device(load("8b", "distributed.sharding=hybrid"), machine, 16)
+    fewer = planning.memory_per_device(
+        load("8b", "distributed.sharding=hybrid", "distributed.shard_size=4"), machine, 16)
+    for part in ("weights", "gradients", "optimizer"):
+        assert hybrid[part] == pytest.approx(8 * full[part], rel=1e-6)
+        assert fewer[part] == pytest.approx(16 * full[part], rel=1e-6)
+
+
+def test_gradients_are_whole_while_they_wait_for_the_last_micro_batch(capsys):
+    machine, parameters = planning.parse_machine("64xH100"), 4 * planning.plan(
+        load("8b"), planning.parse_machine("64xH100"))["parameters"]["total"]
+    step, each, alone = (
+        planning.memory_per_device(load("8b", f"distributed.gradient_reduction={when}"), machine, size)["gradients"]
+        for when, size in (("step", 1), ("micro_batch", 1), ("step", 16))
+    )
+    assert each == alone == pytest.approx(parameters / 64) and step == each + parameters
+    show_plan(load("8b"), "64xH100", False)
+    assert "whole until the last micro-batch" in capsys.readouterr().out
+
+
+def test_offloading_moves_the_states_to_the_host(capsys):
+    plan = planned(capsys, "8b", "8xH100", "distributed.cpu_offload=true", "distributed.gradient_reduction=micro_batch")
+    memory = plan["memory_per_device"]
+    assert memory["weights"] == memory["gradients"] == memory["optimizer"] == 0
+    assert plan["host_memory_per_device"] == pytest.approx(16 * plan["parameters"]["total"] / 8)
+    show_plan(load("8b", "distributed.cpu_offload=true"), "8xH100", False)
+    assert "in host memory" in capsys.readouterr().out
 
 
 def test_what_does_not_fit_is_said(capsys):

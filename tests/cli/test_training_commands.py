@@ -1,11 +1,12 @@
 """`mm pretrain` and `mm finetune` from the outside: output, exit status, messages."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from mmcli import app
-from mmcli.pretrain import command_to_go_on
+from mmcli.pretrain import Command
 from tests.helpers.tiny_run import tiny_values, write_recipe
 
 
@@ -34,7 +35,6 @@ def complaint(capsys, *words):
 
 
 def test_mistakes_of_the_command_line(path, capsys):
-    assert "--gpus goes with --plan" in complaint(capsys, "pretrain", path, "--gpus", "8xH100")
     assert "--json goes with --plan" in complaint(capsys, "pretrain", path, "--json")
     assert "keep one" in complaint(capsys, "pretrain", path, "--resume", "--overwrite")
     assert "unknown key training.stepz: did you mean steps?" in complaint(capsys, "pretrain", path, "--set", "training.stepz=3")
@@ -60,5 +60,5 @@ def test_a_plan_needs_no_data(path, tmp_path, capsys):
 
 
 def test_the_command_to_go_on_keeps_the_overrides():
-    words = command_to_go_on("pretrain", "my recipe.yaml", ["training.steps=5", "name=a b"])
-    assert words == "mm pretrain 'my recipe.yaml' --set training.steps=5 --set 'name=a b' --resume"
+    command = Command("pretrain", Path("my recipe.yaml"), ["training.steps=5", "name=a b"], False, True, None)
+    assert command.to_go_on() == "mm pretrain 'my recipe.yaml' --set training.steps=5 --set 'name=a b' --resume"

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import os
+import time
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from mmcore.checkpoint.formats import open_checkpoint
 from mmcore.config import DistributedConfig, ModelConfig, TrainingConfig, build_recipe
+from mmcore.distributed import together
 from mmcore.distributed.mesh import World, start_world, stop_world
+from mmcore.distributed.reduce import agreed, total
 from mmcore.distributed.shards import whole
+from mmcore.distributed.together import all_or_none, in_turn, on_first
+from mmcore.errors import ConfigError, DataError
+from mmcore.training.events import StepDone, Validated
 from mmcore.training.optimizer import build_optimizer
-from mmcore.training.setup import build
+from mmcore.training.setup import build, prepare_trainer
 from mmcore.training.step import accumulate, clip
 from mmcore.training.validation import held_out_loss
 
@@ -30,7 +40,7 @@ class Scenario:
     distributed: dict[str, Any] = field(default_factory=dict)
     micro_batch: int = 3
     precision: str = "fp32"
-    steps: int = 3
+    steps: int = 2
     compile: bool = False
 
 
@@ -51,6 +61,10 @@ class Result:
     start: dict[str, np.ndarray]
     weights: dict[str, np.ndarray]
     validation: tuple[float, int]
+    collectives: dict[str, int] = field(default_factory=dict)
+    """Calls in the first step, by name."""
+    largest_built: int = 0
+    """Elements of the largest tensor that building the model made."""
 
 
 def config(scenario: Scenario) -> ModelConfig:
@@ -86,20 +100,23 @@ def train(scenario: Scenario, world: World) -> Result:
         "distributed": scenario.distributed,
     })  # fmt: skip
     device = torch.device("cpu")
-    model = build(recipe, device, scenario.precision, world=world)
-    result = Result([], [], [], {}, everything(model), {}, (0.0, 0))
+    with Largest() as largest:
+        model = build(recipe, device, scenario.precision, world=world)
+    result = Result([], [], [], {}, everything(model), {}, (0.0, 0), largest_built=largest.elements)
     optimizer = build_optimizer(model, TrainingConfig(learning_rate=1e-2))
     share = ROWS // world.size
     for step in range(scenario.steps):
         mine = cut(rows(step), share)[world.rank]
         optimizer.zero_grad(set_to_none=True)
-        found = accumulate(
-            model, cut(mine, scenario.micro_batch), 5, device, scenario.precision, world, recipe.distributed
-        )
+        with Collectives() if step == 0 else contextlib.nullcontext() as collectives:
+            found = accumulate(
+                model, cut(mine, scenario.micro_batch), 5, device, scenario.precision, world, recipe.distributed
+            )
         result.losses.append(found.loss)
         result.norms.append(found.gradient_norm)
         result.counts.append(found.trained_tokens)
         if step == 0:
+            result.collectives = dict(collectives.calls)
             result.gradients = {name: whole(p.grad).numpy().copy() for name, p in model.named_parameters()}
         clip(model, found.gradient_norm, 0.5 * found.gradient_norm)
         optimizer.step()
@@ -107,6 +124,32 @@ def train(scenario: Scenario, world: World) -> Result:
     result.validation = held_out_loss(model, held_out, device, scenario.precision, world=world)
     result.weights = everything(model)
     return result
+
+
+class Collectives(TorchDispatchMode):
+    """Counts calls to other ranks."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            self.calls[func._opname] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Largest(TorchDispatchMode):
+    """Notes the size of the largest tensor that is made off the meta device."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and not tensor.is_meta and type(tensor) is torch.Tensor:
+                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return out
 
 
 def everything(model: torch.nn.Module) -> dict[str, np.ndarray]:
@@ -126,16 +169,71 @@ def part_of(world: World, ranks: int, copies: int = 1) -> World | None:
     return dataclasses.replace(world, size=ranks, local_size=ranks, mesh=mesh, control=control)
 
 
-def run_all(work: dict[str, tuple[Scenario, int, int]]) -> dict[str, Result]:
-    """On one of four ranks: every (scenario, ranks, copies). Rank 0 returns the results, the others nothing."""
-    world = start_world(torch.device("cpu"), DistributedConfig(timeout_seconds=60))
+def run_all(work: dict[str, tuple[Scenario, int, int]], source: str, values: dict[str, Any]) -> tuple[dict, dict, dict]:
+    """On one of four ranks: every (scenario, ranks, copies), whose results rank 0 returns; `talk`; and the weights that
+    a model of the recipe `values` has once it was filled from the checkpoint `source`."""
+    world = start_world(torch.device("cpu"), DistributedConfig(timeout_seconds=240))
     try:
+        heard = talk(world)
         worlds = {key: part_of(world, *key) for key in sorted({(ranks, copies) for _, ranks, copies in work.values()})}
         found = {}
         for name, (scenario, ranks, copies) in work.items():
             inside = worlds[ranks, copies]
             if inside is not None:
                 found[name] = train(scenario, inside)
-        return found if world.is_first else {}
+        recipe = build_recipe(values)
+        filled = everything(build(recipe, torch.device("cpu"), "fp32", open_checkpoint(source), world))
     finally:
         stop_world(world)
+    return (found if world.is_first else {}), heard, (filled if world.is_first else {})
+
+
+def talk(world: World) -> dict[str, Any]:
+    """What this rank hears of work and mistakes of the others."""
+    heard: dict[str, Any] = {}
+    heard["first"] = on_first(world, lambda: {"made by": world.rank})
+    order: list[float] = []
+    in_turn(world, lambda: order.append(time.time()))
+    heard["turn"] = order[0]
+    patient = dataclasses.replace(world, timeout_seconds=2.0)
+    agreed(False, world)  # all begin together
+    heard["slow"] = on_first(patient, lambda: time.sleep(4.0))  # twice what a message may take
+
+    def fail(error: Exception) -> None:
+        raise error
+
+    def told(call: Callable[[], Any]) -> str:
+        try:
+            call()
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return "nothing"
+
+    def alone(rank: int, error: Exception) -> None:
+        with all_or_none(world):
+            if world.rank == rank:
+                raise error
+
+    heard["mistake"] = told(lambda: on_first(world, lambda: fail(DataError("no text"))))
+    heard["failure"] = told(lambda: on_first(world, lambda: fail(KeyError("x"))))
+    heard["alone"] = told(lambda: alone(2, ConfigError("too little memory")))
+    heard["silent"] = told(lambda: together._await(patient, "never", 3))
+    heard["sum"] = total(torch.tensor(float(world.rank + 1)), world).item()
+    heard["agreed"] = (agreed(world.rank == 1, world), agreed(False, world))
+    return heard
+
+
+def trained(values: dict[str, Any]) -> list[tuple]:
+    """A run from a recipe's values, as `mm` makes it: (step, loss, gradient norm) and validation losses, as told to the
+    listeners of this rank."""
+    heard: list[tuple] = []
+
+    def listen(event: Any) -> None:
+        if isinstance(event, StepDone):
+            heard.append((event.step, event.loss, event.gradient_norm))
+        elif isinstance(event, Validated):
+            heard.append((event.step, event.loss))
+
+    outcome = prepare_trainer(build_recipe(values), listeners=[listen]).fit()
+    assert outcome.status == "done"
+    return heard

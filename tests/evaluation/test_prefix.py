@@ -139,3 +139,19 @@ def test_extending_an_encoding_equals_encoding_the_whole(which):
     for cut in range(300, 3000, 197):
         text, more = book[:cut], [book[cut : cut + 40], " and so", "\nservice query: x", "  two", "s", "'s", "...\n\n", "ünder"]
         assert extend(tokenizer, text, tokenizer.encode(text), more) == [tokenizer.encode(text + one) for one in more]
+
+
+def test_a_memory_without_marks_of_its_own_is_copied():
+    """As a model whose states hold more than these know of: rewinding must still be exact."""
+    from mmcore.model.state import MemoryState
+
+    class Other(MemoryState):
+        """Defines no mark."""
+
+    model = tiny(kernels="blocked")
+    for layer in model.model.layers:
+        layer.STATE = Other
+    cursor = Cursor(model, chunk=4, copies_bytes=0)
+    for context in CONTEXTS:
+        for found, label in zip(cursor.score(context, LABELS), LABELS, strict=True):
+            assert found.logprob == pytest.approx(plainly(model, context, label)[0], rel=1e-6, abs=1e-5)

@@ -67,7 +67,7 @@ def same_end(folder, unbroken):
         assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
 def test_a_signal_saves_the_step_says_how_to_go_on_and_nothing_is_lost(unbroken, tmp_path, number, status):
     prepare(tmp_path, unbroken)
     process = start(tmp_path)

@@ -19,7 +19,7 @@ def wait_until(condition, seconds=5.0):
     return condition()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
 def test_the_first_signal_is_noted_and_told(number):
     heard = []
     before = signal.getsignal(number)
@@ -31,6 +31,14 @@ def test_the_first_signal_is_noted_and_told(number):
         time.sleep(0.05)
     assert heard == [number] and interrupts.received == number
     assert signal.getsignal(number) == before
+
+
+def test_a_request_may_come_from_within():
+    heard = []
+    with Interrupts(on_first=heard.append) as interrupts:
+        interrupts.ask(signal.SIGTERM)
+        interrupts.ask(signal.SIGTERM)
+        assert interrupts.received == signal.SIGTERM and heard == [signal.SIGTERM]
 
 
 def test_handlers_come_back_after_an_error():

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmcore.config import ModelConfig
+from mmcore.config import ModelConfig, TrainingConfig
 from mmcore.distributed.mesh import World
 from mmcore.errors import NonFiniteError
 from mmcore.model import build_model
-from mmcore.training.step import StepResult, accumulate, clip, require_finite
+from mmcore.training.faults import Faults
+from mmcore.training.step import StepResult, accumulate, clip, what_is_not_finite
 
 CONFIG = ModelConfig(
     vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
@@ -98,8 +99,9 @@ def test_a_step_without_labels_is_zero_and_finite():
 
 
 def refusal(result, samples=range(40, 46), checkpoint=None):
+    faults = Faults(TrainingConfig(), World())
     with pytest.raises(NonFiniteError) as caught:
-        require_finite(result, model(), 7, samples, checkpoint, 3e-4)
+        faults.skip(7, faults.what_is_not_finite(result, model(), samples, samples), samples, checkpoint, 3e-4)
     return str(caught.value)
 
 
@@ -114,9 +116,13 @@ def test_a_gradient_alone_names_all_samples_and_a_parameter():
     network = model()
     gradients((6,), network)
     network.lm_head.weight.grad[3, 4] = math.inf
-    with pytest.raises(NonFiniteError, match=r"gradient norm is inf \(first in lm_head.weight\) on samples 40-45; there is no"):
-        require_finite(StepResult(1.0, math.inf, 9, (1.0,)), network, 7, range(40, 46), None, 3e-4)
+    found = what_is_not_finite(StepResult(1.0, math.inf, 9, (1.0,)), network, range(40, 43), range(40, 46))
+    assert found == "the gradient norm is inf (first in lm_head.weight) on samples 40-45"
+    network.lm_head.weight.grad[3, 4] = 0
+    assert "though every part is finite" in refusal(StepResult(1.0, math.inf, 9, (1.0,)))
 
 
 def test_finite_steps_pass():
-    require_finite(StepResult(1.0, 2.0, 9, (1.0,)), model(), 7, range(3), None, 3e-4)
+    good = StepResult(1.0, 2.0, 9, (1.0,))
+    assert good.is_finite and what_is_not_finite(good, model(), range(3), range(3)) is None
+    assert not StepResult(math.nan, 2.0, 9, (1.0,)).is_finite and not StepResult(1.0, math.inf, 9, (1.0,)).is_finite

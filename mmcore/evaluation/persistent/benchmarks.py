@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mmcore.checkpoint.disk import hash_file
-from mmcore.errors import ConfigError, DataError
+from mmcore.errors import DataError
 
 PERSISTENT, CONTEXTUAL, OWN = "persistent", "contextual", "own"
 """Groups: the paper's 13, its other 6, and tasks that a user defines."""
@@ -151,11 +151,12 @@ LOCAL = {
 """Benchmarks that are read from files, with the wording and the metrics of the harness's own definitions."""
 
 
-def gather(given: Sequence[str | Path], only: Sequence[str] = (), online: bool = False) -> Tasks:
+def gather(given: Sequence[str | Path], only: Sequence[str] = (), online: bool = False) -> Tasks | None:
     """The tasks found in the user's folders, and with `online` the harness's own for the rest.
 
     A .yaml, .yml or .json file given by name that defines a task is one (task_files.py). Raises DataError where
-    nothing is found or a task named in `only` is not.
+    nothing is found or a task named in `only` is not. None where `only` names tasks of other suites alone, and no
+    task file is given.
     """
     from mmcore.evaluation.persistent import task_files
 
@@ -173,6 +174,8 @@ def gather(given: Sequence[str | Path], only: Sequence[str] = (), online: bool =
     for path in places:
         if path.is_file() and task_files.is_task_file(path):
             local.append(task_files.load(path))
+    if only and not chosen and not local:
+        return None
     wanted = [name for name in only if name in missing]
     if wanted or not (local or remote):
         names = ", ".join(wanted or missing)
@@ -192,7 +195,9 @@ def read_rows(path: Path) -> Rows:
     """The objects of a JSON list or of JSON lines. Raises DataError."""
     try:
         text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if text.lstrip()[:1] == "[" else [json.loads(line) for line in text.splitlines() if line.strip()]
+        lines = [text] if text.lstrip()[:1] == "[" else [line for line in text.splitlines() if line.strip()]
+        values = [json.loads(line) for line in lines]
+        values = values[0] if text.lstrip()[:1] == "[" else values
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read as JSON ({error}): get it anew") from None
     if not values or not all(isinstance(value, dict) for value in values):
@@ -218,9 +223,3 @@ def _find(patterns: Iterable[str], places: Sequence[Path]) -> Path | None:
                 return found
     return None
 
-
-def check_names(only: Sequence[str]) -> None:
-    """Raises ConfigError for a task that is none of the paper's."""
-    for name in only:
-        if name not in NAMES:
-            raise ConfigError(f"there is no benchmark {name!r}: choose from {', '.join(NAMES)}")

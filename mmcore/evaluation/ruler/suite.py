@@ -91,4 +91,5 @@ def by_depth(scored: Iterable[tuple[float | None, float]]) -> list[dict[str, Any
 
 def shorten(text: str) -> str:
     """A text's beginning and end, for people to look at."""
-    return text if len(text) <= 2 * SHOWN else f"{text[:SHOWN]}\n[... {len(text) - 2 * SHOWN:,} characters ...]\n{text[-SHOWN:]}"
+    left_out = len(text) - 2 * SHOWN
+    return text if left_out <= 0 else f"{text[:SHOWN]}\n[... {left_out:,} characters ...]\n{text[-SHOWN:]}"

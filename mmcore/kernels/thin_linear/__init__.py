@@ -10,6 +10,8 @@ from mmcore.kernels import dispatch
 from mmcore.kernels.thin_linear import cpu, reference
 from mmcore.kernels.thin_linear.cpu import MOST_ROWS
 
+__all__ = ["MOST_ROWS", "thin_linear"]
+
 _TABLE = {"cpu": cpu.thin_linear, "blocked": reference.library_linear, "reference": reference.thin_linear}
 
 
@@ -31,10 +33,11 @@ def thin_linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, *, imple
         scales = "" if scale is None else f" with scales {list(scale.shape)}"
         raise ValueError(f"thin_linear: x is {list(x.shape)} and the weight {[out, inside]}{scales}: give [out, in], [out]")
     function = dispatch.choose("thin_linear", _TABLE, implementation, x.device)
-    if function is cpu.thin_linear and torch.compiler.is_compiling():
-        return cpu.traced(x, weight, scale)  # which looks at the tensors when it runs
-    if function is cpu.thin_linear and (reason := cpu.why_not(x, weight, scale, MOST_ROWS)):
-        if implementation == "cpu":
-            raise HardwareError(f"thin_linear cannot run as 'cpu': {reason}")
-        function = reference.library_linear
+    if function is cpu.thin_linear:
+        if torch.compiler.is_compiling():
+            return cpu.traced(x, weight, scale)
+        if reason := cpu.why_not(x, weight, scale):
+            if implementation == "cpu":
+                raise HardwareError(f"thin_linear cannot run as 'cpu': {reason}")
+            function = reference.library_linear
     return function(x, weight, scale)

@@ -13,24 +13,26 @@ from torch import Tensor
 from mmcore.kernels import native, registry
 from mmcore.kernels.thin_linear import reference
 
+_ADDRESS, _INT = ctypes.c_void_p, ctypes.c_int64
 _C = native.functions(
     Path(__file__).with_name("cpu.c"),
-    mm_thin_linear=[ctypes.c_void_p, *[ctypes.c_int64] * 2, *[ctypes.c_void_p] * 2, ctypes.c_int64,
-                    *[ctypes.c_void_p] * 2, *[ctypes.c_int] * 2],
-)  # fmt: skip
-FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
-"""As in thin_rows.h."""
+    mm_thin_linear=[_ADDRESS, _INT, _INT, _ADDRESS, _ADDRESS, _INT, _ADDRESS, _ADDRESS] + [ctypes.c_int] * 2,
+)
+
 MOST_ROWS = 16
 """Rows of x up to which the compiled kernel is used; a library's matrix product is better with more."""
 
+FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+"""As in thin_rows.h."""
 
-def why_not(x: Tensor, weight: Tensor, scale: Tensor | None, most_rows: int) -> str | None:
+
+def why_not(x: Tensor, weight: Tensor, scale: Tensor | None) -> str | None:
     """The reason why the C kernel cannot take these tensors, or None."""
     rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
     if x.dtype is not torch.float32:
         return f"x is {x.dtype}, and the kernel computes in torch.float32"
-    if not 1 <= rows <= most_rows:
-        return f"x has {rows} rows, and the kernel is for 1 to {most_rows}"
+    if not 1 <= rows <= MOST_ROWS:
+        return f"x has {rows} rows, and the kernel is for 1 to {MOST_ROWS}"
     if weight.dtype not in FORMATS or (weight.dtype is torch.int8) != (scale is not None):
         return f"the weight is {weight.dtype}, and the kernel reads torch.float32, torch.bfloat16, or torch.int8 with scales"
     if not (weight.is_contiguous() and weight.is_cpu):
@@ -54,7 +56,7 @@ def thin_linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tenso
 
 
 def _run(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
-    form = reference.library_linear if why_not(x, weight, scale, MOST_ROWS) else thin_linear
+    form = reference.library_linear if why_not(x, weight, scale) else thin_linear
     return form(x, weight, scale)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from mmcore.checkpoint.rows import Rows
 
 
-class Staging:
+class HostCopy:
     """Host memory for one copy of this rank's rows, kept from save to save: fresh pages cost more than the copy."""
 
     def __init__(self) -> None:

@@ -1,0 +1,301 @@
+"""Hurts real runs of several ranks, again and again, and prints what became of them.
+
+    python -m tests.distributed.fault_table [--kills 100] [--times 5] [--ranks 2] [--json FILE] [--only NAME ...]
+
+Every trial is a run of a tiny model that is hurt once or more, goes on (started again by its launcher, or with
+--resume), and must end with the losses, weights and moments of the unbroken run on as many ranks, to the last bit.
+Where the fault leaves samples out on purpose (skip, roll-back), it must end with finite weights and know what it left
+out. Work lost: updates that were made and had to be made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import signal
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from tests.distributed.checkpoint_faults import FAULTS, VICTIM, CheckpointFault, enlarge, small_disk
+from tests.distributed.launched import Run, prepare, same_end, tensors
+
+STEPS, EVERY = 60, 5
+TIMEOUT = 15.0
+
+
+@dataclass
+class Row:
+    fault: str
+    tried: int = 0
+    survived: int = 0
+    lost: list[int] = field(default_factory=list)
+    """Steps, of each fault."""
+    problems: list[str] = field(default_factory=list)
+
+    def line(self) -> str:
+        mean, most = (f"{statistics.mean(self.lost):.1f}", str(max(self.lost))) if self.lost else ("-", "-")
+        return f"{self.fault:<58} {self.tried:>5} {self.survived:>8} {mean:>10} {most:>5}"
+
+
+class Table:
+    """The unbroken run, and the folders of those that are hurt."""
+
+    def __init__(self, base: Path, ranks: int, seed: int):
+        self.base, self.ranks, self.draw = base, ranks, random.Random(seed)
+        self.unbroken = self.folder("unbroken")
+        run = Run(self.unbroken, ranks=ranks)
+        if run.wait(600) != 0:
+            raise SystemExit(f"the unbroken run failed:\n{run.said()}")
+
+    def folder(self, name: str, **training) -> Path:
+        """A recipe in a folder of its own, all on the same text."""
+        folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=self.base))
+        prepare(folder, self.base, every=EVERY, distributed={"timeout_seconds": TIMEOUT}, steps=STEPS, validation_every=20,
+                **training)  # fmt: skip
+        return folder
+
+    def run(self, folder: Path, **settings) -> Run:
+        return Run(folder, "--resume", ranks=self.ranks, **settings)
+
+    def ends_right(self, row: Row, folder: Path, run: Run) -> bool:
+        """Whether the run has ended, and like the unbroken one; a problem is noted."""
+        if run.wait(600) != 0:
+            row.problems.append(f"{folder.name}: ended with {run.process.returncode}: {run.said()[-800:]}")
+        elif not same_end(folder, self.unbroken, STEPS):
+            row.problems.append(f"{folder.name}: ended with other losses or weights than the unbroken run")
+        else:
+            return True
+        return False
+
+
+def lost_by(run: Run, newest: int) -> int:
+    """Steps between what was reached when the fault came and where the run went on."""
+    starts = re.findall(r"parameters on .*?(?:from step (\d+) on)?$", run._log(0), re.MULTILINE)
+    return max(0, newest - int(starts[-1] or 0)) if starts else 0
+
+
+def random_kills(table: Table, kills: int) -> Iterator[Row]:
+    """SIGKILL of a random rank at a random moment of a start: while it starts, trains or saves."""
+    row = Row("SIGKILL of one rank, at a random moment (launcher restarts)")
+    while row.tried < kills:
+        folder = table.folder("kill")
+        run, struck, lost = table.run(folder, restarts=1000), 0, []
+        while row.tried + struck < kills and run.process.poll() is None:
+            since = run._starts()
+            moment = time.monotonic() + table.draw.uniform(0, 6)
+            while time.monotonic() < moment and run.process.poll() is None:
+                time.sleep(0.005)
+            if run._starts() == 0 or run.process.poll() is not None:
+                continue
+            newest = run.newest_step()
+            try:
+                run.signal(signal.SIGKILL, rank=table.draw.randrange(table.ranks))
+            except ProcessLookupError:
+                continue
+            struck += 1
+            while run.process.poll() is None and run._starts() == since:
+                time.sleep(0.02)
+            wait_until_it_trains(run, since)
+            lost.append(lost_by(run, newest))
+        row.tried += struck
+        row.survived += struck if table.ends_right(row, folder, run) else 0
+        row.lost += lost
+        yield row
+
+
+def wait_until_it_trains(run: Run, since: int) -> None:
+    """Until the ranks that were started after `since` starts have said where they go on."""
+    while run.process.poll() is None:
+        said = run._log(0).split("--- ")
+        if run._starts() > since and "parameters on" in said[-1]:
+            return
+        time.sleep(0.02)
+
+
+def trials(name: str, times: int, trial: Callable[[Table, Row], tuple[bool, int]]) -> Callable[[Table], Iterator[Row]]:
+    """One trial after another; each says whether it was survived, and the work it lost."""
+
+    def rows(table: Table) -> Iterator[Row]:
+        row = Row(name)
+        for _ in range(times):
+            row.tried += 1
+            try:
+                survived, lost = trial(table, row)
+                row.survived += survived
+                row.lost.append(lost)
+            except (AssertionError, TimeoutError) as error:
+                row.problems.append(f"{type(error).__name__}: {str(error)[-800:]}")
+            yield row
+
+    return rows
+
+
+def asked_to_stop(number: signal.Signals, rank: int | None, status: int = 75):
+    def trial(table: Table, row: Row) -> tuple[bool, int]:
+        folder = table.folder("stop")
+        run = table.run(folder)
+        run.wait_for_step(table.draw.randrange(2, STEPS - 15))
+        run.signal(number, rank)
+        left = run.wait(300)
+        newest = run.newest_step()
+        again = table.run(folder)
+        right = table.ends_right(row, folder, again)
+        return right and left == status, lost_by(again, newest)
+
+    return trial
+
+
+def launcher_killed(table: Table, row: Row) -> tuple[bool, int]:
+    """The ranks are left alone: they save and leave."""
+    folder = table.folder("orphans")
+    run = table.run(folder)
+    run.wait_for_step(table.draw.randrange(2, STEPS - 15))
+    run.signal(signal.SIGKILL)
+    run.process.wait(60)
+    end = time.monotonic() + 120
+    while "stopped at step" not in run.said() and time.monotonic() < end:
+        time.sleep(0.05)
+    time.sleep(1.0)
+    newest = run.newest_step()
+    again = table.run(folder)
+    return table.ends_right(row, folder, again), lost_by(again, newest)
+
+
+def frozen(table: Table, row: Row) -> tuple[bool, int]:
+    """SIGSTOP: the others name it within the timeout, and the launcher starts all again."""
+    folder, rank = table.folder("frozen"), table.draw.randrange(table.ranks)
+    run = table.run(folder)
+    newest, since, began = run.wait_for_step(table.draw.randrange(2, STEPS - 15)), run._starts(), time.monotonic()
+    run.signal(signal.SIGSTOP, rank)
+    wait_until_it_trains(run, since)
+    took = time.monotonic() - began
+    named = f"rank {rank} (pid" in run.said() and "does not answer (its process is stopped)" in run.said()
+    if not named:
+        row.problems.append(f"{folder.name}: rank {rank} was not named within {took:.0f} s")
+    return table.ends_right(row, folder, run) and named, lost_by(run, newest)
+
+
+def injected(kind: str, named: str, **training):
+    """A fault from within one rank, once; the run must say what happened, and end right after a restart or --resume."""
+
+    def trial(table: Table, row: Row) -> tuple[bool, int]:
+        folder, step = table.folder(kind, **training), table.draw.randrange(12, STEPS - 10)
+        rank = table.draw.randrange(table.ranks)
+        run = Run(folder, "--resume", ranks=table.ranks, restarts=2, fault=f"{kind}:{rank}:{step}")
+        if training:  # the run goes on by itself, on purpose not as the unbroken one
+            status = run.wait(600)
+            made_again = EVERY if kind == "spike" else 1
+            return status == 0 and named.format(rank=rank) in run.said() and leaves_out(folder), made_again
+        run.wait(600)
+        if named.format(rank=rank) not in run.said() + run._log(rank):
+            row.problems.append(f"{folder.name}: it did not say {named.format(rank=rank)!r}: {run.said()[-800:]}")
+            return False, 0
+        newest = step - 1
+        if run.process.returncode != 0:
+            run = table.run(folder)
+        return table.ends_right(row, folder, run), lost_by(run, newest) % EVERY
+
+    return trial
+
+
+def leaves_out(folder: Path) -> bool:
+    """Whether the last checkpoint is finite and knows of samples left out."""
+    last = folder / "run" / "checkpoints" / f"step-{STEPS:06d}"
+    state = json.loads((last / "trainer.json").read_text())
+    return bool(state["faults"]["left_out"]) and all(bool(torch.isfinite(t).all()) for t in tensors(last).values())
+
+
+def struck(fault: CheckpointFault):
+    """A fault of the newest checkpoint, between a stop and the resumption, which must say what it passed over."""
+
+    def trial(table: Table, row: Row) -> tuple[bool, int]:
+        folder = table.folder("checkpoint")
+        run = table.run(folder)
+        run.wait_for_step(table.draw.randrange(2 * EVERY + 1, STEPS - 15))
+        run.signal(signal.SIGTERM)
+        run.wait(300)
+        before = run.newest_step()
+        fault.cause(folder / "run")
+        again = table.run(folder)
+        right = table.ends_right(row, folder, again)
+        said = fault.said is None or fault.said in again.said()
+        if not said:
+            row.problems.append(f"{folder.name}: it did not say {fault.said!r}: {again.said()[-800:]}")
+        return right and said and not (folder / "run" / VICTIM).exists(), lost_by(again, before)
+
+    return trial
+
+
+def filled_disk(table: Table, row: Row) -> tuple[bool, int]:
+    """The run's folder is a small file system, which fills; the run ends with a sentence, and goes on once there is room."""
+    folder = table.folder("full")
+    with small_disk(folder / "run", "1840k") as disk:
+        run = table.run(folder)
+        left, said = run.wait(600), run.said()
+        if left == 0 or "the disk is full" not in said:
+            row.problems.append(f"{folder.name}: ended with {left}, and not for want of room: {said[-800:]}")
+            return False, 0
+        newest = run.newest_step()
+        enlarge(disk, "64m")
+        again = table.run(folder)
+        return table.ends_right(row, folder, again), lost_by(again, newest)
+
+
+def faults(kills: int, times: int) -> dict[str, Callable[[Table], Iterator[Row]]]:
+    """Name on the command line -> rows as they come."""
+    spikes = {"nats": 1.0, "after_steps": 5}
+    return {
+        "kill": lambda table: random_kills(table, kills),
+        "term": trials("SIGTERM to the launcher", times, asked_to_stop(signal.SIGTERM, None)),
+        "int": trials("SIGINT (Ctrl-C) to the launcher", times, asked_to_stop(signal.SIGINT, None, 130)),
+        "usr1": trials("SIGUSR1 to one rank", times, asked_to_stop(signal.SIGUSR1, 1)),
+        "orphans": trials("SIGKILL of the launcher", times, launcher_killed),
+        "stop": trials("SIGSTOP of one rank: named, then restarted", times, frozen),
+        "hang": trials("one rank hangs in Python: named, then restarted", times, injected("hang", "rank {rank} (pid")),
+        "raise": trials("one rank fails with an error", times, injected("raise", "a fault was injected")),
+        "nan": trials("NaN in one rank's gradient, on_nonfinite=stop", times, injected("gradient", "gradient norm is nan")),
+        "skip": trials("NaN in one rank's gradient, on_nonfinite=skip", times,
+                       injected("gradient", "skipped, the gradient norm is nan", on_nonfinite="skip")),
+        "spike": trials("a spike on one rank: rolled back", times,
+                        injected("spike", "are left out (roll-back 1)", spike_rollback=spikes)),
+        "disk": trials("a disk that fills (small tmpfs)", times, filled_disk),
+        **{f"checkpoint-{n}": trials(fault.name, times, struck(fault)) for n, fault in enumerate(FAULTS, 1)},
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Run the faults that were asked for, printing each row as it grows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100, help="SIGKILLs of ranks at random moments")
+    parser.add_argument("--times", type=int, default=5, help="trials of every other fault")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="*", help="names of faults: " + " ".join(faults(1, 1)))
+    parser.add_argument("--json", type=Path, help="write the rows here, after each fault")
+    asked = parser.parse_args()
+    wanted = {name: run for name, run in faults(asked.kills, asked.times).items() if not asked.only or name in asked.only}
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory(prefix="mm-faults-") as base:
+        table = Table(Path(base), asked.ranks, asked.seed)
+        print(f"{'fault':<58} {'tried':>5} {'survived':>8} {'lost, mean':>10} {'most':>5}")
+        for run in wanted.values():
+            for row in run(table):
+                print("\r" + row.line(), end="", flush=True)
+            print()
+            rows.append(row)
+            for problem in row.problems:
+                print(f"    {problem}")
+            if asked.json:
+                asked.json.write_text(json.dumps([vars(row) for row in rows], indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
