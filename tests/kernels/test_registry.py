@@ -20,7 +20,7 @@ from tests.helpers.models import random_tokens, tiny
 
 FORMS = ["blocked", CPU]
 IN_INTERPRETER = pytest.param(
-    "triton", marks=[needs_triton, pytest.mark.skipif(ON_GPU, reason="these tensors lie on the CPU: needs the interpreter")]
+    "triton", marks=[pytest.mark.slow, needs_triton, pytest.mark.skipif(ON_GPU, reason="these tensors lie on the CPU: needs the interpreter")]
 )
 B, T, H, D = 2, 9, 2, 4
 CHECKED = set()  # operators, and which of their arguments were left out: opcheck takes half a second for each
