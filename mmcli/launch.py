@@ -46,7 +46,7 @@ RdzvOption = Annotated[
 ]
 RestartsOption = Annotated[
     int | None,
-    typer.Option("--max-restarts", metavar="N", help=f"Start the ranks again after a failure, at most N times ({RESTARTS})."),
+    typer.Option("--max-restarts", metavar="N", help=f"After a failure start again, at most N times ({RESTARTS})."),
 ]
 
 
