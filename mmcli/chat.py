@@ -27,7 +27,10 @@ def chat(
     )] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 256,
     without: Annotated[str | None, typer.Option(
-        help="Memories to knock out: long_term, short_term, persistent; several with commas.",
+        help="Memories to knock out: long_term, short_term, contextual (v1), persistent; several with commas.",
+    )] = None,
+    tokenizer: Annotated[str | None, typer.Option(
+        metavar="FILE", help="A tokenizer's file or folder, for a checkpoint without one.",
     )] = None,
     dtype: Annotated[str | None, typer.Option(help="Format of the weights: float32, bfloat16, float16, int8.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -55,7 +58,7 @@ def chat(
     from mmcli.chat_commands import Settings  # torch comes with it: a bad prompt is refused before
 
     settings = Settings(temperature, top_k, top_p, max_new_tokens, seed or 0).checked()
-    conversation = _open(checkpoint, system, without, dtype, device)
+    conversation = _open(checkpoint, system, without, dtype, device, tokenizer)
     if interactive:
         _talk(conversation, checkpoint, settings, fixed_seed=seed is not None)
     else:
@@ -83,7 +86,8 @@ def _given_text(prompt: str | None) -> str:
 
 
 def _open(
-    checkpoint: str, system: str | None, without: str | None, dtype: str | None, device: str
+    checkpoint: str, system: str | None, without: str | None, dtype: str | None, device: str,
+    tokenizer: str | None = None,
 ) -> Conversation:
     import torch
 
@@ -100,7 +104,7 @@ def _open(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     memories = tuple(name.strip() for name in without.split(",")) if without else ()
     model = mmcore.load_model(checkpoint, dtype=formats.get(dtype), device=device, without=memories)
-    conversation = Conversation(model, mmcore.load_tokenizer(checkpoint), system)
+    conversation = Conversation(model, mmcore.load_tokenizer(checkpoint, tokenizer), system)
     # Kernels are built at their first use, 1 to 20 s on a new machine, which would count as reading speed.
     for _ in generate(model, [0, 0], max_new_tokens=2, stop_ids=()):
         pass

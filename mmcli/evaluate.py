@@ -35,8 +35,8 @@ def evaluate(
     ] = -1,
     without: Annotated[
         list[str] | None,
-        typer.Option("--without", metavar="MEMORY", help="Read long_term, short_term or persistent as empty; "
-                     "may be repeated."),
+        typer.Option("--without", metavar="MEMORY", help="Read long_term, short_term, contextual (v1) or persistent as "
+                     "empty; may be repeated."),
     ] = None,
     context: Annotated[
         int | None, typer.Option("--context", help="Tokens of a window. Default: the trained context.")
@@ -53,6 +53,10 @@ def evaluate(
     compressors: Annotated[
         bool, typer.Option("--compressors", help="Show gzip -9 and xz -9 on the same text.")
     ] = False,
+    tokenizer: Annotated[
+        str | None, typer.Option("--tokenizer", metavar="FILE", help="A tokenizer's file or folder, for checkpoints "
+                                 "without one. Default: each checkpoint's own.")
+    ] = None,
     limit: Annotated[int | None, typer.Option("--limit", help="Suites: items of each task and setting.")] = None,
     tasks: Annotated[
         list[str] | None, typer.Option("--tasks", metavar="NAMES", help="Suites: only these, such as qa_1,banking77.")
@@ -102,7 +106,7 @@ def evaluate(
 
     settings = Settings(
         context=context, stride=stride, max_tokens=max_tokens or None, batch_size=batch_size, longest=longest,
-        without=tuple(without or ()), compressors=compressors, device=device,
+        without=tuple(without or ()), compressors=compressors, device=device, tokenizer=tokenizer,
     )
     folder = reports.check_folder(out or reports.default_folder(checkpoints[0]))
     text = read_files(data) if data else held_out_text(checkpoints[0])

@@ -107,7 +107,7 @@ def run_inspection(
     """Show what every head reads at one token of a text, and draw it."""
     import mmcore
     from mmcore.errors import DataError
-    from mmcore.evaluation import inspection, report, runner
+    from mmcore.evaluation import inspection, report, runner, suite_report
 
     try:
         text = file.read_text(encoding="utf-8")
@@ -121,13 +121,14 @@ def run_inspection(
     reads = inspection.inspect(model, ids, token)
     place = token + len(ids) if token < 0 else token
     pieces = [_piece(tokenizer, one) for one in ids]
-    folder = (out or report.default_folder(checkpoint))
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = out or report.default_folder(checkpoint)
     title = f"{checkpoint}: what is read at token {place:,} ({pieces[place]!r}) of {file.name}"
-    inspection.plot(reads, place, title, [folder / f"inspection.{ending}" for ending in ("png", "svg")])
     values = {"checkpoint": str(checkpoint), "file": str(file), "token": place, "text": pieces[place],
               "without": sorted(model.knocked_out), "reads": inspection.as_json(reads, place, pieces, STRONGEST)}
-    (folder / "inspection.json").write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with suite_report.drafted(folder, last="inspection.json") as draft:
+        inspection.plot(reads, place, title, [draft / f"inspection.{ending}" for ending in ("png", "svg")])
+        text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+        (draft / "inspection.json").write_text(text, encoding="utf-8")
     if as_json:
         print(json.dumps(values | {"folder": str(folder)}, indent=2))
         return

@@ -20,7 +20,42 @@ import yaml
 
 from mmcore.errors import ConfigError
 
-ARCHITECTURES = ("memory_mosaics_v2", "llama", "long_short_transformer")
+ARCHITECTURES = ("memory_mosaics_v2", "llama", "long_short_transformer", "memory_mosaics_v1")
+
+
+@dataclass(frozen=True)
+class V1Config:
+    """What only a first Memory Mosaic has (Zhang et al., "Memory Mosaics", arXiv 2405.06394): the settings in which the
+    public checkpoints differ."""
+
+    variant: str = "nano"
+    """nano or library, after the public code's two forms. They limit bandwidths differently, and only library divides
+    logits by sqrt(d)."""
+    bias: bool = False
+    """Whether projections and norms add a bias."""
+    norm_first: bool = True
+    """Whether a memory reads x + f(norm(x)), or norm(x) + f(norm(x))."""
+    persistent_banks: int = 1
+    """Sets of trained pairs in each persistent memory, whose reads are averaged; 0: there is no persistent memory."""
+    key_taps: int = 1
+    """Tokens, the newest included, that a raw key is computed from."""
+    value_taps: int | None = None
+    """Tokens that a value is computed from, the newest being the one that completes the pair; none: the mix of the
+    pair's own token and that one."""
+    value_shift: int = 1
+    """Tokens that a value looks ahead, and so the delay of the newest pair that a query reads."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.variant not in ("nano", "library"):
+            problems.append(f"model.v1.variant is {self.variant!r}: choose nano or library")
+        for name, least in (("persistent_banks", 0), ("key_taps", 1), ("value_shift", 0)):
+            if getattr(self, name) < least:
+                problems.append(f"model.v1.{name} is {getattr(self, name)}: it must be at least {least}")
+        if self.value_taps is not None and self.value_taps < 1:
+            problems.append(f"model.v1.value_taps is {self.value_taps}: it must be at least 1")
+        if problems:
+            raise ConfigError("; ".join(problems))
 
 
 @dataclass(frozen=True)
@@ -28,13 +63,14 @@ class ModelConfig:
     """The network. The keys are config.json's, so a recipe and an exported checkpoint read alike."""
 
     model_type: str = "memory_mosaics_v2"
-    """memory_mosaics_v2, llama (the baseline), or long_short_transformer (the ablation of figure 5)."""
+    """memory_mosaics_v2, llama (the baseline), long_short_transformer (the ablation of figure 5), or memory_mosaics_v1
+    (the predecessor)."""
     vocab_size: int = 128_256
     """Rows of the embedding; the tokenizer must not know more tokens."""
     hidden_size: int = 768
     """d, the width of the residual stream."""
     intermediate_size: int = 2048
-    """d', the width of the persistent memory (SwiGLU)."""
+    """d', the width of the persistent memory (SwiGLU); of a memory_mosaics_v1 the trained pairs of each head."""
     num_hidden_layers: int = 12
     """Blocks."""
     num_attention_heads: int = 12
@@ -50,7 +86,7 @@ class ModelConfig:
     long_term_delay_range: tuple[int, int] = (64, 256)
     """In training m is drawn uniformly from these integers, both ends included, once a step."""
     rms_norm_eps: float = 1e-5
-    """Added to the mean square in RMSNorm."""
+    """Added to the mean square in RMSNorm; by a memory_mosaics_v1 to the variance in LayerNorm."""
     rope_theta: float = 10_000.0
     """llama only: base of the rotary position encoding."""
     rope_scaling: dict[str, Any] | None = None
@@ -59,9 +95,15 @@ class ModelConfig:
     """The context the model was trained for. Reading further is allowed, and said."""
     tie_word_embeddings: bool = False
     """Whether embedding and classifier are one matrix."""
+    v1: V1Config | None = None
+    """memory_mosaics_v1 only: the settings that no other model has; none means their defaults."""
 
     def __post_init__(self) -> None:
         problems = []
+        if self.model_type == "memory_mosaics_v1":
+            object.__setattr__(self, "v1", self.v1 or V1Config())
+        elif self.v1 is not None:
+            problems.append(f"model.v1 is given for a {self.model_type}: remove it, or choose memory_mosaics_v1")
         if self.model_type not in ARCHITECTURES:
             problems.append(f"model.model_type is {self.model_type!r}: choose one of {', '.join(ARCHITECTURES)}")
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",

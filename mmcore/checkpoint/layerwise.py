@@ -17,6 +17,7 @@ from mmcore.checkpoint.formats.base import Checkpoint
 from mmcore.checkpoint.load import model_from
 from mmcore.checkpoint.names import CLASSIFIER, EMBEDDING
 from mmcore.config import ModelConfig
+from mmcore.kernels.allocator import give_back_pages
 
 _PIECE = 64 << 20
 """Bytes of the classifier, in fp32, that are in memory at once."""
@@ -54,6 +55,7 @@ class Layerwise:
             return block(x, self._where, self.config.long_term_delay, frozenset())
         finally:
             block.to("meta")
+            give_back_pages()  # else the peak of a conversion was up to twice as high, differently in each run
 
     @torch.no_grad()
     def logits(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:

@@ -100,10 +100,15 @@ def _fill(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, device: 
         )
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of any readable checkpoint. Raises CheckpointError where it has none."""
+def load_tokenizer(path: str | Path, tokenizer: str | Path | None = None) -> Tokenizer:
+    """The tokenizer of any readable checkpoint, or the one given: a tokenizer's file or a folder with one.
+
+    Raises CheckpointError where there is none, and DataError where it cannot be read.
+    """
     from mmcore.data.tokenizer import load_tokenizer as load
 
+    if tokenizer is not None:
+        return load(tokenizer)
     # the weights' hashes say nothing about the tokenizer: sizes are enough here
     checkpoint = open_checkpoint(path, verify=False)
     if checkpoint.files:
@@ -114,5 +119,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         tokenizer.origin = f"the tokenizer of {checkpoint.path}"
         return tokenizer
     if checkpoint.tokenizer_path is None:
-        raise CheckpointError(f"{checkpoint.path} has no tokenizer: put its tokenizer.json or tokenizer.model there")
+        raise CheckpointError(
+            f"{checkpoint.path} has no tokenizer: put its tokenizer.json or tokenizer.model there, or give one "
+            f"with --tokenizer"
+        )
     return load(checkpoint.tokenizer_path)

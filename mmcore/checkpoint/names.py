@@ -47,11 +47,13 @@ def expected_tensors(config: ModelConfig) -> Shapes:
     A tied classifier (tie_word_embeddings) is the embedding itself and has no name of its own.
     """
     d, vocabulary = config.hidden_size, config.vocab_size
-    layer = _llama_layer(config) if config.model_type == "llama" else _two_memory_layer(config)
+    layer = {"llama": _llama_layer, "memory_mosaics_v1": _v1_layer}.get(config.model_type, _two_memory_layer)(config)
     shapes: Shapes = {"model.embed_tokens.weight": (vocabulary, d)}
     for l in range(config.num_hidden_layers):  # noqa: E741 - the layer index of the paper and of the names
         shapes.update({f"model.layers.{l}.{name}": shape for name, shape in layer.items()})
     shapes["model.norm.weight"] = (d,)
+    if config.v1 and config.v1.bias:
+        shapes["model.norm.bias"] = (d,)
     if not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (vocabulary, d)
     return shapes
@@ -94,6 +96,28 @@ def _two_memory_layer(config: ModelConfig) -> Shapes:
     }
 
 
+def _v1_layer(config: ModelConfig) -> Shapes:
+    d, heads, v1 = config.hidden_size, config.num_attention_heads, config.v1
+    slots = (v1.persistent_banks, heads, config.intermediate_size, config.head_size)
+
+    def square(name: str, taps: int = 1) -> Shapes:
+        return {f"{name}.weight": (d, d) if taps == 1 else (d, d, taps)} | ({f"{name}.bias": (d,)} if v1.bias else {})
+
+    def norm(name: str) -> Shapes:
+        return {f"{name}.weight": (d,)} | ({f"{name}.bias": (d,)} if v1.bias else {})
+
+    def memory(name: str, values: Shapes) -> Shapes:
+        scalars = ("key_decay", "bandwidth", "value_log_scale")
+        parts = square("key_proj", v1.key_taps) | {scalar: (heads,) for scalar in scalars} | values | square("out_proj")
+        return {f"{name}.{part}": shape for part, shape in parts.items()}
+
+    mix = {"value_mix": (heads,)} if v1.value_taps is None else {}
+    layer = norm("memory_norm") | memory("contextual", square("value_proj", v1.value_taps or 1) | mix)
+    if v1.persistent_banks:
+        layer |= norm("persistent_norm") | memory("persistent", {"slot_keys": slots, "slot_values": slots})
+    return layer
+
+
 def check_tensors(config: ModelConfig, found: Mapping[str, tuple[int, ...]], origin: object,
                   problems: Iterable[str] = ()) -> list[str]:  # fmt: skip
     """Compare found shapes with what `config` implies; returns the names to load.
@@ -108,8 +132,18 @@ def check_tensors(config: ModelConfig, found: Mapping[str, tuple[int, ...]], ori
             f"they do not belong together{''.join(f'; {problem}' for problem in faults)}"
         )
     expected = expected_tensors(config)
+    found = {name: shape for name, shape in found.items() if name in expected or not _IGNORED.fullmatch(name)}
+    faults = shape_faults(expected, found, faults)
+    if faults:
+        raise CheckpointError(f"{origin} does not fit its config.json: {'; '.join(faults)}")
+    return list(expected)
+
+
+def shape_faults(expected: Shapes, found: Mapping[str, tuple[int, ...]], problems: Iterable[str] = ()) -> list[str]:
+    """All that is wrong with the found shapes, beside the `problems` known already: missing, unexpected, misshapen."""
+    faults = list(problems)
     missing = [name for name in expected if name not in found]
-    unexpected = [name for name in found if name not in expected and not _IGNORED.fullmatch(name)]
+    unexpected = [name for name in found if name not in expected]
     misshapen = [
         f"{name} is {list(found[name])} and must be {list(shape)}"
         for name, shape in expected.items()
@@ -118,9 +152,7 @@ def check_tensors(config: ModelConfig, found: Mapping[str, tuple[int, ...]], ori
     for word, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen)):
         if names:
             faults.append(f"{len(names)} {word} ({_listed(names)})")
-    if faults:
-        raise CheckpointError(f"{origin} does not fit its config.json: {'; '.join(faults)}")
-    return list(expected)
+    return faults
 
 
 def twin_of(config: ModelConfig, found: Mapping[str, tuple[int, ...]]) -> str | None:

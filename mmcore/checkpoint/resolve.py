@@ -67,7 +67,8 @@ def resolve_checkpoint(path: str | Path, on_skip: Report | None = None, *, verif
     """The checkpoint that `path` means: its folder, or a file of llama2.c's or PyTorch's.
 
     path: a run folder (its newest whole checkpoint, on_skip hearing of those passed over), a training
-    checkpoint (verified), an exported or Hugging Face folder, a llama2.c .bin, or PyTorch's .pt, .pth, .bin. messages:
+    checkpoint (verified), an exported or Hugging Face folder, a llama2.c .bin, or PyTorch's .pt, .pth, .bin, also
+    as the ckpt.pt of the public v1 code's out_dir. messages:
     of the ranks that ask together and share the verification. Raises CheckpointError.
     """
     path = Path(path)
@@ -99,6 +100,8 @@ def _resolve(path: Path, on_skip: Report | None, verify: bool, messages: Message
         return path
     if any(os.path.lexists(path / name) for name in ("config.json", "params.json")):
         return path
+    if os.path.lexists(path / "ckpt.pt"):  # as the public v1 code leaves it in its out_dir
+        return path / "ckpt.pt"
     raise CheckpointError(
         f"{path} holds no checkpoint: it has neither config.json nor a folder checkpoints; give a run folder, a "
         f"training checkpoint, or an exported folder"

@@ -33,9 +33,9 @@ def shown(text: str, limit: int = 120) -> str:
 def read_json(path: Path, limit: int = 64 << 20) -> dict[str, Any]:
     """A JSON object from an untrusted file; a key given twice is refused. Raises CheckpointError."""
     try:
-        require_regular(path)
+        size = require_regular(path)
         with open(path, "rb") as file:
-            data = file.read(limit + 1)
+            data = file.read(min(size, limit) + 1)  # Python sets aside as many bytes as are asked for
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     if len(data) > limit:

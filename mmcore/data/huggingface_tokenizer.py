@@ -18,6 +18,7 @@ import tokenizers
 from mmcore.data.tokenizer import BEGIN_NAMES, CHAT_TOKENS, END_NAMES
 from mmcore.errors import DataError
 
+_MOST_IDS = 1 << 22
 _CONTROL_NAME = re.compile(r"<\|[^|]*\|>")
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 _SPACE = "\u2581"
@@ -42,12 +43,16 @@ class HuggingFaceModel:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # noqa: BLE001 (the library raises bare Exception for every fault in a file)
-            raise DataError(f"{origin} is no tokenizer.json that can be read ({error})") from None
+            told = str(error)[:300]
+            told = told if told.isprintable() else ascii(told)  # it quotes the file
+            raise DataError(f"{origin} is no tokenizer.json that can be read ({told})") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True  # control tokens spelled in text are text
         self._added = self._tokenizer.get_added_tokens_decoder()
-        self.size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=0) + 1
+        if self.size > _MOST_IDS:  # tables of this size are made
+            raise DataError(f"{origin} has the token id {self.size - 1}, above {_MOST_IDS}: the file is damaged")
         wanted = {*declared, *BEGIN_NAMES, *END_NAMES, *CHAT_TOKENS}
         self.controls = {
             token.content: i for i, token in sorted(self._added.items())
@@ -157,6 +162,42 @@ def from_tiktoken(content: bytes, config: dict[str, Any], origin: str) -> Huggin
             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
             "vocab": {spell(word): rank for word, rank in ranks.items()},
             "merges": [[spell(left), spell(right)] for left, right in _merges(ranks)],
+        },
+    }
+    return HuggingFaceModel(json.dumps(values, ensure_ascii=False).encode(), (), origin)
+
+
+def from_gpt2(vocabulary: bytes, merges: bytes, origin: str) -> HuggingFaceModel:
+    """The model behind GPT-2's two files: encoder.json (or vocab.json), a row's byte letters to its id, and vocab.bpe
+    (or merges.txt), the pairs to merge in order. `<|endoftext|>` is its one control token. Raises DataError."""
+    try:
+        rows = json.loads(vocabulary.decode("utf-8"))
+        lines = merges.decode("utf-8").split("\n")
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{origin} has a vocabulary that is no JSON, or merges that are no text ({error})") from None
+    if not isinstance(rows, dict) or not rows or not all(type(i) is int and 0 <= i < len(rows) for i in rows.values()):
+        raise DataError(f"{origin} has a vocabulary that does not number its rows from 0: get encoder.json again")
+    if len(set(rows.values())) < len(rows):
+        raise DataError(f"{origin} has a vocabulary that gives one id to two rows: get encoder.json again")
+    pairs = [line.removesuffix("\r").split(" ") for line in lines if line.strip() and not line.startswith("#version")]
+    for pair in pairs:
+        if len(pair) != 2 or not {*pair, "".join(pair)} <= rows.keys():
+            told = " ".join(pair)[:60]
+            raise DataError(f"{origin} merges {told!r}, which its vocabulary lacks: get both files from one place")
+    end = rows.get("<|endoftext|>")
+    added = [] if end is None else [
+        {"id": end, "content": "<|endoftext|>", "single_word": False, "lstrip": False, "rstrip": False,
+         "normalized": False, "special": True}
+    ]
+    values = {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+        "post_processor": None,
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "model": {
+            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+            "vocab": rows, "merges": pairs,
         },
     }
     return HuggingFaceModel(json.dumps(values, ensure_ascii=False).encode(), (), origin)

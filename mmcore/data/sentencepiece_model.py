@@ -37,15 +37,15 @@ class SentencePieceModel:
                 raise RuntimeError("an empty file")
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
             first = self._processor.encode("a", out_type=str)
-        except RuntimeError:
+            self.pieces: list[str] = [self._processor.id_to_piece(i) for i in range(self._processor.get_piece_size())]
+        except (RuntimeError, UnicodeDecodeError):
             raise DataError(
                 f"{origin} is none that can be read: give a sentencepiece model, a Hugging Face tokenizer.json, a "
                 f"tiktoken-style file or a llama2.c vocabulary"
             ) from None
         self.file_bytes = content
         processor = self._processor
-        self.size = processor.get_piece_size()
-        self.pieces: list[str] = [processor.id_to_piece(i) for i in range(self.size)]
+        self.size = len(self.pieces)
         self.controls = {
             piece: i for i, piece in enumerate(self.pieces)
             if processor.is_control(i) or _CONTROL_NAME.fullmatch(piece)
@@ -207,12 +207,16 @@ def from_llama2c(content: bytes, origin: str = "the tokenizer") -> SentencePiece
         raise DataError(f"{origin} is no llama2.c vocabulary")
     rows = []
     for index, (piece, score) in enumerate(pieces):
+        try:
+            text = piece.decode("utf-8")
+        except UnicodeDecodeError:
+            raise DataError(f"{origin} is damaged: its piece {index} is no UTF-8; get it again") from None
         if index < 3:
             rows.append((("<unk>", "<s>", "</s>")[index], 0.0, _UNKNOWN if index == 0 else _CONTROL))
         elif index < 259:
-            rows.append((piece.decode(), score, _BYTE))
+            rows.append((text, score, _BYTE))
         else:
-            rows.append((piece.decode("utf-8", errors="strict").replace(" ", SPACE), score, _NORMAL))
+            rows.append((text.replace(" ", SPACE), score, _NORMAL))
     return SentencePieceModel(_model_proto(rows), origin)
 
 

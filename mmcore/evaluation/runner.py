@@ -46,6 +46,8 @@ class Settings:
     """Whether gzip and xz are run on the same text."""
     device: str = "auto"
     """auto, cpu, or cuda."""
+    tokenizer: str | None = None
+    """A tokenizer's file or folder for checkpoints that have none; None: each one's own."""
 
     def __post_init__(self) -> None:
         for name, least in (("context", 1), ("stride", 1), ("max_tokens", 2), ("batch_size", 1), ("longest", 0)):
@@ -65,7 +67,7 @@ def evaluate(
     Raises MMError for checkpoints, texts or settings that cannot be used.
     """
     device = pick_device(settings.device)
-    first = mmcore.load_tokenizer(checkpoints[0])
+    first = mmcore.load_tokenizer(checkpoints[0], settings.tokenizer)
     part = sample(text, first.encode, settings.max_tokens)
     notes, results, fingerprints = [], [], set()
     if part.sha256 != text.sha256:
@@ -78,7 +80,7 @@ def evaluate(
         report_progress = progress and (lambda what, done, total, which=which: progress(what + which, done, total))
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         model = mmcore.load_model(path, dtype=dtype, device=str(device), without=settings.without)
-        tokenizer = mmcore.load_tokenizer(path)
+        tokenizer = mmcore.load_tokenizer(path, settings.tokenizer)
         fingerprints.add(tokenizer.fingerprint)
         found = measure(model, tokenizer, text, part, settings, device, report_progress)
         notes += [f"{path}: {note}" for note in found.pop("notes")]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,21 +31,30 @@ def write(report: dict[str, Any], folder: str | Path) -> list[Path]:
 
     Raises HardwareError where the disk refuses.
     """
+    with drafted(folder, last="results.json") as draft:
+        pictures = suite_plots.draw_all(report, draft)
+        (draft / "results.md").write_text(markdown(report, pictures), encoding="utf-8")
+        (draft / "report.html").write_text(page(report, pictures, draft), encoding="utf-8")
+        (draft / "results.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        names = sorted(path.name for path in draft.iterdir())
+    return [Path(folder) / name for name in (*names, ITEMS)]
+
+
+@contextlib.contextmanager
+def drafted(folder: str | Path, last: str) -> Iterator[Path]:
+    """A folder for files that move into `folder` when the block ends well, each in one step, `last` after all others.
+
+    Raises HardwareError where the disk refuses.
+    """
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".draft-") as name:
-            draft = Path(name)
-            pictures = suite_plots.draw_all(report, draft)
-            (draft / "results.md").write_text(markdown(report, pictures), encoding="utf-8")
-            (draft / "report.html").write_text(page(report, pictures, draft), encoding="utf-8")
-            (draft / "results.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            names = sorted((path.name for path in draft.iterdir()), key=lambda name: (name == "results.json", name))
-            for one in names:
-                os.replace(draft / one, folder / one)
+            yield Path(name)
+            for path in sorted(Path(name).iterdir(), key=lambda path: (path.name == last, path.name)):
+                os.replace(path, folder / path.name)
     except OSError as error:
         raise HardwareError(f"{folder} cannot be written ({error.strerror}): give --out another folder") from error
-    return [folder / name for name in (*names, ITEMS)]
 
 
 def summary(report: dict[str, Any]) -> str:

@@ -27,3 +27,11 @@ def keep_pages() -> str | None:
         return "the C library is not glibc"
     done = libc.mallopt(_M_MMAP_MAX, 0) and libc.mallopt(_M_TRIM_THRESHOLD, -1)
     return None if done else "glibc refused the setting"
+
+
+def give_back_pages() -> None:
+    """Return freed memory to the system, where the C library is glibc: it keeps pages between blocks that are in use."""
+    if sys.platform.startswith("linux"):
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)

@@ -20,9 +20,10 @@ def build_model(config: ModelConfig, kernels: str = "auto") -> LanguageModel:
     """
     from mmcore.model.mosaic import build_mosaic
     from mmcore.model.transformer import build_transformer
+    from mmcore.model.v1 import build_v1
 
-    build = build_mosaic if config.model_type == "memory_mosaics_v2" else build_transformer
-    return build(config, kernels)
+    builders = {"memory_mosaics_v2": build_mosaic, "memory_mosaics_v1": build_v1}
+    return builders.get(config.model_type, build_transformer)(config, kernels)
 
 
 def __getattr__(name: str) -> Any:

@@ -29,7 +29,8 @@ def parameters(config: ModelConfig) -> dict:
     classifier = 0 if config.tie_word_embeddings else embedding
     by_part = {"embedding": embedding, "classifier": classifier}
     by_part |= {name: layers * count for name, count in block.items()}
-    by_part["norms"] += d
+    final_norm = _norm_parameters(config)
+    by_part["norms"] += final_norm
     total = sum(by_part.values())
     long_term = 0
     if "long_term" in block:
@@ -39,7 +40,7 @@ def parameters(config: ModelConfig) -> dict:
         "without_long_term": total - long_term,
         "embedding": embedding + classifier,
         "blocks": layers * sum(block.values()),
-        "final_norm": d,
+        "final_norm": final_norm,
         "by_part": by_part,
     }
 
@@ -68,7 +69,8 @@ def read_flops_per_token(config: ModelConfig, context: int, delay: int | None = 
     """
     pairs = pairs_per_query(config, context, delay)
     if dense:
-        pairs = {name: float(context) for name in pairs}
+        # a v1 mosaic leaves the newest pairs, which no query reads, out of the matrix
+        pairs = {name: float(context - (min(context, config.v1.value_shift) if config.v1 else 0)) for name in pairs}
     width = config.num_attention_heads * config.head_size
     return config.num_hidden_layers * 4 * width * sum(pairs.values())
 
@@ -77,10 +79,13 @@ def pairs_per_query(config: ModelConfig, context: int, delay: int | None = None)
     """Pairs that a query reads in each memory of a layer, averaged over the positions of `context` tokens.
 
     Short-term: t-h+1 .. t-1; long-term: 1 .. t-m; attention: 1 .. t (the short-term attention of
-    long_short_transformer has its own token too). `delay` None averages m over config.long_term_delay_range.
+    long_short_transformer has its own token too); the contextual memory of a v1 mosaic: 1 .. t-1. `delay` None
+    averages m over config.long_term_delay_range.
     """
     if config.model_type == "llama":
         return {"attention": _mean_delayed(context, 0)}
+    if config.v1:
+        return {"contextual": _mean_delayed(context, config.v1.value_shift)}
     low, high = config.long_term_delay_range if delay is None else (delay, delay)
     long_term = sum(_mean_delayed(context, m) for m in range(low, high + 1)) / (high - low + 1)
     if config.model_type == "long_short_transformer":
@@ -112,7 +117,7 @@ def activation_bytes(config: ModelConfig, tokens: int, compute_bytes: int, check
     """
     d = config.hidden_size
     block = tokens * _kept_bytes_per_token(config, compute_bytes)
-    passing = tokens * compute_bytes * (2 * config.intermediate_size + 4 * d)
+    passing = tokens * compute_bytes * (2 * _inner_width(config) + 4 * d)
     ends = tokens * (FP32 + compute_bytes) * d  # the last norm's input, and its output for the classifier
     if checkpointing == "full":
         return config.num_hidden_layers * tokens * FP32 * d + block + passing + ends
@@ -139,6 +144,13 @@ def decoding_state_bytes(config: ModelConfig, value_bytes: int = FP32) -> dict[s
     if config.model_type == "llama":
         return {"fixed": 0, "per_token": layers * 2 * config.kv_heads * config.head_size * value_bytes}
     pair = 2 * d * value_bytes
+    if config.v1:
+        v1, recurrence = config.v1, FP32 * (d + heads)
+        pending = v1.value_shift * (pair if v1.value_taps is None else pair // 2)
+        inputs = max(v1.key_taps, v1.value_taps or 1) - 1
+        if v1.persistent_banks:
+            recurrence, inputs = 2 * recurrence, inputs + v1.key_taps - 1
+        return {"fixed": layers * (recurrence + pending + inputs * d * value_bytes), "per_token": layers * pair}
     if config.model_type == "long_short_transformer":
         pair = 2 * config.kv_heads * config.head_size * value_bytes
         return {"fixed": layers * (config.short_term_window - 1) * pair, "per_token": layers * pair}
@@ -156,6 +168,13 @@ def _block_matrices(config: ModelConfig) -> dict[str, int]:
     if config.model_type == "memory_mosaics_v2":
         memory = 2 * d * d + 2 * heads * d  # W_phi, W_psi; W_g, W_lambda
         return {"short_term": memory, "long_term": memory, "output": 2 * d * d, "persistent": persistent}
+    if config.v1:
+        v1 = config.v1
+        contextual = d * d * (v1.key_taps + (v1.value_taps or 1) + 1)
+        # Every token's query meets all trained keys and values.
+        slots = 2 * v1.persistent_banks * config.intermediate_size * d
+        persistent = d * d * (v1.key_taps + 1) + slots if v1.persistent_banks else 0
+        return {"contextual": contextual, "persistent": persistent}
     queries, keys = heads * config.head_size, config.kv_heads * config.head_size
     attention = d * queries + 2 * d * keys
     if config.model_type == "llama":
@@ -164,12 +183,27 @@ def _block_matrices(config: ModelConfig) -> dict[str, int]:
 
 
 def _block_parameters(config: ModelConfig) -> dict[str, int]:
-    """All parameters of one block, by part: the matrices, the five scalars of each mosaic head, two norms."""
+    """All parameters of one block, by part: the matrices, the scalars of each mosaic head, biases, the norms."""
     counts = _block_matrices(config)
+    if config.v1:
+        v1, biases = config.v1, config.hidden_size if config.v1.bias else 0
+        counts["contextual"] += (4 if v1.value_taps is None else 3) * config.num_attention_heads + 3 * biases
+        if v1.persistent_banks:
+            counts["persistent"] += 3 * config.num_attention_heads + 2 * biases
+        return counts | {"norms": (2 if v1.persistent_banks else 1) * _norm_parameters(config)}
     if config.model_type == "memory_mosaics_v2":
         for memory in ("short_term", "long_term"):
             counts[memory] += 5 * config.num_attention_heads
-    return counts | {"norms": 2 * config.hidden_size}
+    return counts | {"norms": 2 * _norm_parameters(config)}
+
+
+def _norm_parameters(config: ModelConfig) -> int:
+    return config.hidden_size * (2 if config.v1 and config.v1.bias else 1)
+
+
+def _inner_width(config: ModelConfig) -> int:
+    """d', where the persistent memory makes activations of that width: a v1 mosaic's trained pairs make none."""
+    return 0 if config.v1 else config.intermediate_size
 
 
 def _mean_window(context: int, width: int) -> float:
@@ -190,13 +224,16 @@ def _kept_bytes_per_token(config: ModelConfig, compute_bytes: int) -> int:
 
     Both norms' inputs; what the projections read, one tensor for each norm; raw and finished keys and values of a
     mosaic's memories, or queries, keys, values of attention; what W_o reads; gate, up and their product in the
-    persistent memory; and a few scalars a head.
+    persistent memory; and a few scalars a head. A v1 mosaic's persistent memory keeps what it reads
+    and no scores, and autocast copies its norms' outputs for each projection; its taps beyond the first are not counted.
     """
-    d, heads, inner = config.hidden_size, config.num_attention_heads, config.intermediate_size
+    d, heads, inner = config.hidden_size, config.num_attention_heads, _inner_width(config)
     width = heads * config.head_size  # grouped keys and values are repeated to this width before the read
     half = compute_bytes < FP32
     if config.model_type == "memory_mosaics_v2":
         fp32, compute, scalars = (4 * d if half else 0), (4 * d if half else 8 * d) + 2 * d, 12 * heads
+    elif config.v1:
+        fp32, compute, scalars = (4 * d if half else 0), (7 if half else 9) * d, (8 if half else 12) * heads + 2
     elif config.model_type == "llama":
         fp32, compute, scalars = 0, 4 * width, 2 * heads
     else:
@@ -207,7 +244,10 @@ def _kept_bytes_per_token(config: ModelConfig, compute_bytes: int) -> int:
 def _remade_bytes_per_token(config: ModelConfig, compute_bytes: int) -> int:
     """Bytes a token that selective checkpointing spares in one block: what the projections read, the product that W_2
     reads, and where there are two memories what W_o reads and, in fp32, a mosaic's finished values (in bf16 their raw
-    form is kept for the look-ahead's own backward pass in fp32, so that keeping it once more would spare nothing)."""
+    form is kept for the look-ahead's own backward pass in fp32, so that keeping it once more would spare nothing). A v1
+    mosaic marks nothing as cheap."""
+    if config.v1:
+        return 0
     d, width = config.hidden_size, config.num_attention_heads * config.head_size
     spared = 2 * d + config.intermediate_size
     if config.model_type != "llama":

@@ -1,4 +1,4 @@
-"""What both architectures share: embedding, blocks, classifier; training loss, decoding, knocked-out memories."""
+"""What the architectures share: embedding, blocks, classifier; training loss, decoding, knocked-out memories."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ from mmcore.model.state import DecodingState
 class Backbone(nn.Module):
     """The part of a language model below its classifier."""
 
-    def __init__(self, config: ModelConfig, layers: Iterable[nn.Module], kernels: str) -> None:
+    def __init__(
+        self, config: ModelConfig, layers: Iterable[nn.Module], kernels: str, norm: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=torch.empty(
             config.vocab_size, config.hidden_size))
         self.layers = nn.ModuleList(layers)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
+        self.norm = norm or RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
 
 
 class Classifier(Linear):
@@ -50,11 +52,13 @@ class LanguageModel(nn.Module):
     `new_states(owner)`, `init_weights(name, depth, seed)`, and the class attributes MEMORIES, what can be removed, and
     READS, what of it keeps a state."""
 
-    def __init__(self, config: ModelConfig, layers: Iterable[nn.Module], kernels: str = "auto") -> None:
+    def __init__(
+        self, config: ModelConfig, layers: Iterable[nn.Module], kernels: str = "auto", norm: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.config = config
         self.kernels = kernels
-        self.model = Backbone(config, layers, kernels)
+        self.model = Backbone(config, layers, kernels, norm)
         self.lm_head = Classifier(config, kernels)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight

@@ -1,4 +1,4 @@
-"""Layers that both architectures share: projections, RMSNorm, persistent memory, initialization."""
+"""Layers that the architectures share: projections, norms, persistent memory, initialization."""
 
 from __future__ import annotations
 
@@ -85,6 +85,22 @@ def _normalized(x: Tensor, weight: Tensor, *, eps: float, kernels: str) -> Tenso
 
 
 _gated = cheap(swiglu)
+
+
+class LayerNorm(nn.Module):
+    """scale * ((x - mean(x)) / sqrt(var(x) + eps) * weight + bias), statistics in fp32: [..., d] -> [..., d]."""
+
+    def __init__(self, width: int, eps: float, bias: bool, scale: float = 1.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(width)) if bias else None
+        self.eps = eps
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        y = F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), bias, self.eps)
+        return y if self.scale == 1.0 else y * self.scale
 
 
 class PersistentMemory(nn.Module):

@@ -59,7 +59,7 @@ def loaded(monkeypatch, tokenizer):
     """`mm chat` opens a small stand-in model."""
     monkeypatch.setattr("mmcore.checkpoint.resolve.resolve_checkpoint", lambda path, **_: path)
     monkeypatch.setattr(mmcore, "load_model", lambda path, **_: FakeModel(300), raising=False)
-    monkeypatch.setattr(mmcore, "load_tokenizer", lambda path: tokenizer, raising=False)
+    monkeypatch.setattr(mmcore, "load_tokenizer", lambda path, other=None: tokenizer, raising=False)
 
 
 def give_stdin(monkeypatch, data: bytes):

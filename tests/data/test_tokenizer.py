@@ -261,3 +261,53 @@ def test_impossible_text_and_ids_are_refused(small_tokenizer):
     for wrong in (512, -1):
         with pytest.raises(DataError, match="512|-1"):
             small_tokenizer.decode([wrong])
+
+
+GPT2 = DATA / "tokenizers" / "gpt2"
+SAMPLES = (
+    "Hello world", " two  spaces\n\n\ttab", "don't we'll I'M", "naïve café, œuvre", "Привет, мир", "你好，世界", "नमस्ते", "🙂👩‍👩‍👧 ok",
+    "x = [1, 2_000]  # code", "<|endoftext|> is text here", "", "\x00\x7f", "1234567890 3.14",
+)
+
+
+@needs_data("tokenizers/gpt2")
+@pytest.mark.parametrize("names", [("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")])
+def test_gpt2s_two_files_give_the_ids_of_tiktoken(tmp_path, names):
+    """Against OpenAI's own library, built from the same files; whichever file or folder is named."""
+    tiktoken = pytest.importorskip("tiktoken")
+    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+
+    for source, name in zip(("encoder.json", "vocab.bpe"), names, strict=True):
+        (tmp_path / name).write_bytes((GPT2 / source).read_bytes())
+    ranks = data_gym_to_mergeable_bpe_ranks(str(GPT2 / "vocab.bpe"), str(GPT2 / "encoder.json"))
+    words = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+    theirs = tiktoken.Encoding("gpt2", pat_str=words, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 50256})
+    book = (DATA / "lmtext/tinystories").glob("*")
+    texts = [*SAMPLES, next(book).read_text("utf-8")[:20_000].replace("<|endoftext|>", "")]
+    for named in (tmp_path, tmp_path / names[0], tmp_path / names[1]):
+        ours = load_tokenizer(named)
+        assert (ours.vocab_size, ours.eos_id, ours.bos_id, ours.frame()) == (50257, 50256, None, (50256, 50256))
+        for text in texts:
+            assert ours.encode(text) == theirs.encode_ordinary(text)
+            assert ours.decode(ours.encode(text)) == text
+    ours.save(tmp_path / "saved")
+    again = load_tokenizer(tmp_path / "saved")
+    assert again.encode(texts[-1]) == theirs.encode_ordinary(texts[-1]) and again.eos_id == 50256
+
+
+@pytest.mark.parametrize(("vocabulary", "merges", "message"), [
+    (b"[]", b"", "does not number its rows"), (b'{"a": 1}', b"", "does not number its rows"), (b'{"a": 0, "b": 0}', b"", "one id to two rows"),
+    (b'{"a": true}', b"", "does not number its rows"), (b"{", b"", "no JSON"), (b"\xff", b"", "no JSON"), (b'{"a": 0}', b"\xff", "no text"),
+    (b'{"a": 0, "b": 1}', b"#version: 0.2\na b\n", "which its vocabulary lacks"), (b'{"a": 0}', b"a\n", "which its vocabulary lacks"),
+])
+def test_gpt2_files_that_cannot_be(tmp_path, vocabulary, merges, message):
+    (tmp_path / "encoder.json").write_bytes(vocabulary)
+    (tmp_path / "vocab.bpe").write_bytes(merges)
+    with pytest.raises(DataError, match=message):
+        load_tokenizer(tmp_path)
+
+
+def test_half_of_a_gpt2_tokenizer_is_named(tmp_path):
+    (tmp_path / "encoder.json").write_text("{}")
+    with pytest.raises(DataError, match="vocab.bpe"):
+        load_tokenizer(tmp_path / "encoder.json")

@@ -237,7 +237,7 @@ def struck(fault: CheckpointFault):
 def filled_disk(table: Table, row: Row) -> tuple[bool, int]:
     """The run's folder is a small file system, which fills; the run ends with a sentence, and goes on once there is room."""
     folder = table.folder("full")
-    with small_disk(folder / "run", "2m") as disk:
+    with small_disk(folder / "run", "1840k") as disk:
         run = table.run(folder)
         left, said = run.wait(600), run.said()
         if left == 0 or "the disk is full" not in said:

@@ -31,3 +31,11 @@ def test_freed_memory_is_used_again():
     if not kept.isdigit():
         pytest.skip(kept)
     assert 10 * int(kept) < int(run(False))
+
+
+def test_pages_can_be_given_back_at_any_time():
+    from mmcore.kernels.allocator import give_back_pages
+
+    held = bytearray(10_000_000)
+    give_back_pages()
+    assert len(held) == 10_000_000

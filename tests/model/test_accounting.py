@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmcore.config import ARCHITECTURES, DistributedConfig, ModelConfig
+from mmcore.config import ARCHITECTURES, DistributedConfig, ModelConfig, V1Config
 from mmcore.distributed.parallelize import parallelize
 from mmcore.model import accounting, build_model
 
@@ -28,13 +28,16 @@ TINY = {
 
 
 def _name(config):
-    return f"{config.model_type}-{'tied' if config.tie_word_embeddings else 'untied'}-{config.kv_heads}"
+    banks = f"-{config.v1.persistent_banks}" if config.v1 else ""
+    return f"{config.model_type}-{'tied' if config.tie_word_embeddings else 'untied'}-{config.kv_heads}{banks}"
 
 
 def tiny_variants():
     for model_type, tied in itertools.product(ARCHITECTURES, (False, True)):
         yield ModelConfig(model_type=model_type, tie_word_embeddings=tied, **TINY)
     yield ModelConfig(model_type="llama", num_key_value_heads=2, head_dim=8, **TINY)
+    yield ModelConfig(model_type="memory_mosaics_v1", v1=V1Config(bias=True, persistent_banks=3), **TINY)
+    yield ModelConfig(model_type="memory_mosaics_v1", v1=V1Config(persistent_banks=0, key_taps=2, value_taps=3), **TINY)
 
 
 def test_paper_sizes():
@@ -64,7 +67,7 @@ def test_parameters_equal_the_built_model(config):
     assert counted["total"] == sum(counted["by_part"].values())
     assert counted["total"] == counted["embedding"] + counted["blocks"] + counted["final_norm"]
     gone = sum(p.numel() for name, p in model.named_parameters() if ".long_term." in name)
-    if config.model_type != "llama":
+    if config.model_type in ("memory_mosaics_v2", "long_short_transformer"):
         gone += sum(layer.out_proj.weight.numel() // 2 for layer in model.model.layers)
     assert counted["without_long_term"] == counted["total"] - gone
 
@@ -112,6 +115,8 @@ def test_pairs_equal_a_count(config, context):
     times = range(1, context + 1)
     if config.model_type == "llama":
         counted["attention"] = sum(len([i for i in times if i <= t]) for t in times)
+    elif config.v1:
+        counted["contextual"] = sum(len([i for i in times if i <= t - 1]) for t in times)
     else:
         newest = 0 if config.model_type == "long_short_transformer" else 1
         counted["short_term"] = sum(len([i for i in times if t - h + 1 <= i <= t - newest]) for t in times)
@@ -161,9 +166,12 @@ def kept_bytes(config, batch, length, half, checkpointing="none"):
     return storages.alive()
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+TRAINED = [(kind, how) for kind in ARCHITECTURES for how in ("none", "selective", "full")
+           if kind != "memory_mosaics_v1" or how == "none"]  # nobody trains v1 at a size that needs checkpointing
+
+
 @pytest.mark.parametrize("half", [False, True], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("model_type, checkpointing", TRAINED)
 def test_activations_equal_what_autograd_keeps(model_type, half, checkpointing):
     """The difference of two depths is one block."""
     shape = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 2}
@@ -171,3 +179,15 @@ def test_activations_equal_what_autograd_keeps(model_type, half, checkpointing):
     one, two = (kept_bytes(config, 2, 300, half, checkpointing) for config in configs)
     formula = [accounting.activation_bytes(config, 600, 2 if half else 4, checkpointing) for config in configs]
     assert formula[1] - formula[0] == pytest.approx(two - one, rel=0.1)
+
+
+@pytest.mark.parametrize("v1", [V1Config(), V1Config(persistent_banks=0, value_shift=3), V1Config(key_taps=3, value_taps=2, value_shift=2)])
+def test_the_state_of_a_v1_mosaic_has_the_bytes_of_the_formula(v1):
+    config = ModelConfig(model_type="memory_mosaics_v1", v1=v1, **TINY)
+    model = build_model(config)
+    model.init_weights(0)
+    state = model.new_state(1)
+    model.advance(torch.zeros(1, 9, dtype=torch.int64), state)
+    counted = accounting.decoding_state_bytes(config)
+    length = state.tensors()["length"].nbytes
+    assert state.bytes - length == counted["fixed"] + (9 - v1.value_shift) * counted["per_token"]

@@ -10,6 +10,7 @@ from mmcore.checkpoint.formats.folder import open_folder, write_exported
 from mmcore.checkpoint.formats.llama2c import open_llama2c
 from mmcore.checkpoint.formats.statedict import open_state_dict
 from mmcore.checkpoint.formats.torchfile import is_torch_file
+from mmcore.checkpoint.formats.v1 import is_v1, open_v1
 from mmcore.checkpoint.integrity import ALONE
 from mmcore.checkpoint.resolve import resolve_checkpoint
 from mmcore.distributed.messages import Messages
@@ -60,6 +61,12 @@ FORMATS = {
         "weights in float32, tokenizer",
         "not written: it has no place for a mosaic",
     ),
+    "v1": Format(
+        "a ckpt.pt of the public v1 code (facebookresearch/MemoryMosaics): nanoMosaics, Library and its eft form",
+        "read",
+        "weights, settings, GPT-2's tokenizer beside it",
+        "not written; optimizer and iteration are left out",
+    ),
 }
 """Name -> what it is, what can be done with it, and what comes along."""
 
@@ -78,6 +85,8 @@ def open_checkpoint(path: str | Path, *, verify: bool = True, allow_nonfinite: b
         return open_folder(found, verify=False, allow_nonfinite=allow_nonfinite)
     if found.suffix == ".bin" and not is_torch_file(found):
         return open_llama2c(found, allow_nonfinite=allow_nonfinite)
+    if is_v1(found):
+        return open_v1(found, verify=verify, allow_nonfinite=allow_nonfinite)
     return open_state_dict(found, allow_nonfinite=allow_nonfinite)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ _ARCHITECTURE_NAMES = {
     "memory_mosaics_v2": "MemoryMosaicForCausalLM",
     "llama": "LlamaForCausalLM",
     "long_short_transformer": "LongShortTransformerForCausalLM",
+    "memory_mosaics_v1": "MemoryMosaicV1ForCausalLM",
 }
 _NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
            "rms_norm_eps", "max_position_embeddings")  # fmt: skip
@@ -47,7 +49,7 @@ def config_from(values: dict[str, Any], origin: str) -> ModelConfig:
         raise CheckpointError(
             f"{origin}: model_type is {shown(repr(kind))}, and only {', '.join(ARCHITECTURES)} can be read"
         )
-    needed = _NEEDED if kind == "llama" else _NEEDED + _TWO_MEMORIES
+    needed = _NEEDED + {"llama": (), "memory_mosaics_v1": ("v1",)}.get(kind, _TWO_MEMORIES)
     problems = [f"{key} is missing" for key in needed if values.get(key) is None]
     for key in ("dtype", "torch_dtype"):  # what the files hold is what counts, but this must be a dtype at all
         if values.get(key) not in (None, "auto", *_WEIGHT_DTYPE_NAMES):
@@ -62,7 +64,7 @@ def config_from(values: dict[str, Any], origin: str) -> ModelConfig:
         if theta is not None:
             known["rope_theta"] = theta
         config = model_config_from_json(_without_nulls(known | ({"rope_scaling": scaling} if scaling else {})))
-        problems += _unreasonable(config)
+        problems += unreasonable(config)
     except (ConfigError, ValueError, OverflowError, TypeError, AttributeError) as error:
         # the last four: numbers beyond float and lists where a number or a section belongs
         problems.append(shown(str(error), 1000))
@@ -97,7 +99,7 @@ def _rope_scaling(values: dict[str, Any]) -> dict[str, Any] | None:
     return {"rope_type": kind, **numbers}
 
 
-def _unreasonable(config: ModelConfig) -> list[str]:
+def unreasonable(config: ModelConfig) -> list[str]:
     """Values that pass a recipe's checks, where a person sees the file, but not those of a stranger's file."""
     problems = []
     numbers = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -108,7 +110,10 @@ def _unreasonable(config: ModelConfig) -> list[str]:
     for name in ("rms_norm_eps", "rope_theta"):
         if not (math.isfinite(getattr(config, name)) and getattr(config, name) > 0):
             problems.append(f"{name} is {getattr(config, name)} and must be positive and finite")
-    if config.model_type != "memory_mosaics_v2" and config.head_size % 2:
+    if config.v1 and not all(n < 1 << 10 for n in (config.v1.persistent_banks, config.v1.key_taps,
+                                                   config.v1.value_taps or 1, config.v1.value_shift)):  # fmt: skip
+        problems.append("v1 has a number that must be below 1024")
+    if config.model_type in ("llama", "long_short_transformer") and config.head_size % 2:
         problems.append(f"a head of size {config.head_size} cannot be rotated: it must be even")
     if config.model_type != "llama" and config.head_size * config.num_attention_heads != config.hidden_size:
         problems.append("head_dim is only known to llama: remove it")
@@ -127,10 +132,12 @@ def config_json(config: ModelConfig, dtype: torch.dtype, bos_token_id: int | Non
         given = {"num_key_value_heads": config.num_key_value_heads, "head_dim": config.head_dim}
         values |= {key: value for key, value in given.items() if value is not None}
         values |= {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+    elif config.v1:
+        values["v1"] = dataclasses.asdict(config.v1)
     else:
         values |= {key: getattr(config, key) for key in _TWO_MEMORIES}
         values["long_term_delay_range"] = list(config.long_term_delay_range)
-    if config.model_type != "memory_mosaics_v2":
+    if config.model_type in ("llama", "long_short_transformer"):
         # transformers 4 reads these two; transformers 5 turns them into its rope_parameters
         values |= {"rope_theta": config.rope_theta, "rope_scaling": config.rope_scaling}
     return values | {

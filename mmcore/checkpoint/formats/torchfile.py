@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mmcore.checkpoint import disk, tensorfile, untrusted
 from mmcore.checkpoint.disk import FileRecord
+from mmcore.checkpoint.formats import opcodes
 from mmcore.checkpoint.resumable import Staging
 from mmcore.checkpoint.tensorfile import TensorSpec
 from mmcore.checkpoint.untrusted import shown
@@ -52,13 +53,15 @@ def _start(path: Path) -> bytes:
 # -- reading ---------------------------------------------------------------------------------------------------
 
 
-def read_torch_file(path: Path) -> Any:
+def read_torch_file(path: Path, *, checksums: bool = False) -> Any:
     """What a file holds: nested dicts and lists of plain values and tensors, the tensors mapped from the file.
 
-    Nothing in the file is run. Raises CheckpointError for anything else, damage included.
+    Nothing in the file is run. checksums: compare those of all parts first, which reads the file whole. Raises
+    CheckpointError for anything else, damage included.
     """
     size = untrusted.require_regular(path)
     members = _members(path, size)
+    _check_description(path, checksums)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a stranger's description can fail in any way, all of which mean the same
@@ -103,6 +106,44 @@ def _members(path: Path, size: int) -> list[zipfile.ZipInfo]:
     if problem:
         raise CheckpointError(f"{path} {problem}")
     return members
+
+
+def _check_description(path: Path, checksums: bool) -> None:
+    """Nothing but tensors and plain values in data.pkl, and the checksums of all parts where wanted."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            altered = archive.testzip() if checksums else None
+            name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+            order = name.removesuffix("data.pkl") + "byteorder"
+            big = order in archive.namelist() and archive.getinfo(order).file_size < 64 and archive.read(order) == b"big"
+            found = opcodes.foreign(archive.read(name))
+    except Exception as error:  # as above
+        raise CheckpointError(f"{path} is cut short or damaged ({shown(_first(error))}): get it again") from None
+    if altered:
+        raise CheckpointError(f"{path} is damaged: {shown(altered)} was altered; get it again")
+    if big:
+        raise CheckpointError(f"{path} was written by a big-endian machine: save it again on a little-endian one")
+    if found:
+        raise CheckpointError(
+            f"{path} holds more than tensors and plain values ({shown(found)}), which could run code and is never loaded: "
+            f"save only the model's state_dict, or use safetensors"
+        )
+
+
+def plain_dict(value: Any) -> dict[Any, Any] | None:
+    """A dict that was read from a file, as one whose methods are dict's own; None for anything else.
+
+    A file can give an OrderedDict attributes that hide its methods."""
+    return {key: item for key, item in dict.items(value)} if isinstance(value, dict) else None
+
+
+def tensor_problem(tensor: Tensor, file_bytes: int) -> str | None:
+    """Why a tensor that was read from a file is not one to load, or None."""
+    if tensor.layout != torch.strided or tensor.device.type != "cpu":
+        return "is no dense tensor"
+    if tensor.numel() * tensor.element_size() > min(file_bytes, tensor.untyped_storage().nbytes()):
+        return "claims more numbers than the file holds"
+    return None
 
 
 def _check_storages(path: Path, content: Any, members: list[zipfile.ZipInfo]) -> None:
