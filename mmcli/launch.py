@@ -46,7 +46,7 @@ RdzvOption = Annotated[
 ]
 RestartsOption = Annotated[
     int | None,
-    typer.Option("--max-restarts", metavar="N", help=f"Start failed ranks again N times.  [{RESTARTS} where ranks are]"),
+    typer.Option("--max-restarts", metavar="N", help=f"After a failure start again, at most N times ({RESTARTS})."),
 ]
 
 
