@@ -102,7 +102,7 @@ def test_gradients_are_whole_while_they_wait_for_the_last_micro_batch(capsys):
         for when, size in (("step", 1), ("micro_batch", 1), ("step", 16))
     )
     assert each == alone == pytest.approx(parameters / 64) and step == each + parameters
-    show_plan(load("8b"), "64xH100", False)
+    show_plan(load("8b", "distributed.gradient_reduction=step"), "64xH100", False)
     assert "whole until the last micro-batch" in capsys.readouterr().out
 
 
