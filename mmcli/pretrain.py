@@ -17,7 +17,7 @@ from mmcore.errors import ConfigError, MMError
 
 if TYPE_CHECKING:
     from mmcore.config import Recipe
-    from mmcore.training.trainer import Outcome
+    from mmcore.training.job import Outcome
 
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file, such as recipes/quickstart.yaml.")]
 SetOption = Annotated[

@@ -38,13 +38,14 @@ from mmcore.model.layers import drawing_rows
 from mmcore.training import checks
 from mmcore.training.converted import read_converted
 from mmcore.training.events import Event, Listener, Notice, Preparing, Tokenizing
+from mmcore.training.job import Job
 from mmcore.training.memory import explain_memory
 from mmcore.training.metrics import HealthLines, JsonLines, TensorBoard, keep_lines_until
 from mmcore.training.profile import Profile
 from mmcore.training.run_folder import RunFolder, check_same_recipe, disk_errors
 from mmcore.training.step import IGNORED
 from mmcore.training.tokenizers import find_tokenizer
-from mmcore.training.trainer import Job, Trainer, load_weights
+from mmcore.training.trainer import Trainer, load_weights
 from mmcore.training.wandb_log import WandB, check_installed
 
 

@@ -11,7 +11,6 @@ import contextlib
 import signal
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,7 @@ from torch import nn
 
 from mmcore.checkpoint.rows import read_into, shape_of
 from mmcore.checkpoint.store import CheckpointWriter, load_state
-from mmcore.config import Recipe
 from mmcore.data.loader import Loader
-from mmcore.distributed.mesh import World
 from mmcore.distributed.reduce import highest
 from mmcore.errors import CheckpointError, DataError
 from mmcore.training import events
@@ -31,6 +28,7 @@ from mmcore.training.events import Event, Listener
 from mmcore.training.faults import Faults
 from mmcore.training.health import measure
 from mmcore.training.interrupt import Interrupts
+from mmcore.training.job import Job, Outcome
 from mmcore.training.memory import explain_memory
 from mmcore.training.metrics import Smoothed
 from mmcore.training.optimizer import (
@@ -46,45 +44,6 @@ from mmcore.training.step import StepResult, accumulate, clip
 from mmcore.training.throughput import Meter, memory_in_use, peak_flops, synchronize
 from mmcore.training.validation import bits_per_byte, held_out_loss
 from mmcore.training.watching import SAVING, NotWatching, watch_ranks
-
-
-@dataclass
-class Job:
-    """What a trainer works on. `setup.py` makes one from a recipe; tests and scripts may make their own."""
-
-    recipe: Recipe
-    model: nn.Module
-    samples: Any
-    """mmcore.data Samples of the training documents."""
-    validation: Sequence = ()
-    """Micro-batches of held-out text; empty: no validation."""
-    bytes_per_token: float | None = None
-    """Of the held-out text."""
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    precision: str = "fp32"
-    world: World = field(default_factory=World)
-    flops_per_token: float = 0.0
-    """Forward and backward, at the recipe's sequence length."""
-    config_json: dict[str, Any] = field(default_factory=dict)
-    """config.json of the checkpoints."""
-    files: Mapping[str, bytes | Path] = field(default_factory=dict)
-    """Further files of the checkpoints: the tokenizer's, a chat template."""
-    data_identity: str = ""
-    """Equal exactly where the tokens and their order are."""
-    training_tokens: int = 0
-    stage: str = "pretrain"
-    """pretrain or finetune"""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How `Trainer.fit` ended."""
-
-    status: str
-    """done or interrupted"""
-    step: int
-    checkpoint: Path | None
-    signal: signal.Signals | None = None
 
 
 class Trainer:
