@@ -92,18 +92,15 @@ def _open(
     import torch
 
     import mmcore
-    from mmcore.errors import ConfigError
+    from mmcore.checkpoint.load import weight_format
     from mmcore.generation.conversation import Conversation
     from mmcore.generation.engine import generate
 
-    formats = {"float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
-               "float16": torch.float16, "fp16": torch.float16, "int8": torch.int8}
-    if dtype is not None and dtype not in formats:
-        raise ConfigError(f"--dtype is {dtype!r}: choose float32, bfloat16, float16 or int8")
+    chosen = None if dtype is None else weight_format(dtype)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     memories = tuple(name.strip() for name in without.split(",")) if without else ()
-    model = mmcore.load_model(checkpoint, dtype=formats.get(dtype), device=device, without=memories)
+    model = mmcore.load_model(checkpoint, dtype=chosen, device=device, without=memories)
     conversation = Conversation(model, mmcore.load_tokenizer(checkpoint, tokenizer), system)
     # Kernels are built at their first use, 1 to 20 s on a new machine, which would count as reading speed.
     for _ in generate(model, [0, 0], max_new_tokens=2, stop_ids=()):

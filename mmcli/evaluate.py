@@ -77,6 +77,10 @@ def evaluate(
         Path | None, typer.Option("--out", help="Folder of the results. Default: eval-<time> in the run; for suites "
                                   "eval-suite-<hash of what is asked>, where an interrupted one goes on.")
     ] = None,
+    dtype: Annotated[str | None, typer.Option(
+        metavar="FORMAT", help="Format of the weights: float32, bfloat16, float16, int8. Not with suites.",
+        show_default=False,
+    )] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
@@ -106,7 +110,7 @@ def evaluate(
 
     settings = Settings(
         context=context, stride=stride, max_tokens=max_tokens or None, batch_size=batch_size, longest=longest,
-        without=tuple(without or ()), compressors=compressors, device=device, tokenizer=tokenizer,
+        without=tuple(without or ()), compressors=compressors, device=device, tokenizer=tokenizer, dtype=dtype,
     )
     folder = reports.check_folder(out or reports.default_folder(checkpoints[0]))
     text = read_files(data) if data else held_out_text(checkpoints[0])

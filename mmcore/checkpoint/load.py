@@ -11,11 +11,22 @@ import torch
 from torch import nn
 
 from mmcore.checkpoint.formats import Checkpoint, open_checkpoint
-from mmcore.errors import CheckpointError, HardwareError
+from mmcore.errors import CheckpointError, ConfigError, HardwareError
 
 if TYPE_CHECKING:
     from mmcore.data.tokenizer import Tokenizer
     from mmcore.model.language_model import LanguageModel
+
+
+_FORMATS = {"float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
+            "float16": torch.float16, "fp16": torch.float16, "int8": torch.int8}  # fmt: skip
+
+
+def weight_format(name: str) -> torch.dtype:
+    """What `load_model` takes as dtype, by the name that a user types. Raises ConfigError."""
+    if name not in _FORMATS:
+        raise ConfigError(f"--dtype is {name!r}: choose float32, bfloat16, float16 or int8")
+    return _FORMATS[name]
 
 
 def load_model(

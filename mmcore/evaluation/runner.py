@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 import mmcore
+from mmcore.checkpoint.load import weight_format
 from mmcore.errors import ConfigError, HardwareError, NonFiniteError
 from mmcore.evaluation import compressors, position, scoring
 from mmcore.evaluation.text import Text, sample
@@ -48,8 +49,12 @@ class Settings:
     """auto, cpu, or cuda."""
     tokenizer: str | None = None
     """A tokenizer's file or folder for checkpoints that have none; None: each one's own."""
+    dtype: str | None = None
+    """Format of the weights, as `mm chat --dtype`; None: fp32 on a CPU, bf16 on a GPU."""
 
     def __post_init__(self) -> None:
+        if self.dtype is not None:
+            weight_format(self.dtype)
         for name, least in (("context", 1), ("stride", 1), ("max_tokens", 2), ("batch_size", 1), ("longest", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -79,6 +84,8 @@ def evaluate(
         which = f" ({number} of {len(checkpoints)})" if len(checkpoints) > 1 else ""
         report_progress = progress and (lambda what, done, total, which=which: progress(what + which, done, total))
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        if settings.dtype is not None:
+            dtype = weight_format(settings.dtype)
         model = mmcore.load_model(path, dtype=dtype, device=str(device), without=settings.without)
         tokenizer = mmcore.load_tokenizer(path, settings.tokenizer)
         fingerprints.add(tokenizer.fingerprint)

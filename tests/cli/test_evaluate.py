@@ -112,6 +112,15 @@ def test_without_changes_the_loss_and_is_said(place, capsys):
     assert removed["loss"] != whole["loss"] and removed["tokens"] == whole["tokens"]
 
 
+def test_int8_weights_move_the_loss_a_little(place, capsys):
+    before, after = (
+        evaluated(capsys, "mosaic", "--data", "text.txt", "--longest", "0", *dtype)["results"][0]["loss"]
+        for dtype in ((), ("--dtype", "int8"))
+    )
+    assert 0 < abs(after / before - 1) < 0.01
+    assert "choose float32, bfloat16" in complaint(capsys, "mosaic", "--data", "text.txt", "--dtype", "int4")
+
+
 def test_held_out_documents_are_the_default(place, capsys, tokenizer):
     folder = make_run(place, tokenizer, validation_fraction=0.3)
     report = evaluated(capsys, folder)
