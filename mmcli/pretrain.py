@@ -147,14 +147,13 @@ def _train_here(command: Command, read: Callable[[], Recipe], here: launch.Rank)
     """Prepare and run, shown on the terminal by rank 0 and written into its log by every rank of several."""
     from mmcli.console import PlainView, make_view
 
-    title, go_on = f"mm {command.name}", command.to_go_on()
+    title, go_on, recipe = f"mm {command.name}", command.to_go_on(), read()
     with contextlib.ExitStack() as closing:
         views = []
         if here.rank == 0:
             views.append(make_view(title, go_on))
             closing.callback(views[0].close)
             views[0].say("loading torch")
-        recipe = read()
         if here.size > 1:
             log = closing.enter_context(launch.open_log(recipe.run_folder, here))
             views.append(PlainView(title, go_on, log))

@@ -127,13 +127,21 @@ def test_the_same_ranks_give_the_same_bits(results):
 
 
 def test_bf16_is_one_process_s_bf16_up_to_rounding(results):
+    """Against the gradients in fp32, ranks err as much as one process does. Parameters of a name are taken together; seen:
+    0.8 to 1.24 times for matrices and norms, up to 3.4 for per-head scalars, which are four small differences of large
+    sums (errors of 1 to 14 %). A factor of 2 or 3 too much or too little would be 8 times and more."""
     found, expected = results["bf16"], alone("bf16")
+    scenario = WORK["bf16"][0]
+    exact = _alone(tuple(scenario.model.items()), scenario.micro_batch, "fp32", scenario.steps)
     assert found.losses == pytest.approx(expected.losses, rel=2e-3)
     assert found.norms == pytest.approx(expected.norms, rel=2e-2)
-    for key, gradient in expected.gradients.items():
-        error = np.linalg.norm(found.gradients[key] - gradient) / np.linalg.norm(gradient)
-        # A per-head scalar's gradient is a small difference of large sums: 0.14 was seen
-        assert error < (0.1 if gradient.ndim > 1 else 0.4), key
+    for kind in {key.rpartition("layers.")[2].partition(".")[2] or key for key in exact.gradients}:
+        keys = [key for key in exact.gradients if key.endswith(kind)]
+        theirs, ours, true = (
+            np.concatenate([result.gradients[key].ravel() for key in keys]) for result in (expected, found, exact)
+        )
+        limit = 1.5 if true.size > 16 else 6
+        assert np.linalg.norm(ours - true) <= limit * np.linalg.norm(theirs - true), kind
 
 
 def counted(result):
@@ -188,7 +196,7 @@ def test_a_whole_run_is_that_of_one_process(unbroken):
     folder, expected = unbroken
     values = recipe(folder, "ranks", sharding="hybrid", activation_checkpointing="selective", deterministic=True)
     first, second = run_ranks(trained, 2, values, per_node=1)
-    assert second == [], "only rank 0 talks"
+    assert second == first, "every rank tells its own listeners the same"
     assert len(first) == len(expected) == 4
     for found, wanted in zip(first, expected, strict=True):
         assert found == pytest.approx(wanted, rel=1e-5)

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from mmcore.config import ConfigError, SpikeConfig, build_recipe
+from mmcore.config import SpikeConfig, build_recipe
 from mmcore.data.loader import make_batch
-from mmcore.errors import NonFiniteError, SpikeError
+from mmcore.errors import ConfigError, NonFiniteError, SpikeError
 from mmcore.training import events
 from mmcore.training.faults import Faults, SpikeWatch
 from mmcore.training.setup import Start, prepare_trainer
