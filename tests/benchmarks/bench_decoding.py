@@ -3,8 +3,8 @@
 Every side is a process of its own; in each round each side reads the prompt (prefill tokens/s) and then decodes
 greedily (tokens/s from the median time of a step, over all rows of the batch). Hugging Face's model is called as
 directly as it can be, without generate(): eager with a growing cache, and compiled with a static cache. A step must
-read every weight but the embedding once: bytes over the bandwidth of a plain sum in the same run give the floor, and
-tokens/s at batch 1 over the floor's the share that is reached.
+read every weight but the embedding once, and every key and value that a query looks at: those bytes over the bandwidth of
+a plain sum in the same run give the floor of a step, and the floor over the time of a step the share that is reached.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from torch import Tensor
 from tests.benchmarks import common
 
 SIDES = ("hf", "hf static compiled", "hf bf16", "mm", "mm bf16", "mm int8", "mm generate", "mm llama")
-# Half-precision matrix products are up to 130 times slower than fp32 on a CPU without instructions for them: the
-# prompt would take minutes to read.
-LONGEST_BF16_PROMPT = 256
+# bf16 matrix products are up to 130 times slower than fp32 on a CPU without instructions for them: a longer prompt would
+# take minutes to read.
+LONGEST_BF16_PROMPT = 10**9 if torch.cpu._is_avx512_bf16_supported() else 256
 
 
 class HuggingFace:
@@ -119,6 +119,18 @@ class Decoder:
             times.append(time.perf_counter() - start)
         return rows * prompt / reading, rows / statistics.median(times)
 
+    def bytes_read(self, rows: int, length: int) -> float:
+        """Bytes that a step after `length` tokens must read: weights, and the pairs of every layer, key and value."""
+        config, runner = self.runner.model.config, self.runner
+        pairs, size = length, 4
+        if isinstance(runner, Ours):
+            if config.model_type == "memory_mosaics_v2":
+                pairs = min(length, config.short_term_window - 1) + max(0, length - config.long_term_delay + 1)
+            size = next(iter(runner.state.memories.values())).store.keys.element_size() if hasattr(runner, "state") else 4
+        elif runner.model.dtype is torch.bfloat16:
+            size = 2
+        return self.facts["bytes_per_step"] + rows * pairs * config.num_hidden_layers * 2 * config.hidden_size * size
+
     def memory(self) -> float:
         return common.memory("VmHWM")
 
@@ -135,10 +147,10 @@ def compare(sides: dict[str, common.Side], rows: int, prompt: int, arguments: An
     report: dict[str, Any] = {"read_bandwidth": bandwidth, "sides": {}, "ratios": {}}
     for name, pairs in turns.items():
         reading, decoding = ([pair[part] for pair in pairs] for part in (0, 1))
-        floor = bandwidth.median / sides[name].facts["bytes_per_step"]
+        must_read = sides[name].call("bytes_read", rows, prompt + arguments.new // 2)
         report["sides"][name] = {
-            "prefill": common.figure(reading), "decoding": common.figure(decoding),
-            "share_of_floor": common.figure(decoding).median / rows / floor, "rounds": pairs,
+            "prefill": common.figure(reading), "decoding": common.figure(decoding), "bytes_per_step": must_read,
+            "share_of_floor": common.figure(decoding).median / rows * must_read / bandwidth.median, "rounds": pairs,
         }
     theirs = [name for name in chosen if not name.startswith("mm")]
     if theirs:
