@@ -166,7 +166,7 @@ def main() -> None:
     for context in arguments.context:
         report["contexts"][context] = compare(arguments, shape, context)
         show(context, report["contexts"][context])
-    common.write(arguments.json, report)
+        common.write(arguments.json, report)  # what comes later may run out of memory, or of time
 
 
 if __name__ == "__main__":
