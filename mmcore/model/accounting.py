@@ -166,7 +166,7 @@ def _block_matrices(config: ModelConfig) -> dict[str, int]:
     d, heads = config.hidden_size, config.num_attention_heads
     persistent = 3 * d * config.intermediate_size
     if config.model_type == "memory_mosaics_v2":
-        memory = 2 * d * d + 2 * heads * d  # W_phi, W_psi; W_g, W_lambda
+        memory = 2 * d * d + (2 * heads * d if config.gated_keys else 0)  # W_phi, W_psi; W_g, W_lambda
         return {"short_term": memory, "long_term": memory, "output": 2 * d * d, "persistent": persistent}
     if config.v1:
         v1 = config.v1
@@ -193,7 +193,7 @@ def _block_parameters(config: ModelConfig) -> dict[str, int]:
         return counts | {"norms": (2 if v1.persistent_banks else 1) * _norm_parameters(config)}
     if config.model_type == "memory_mosaics_v2":
         for memory in ("short_term", "long_term"):
-            counts[memory] += 5 * config.num_attention_heads
+            counts[memory] += (5 if config.gated_keys else 6) * config.num_attention_heads
     return counts | {"norms": 2 * _norm_parameters(config)}
 
 
