@@ -86,8 +86,8 @@ results (`results.json`).
 
 Numbers are means over {len(SEEDS)} seeds, with the least and the greatest in brackets. The transformer twin of a mosaic is a Llama
 trained by the same code on the same samples for as many steps, with its feed-forward layers widened until both have as many parameters. The
-learning rate of either is the best of {", ".join(f"{rate:g}" for rate in RATES)} by held-out loss in the training distribution (seed {SEEDS[0]});
-ablations of the mosaic take the mosaic's."""
+learning rate of either is the best of {", ".join(f"{rate:g}" for rate in RATES)} (the last for real text only) by held-out loss in the
+training distribution (seed {SEEDS[0]}); ablations of the mosaic take the mosaic's, the long-short transformer the twin's."""
 
 
 def _equal_loss(runs: Runs) -> str:
