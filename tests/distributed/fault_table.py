@@ -16,6 +16,7 @@ import random
 import re
 import signal
 import statistics
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import torch
 
+from tests.benchmarks.common import environment
 from tests.distributed.checkpoint_faults import FAULTS, VICTIM, CheckpointFault, enlarge, small_disk
 from tests.distributed.launched import Run, prepare, same_end, tensors
 
@@ -131,7 +133,7 @@ def trials(name: str, times: int, trial: Callable[[Table, Row], tuple[bool, int]
                 survived, lost = trial(table, row)
                 row.survived += survived
                 row.lost.append(lost)
-            except (AssertionError, TimeoutError) as error:
+            except (AssertionError, TimeoutError, subprocess.TimeoutExpired) as error:
                 row.problems.append(f"{type(error).__name__}: {str(error)[-800:]}")
             yield row
 
@@ -271,6 +273,18 @@ def faults(kills: int, times: int) -> dict[str, Callable[[Table], Iterator[Row]]
     }  # fmt: skip
 
 
+def add_to(path: Path, row: Row, seed: int) -> None:
+    """Add what was tried to what the file holds of the same faults, so that a long table can be made in pieces."""
+    held = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"environment": environment(), "faults": []}
+    by_name = {row["fault"]: row for row in held["faults"]}
+    sums = by_name.setdefault(row.fault, {**vars(Row(row.fault)), "seeds": []})
+    for name in ("tried", "survived", "lost", "problems"):
+        sums[name] += getattr(row, name)
+    sums["seeds"].append(seed)
+    held["faults"] = list(by_name.values())
+    path.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     """Run the faults that were asked for, printing each row as it grows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -279,10 +293,9 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="*", help="names of faults: " + " ".join(faults(1, 1)))
-    parser.add_argument("--json", type=Path, help="write the rows here, after each fault")
+    parser.add_argument("--json", type=Path, help="add the rows to those of this file, after each fault")
     asked = parser.parse_args()
     wanted = {name: run for name, run in faults(asked.kills, asked.times).items() if not asked.only or name in asked.only}
-    rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="mm-faults-") as base:
         table = Table(Path(base), asked.ranks, asked.seed)
         print(f"{'fault':<58} {'tried':>5} {'survived':>8} {'lost, mean':>10} {'most':>5}")
@@ -290,11 +303,10 @@ def main() -> None:
             for row in run(table):
                 print("\r" + row.line(), end="", flush=True)
             print()
-            rows.append(row)
             for problem in row.problems:
                 print(f"    {problem}")
             if asked.json:
-                asked.json.write_text(json.dumps([vars(row) for row in rows], indent=2) + "\n", encoding="utf-8")
+                add_to(asked.json, row, asked.seed)
 
 
 if __name__ == "__main__":
