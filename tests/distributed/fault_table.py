@@ -5,7 +5,7 @@
 Every trial is a run of a tiny model that is hurt once or more, goes on (started again by its launcher, or with
 --resume), and must end with the losses, weights and moments of the unbroken run on as many ranks, to the last bit.
 Where the fault leaves samples out on purpose (skip, roll-back), it must end with finite weights and know what it left
-out. Work lost: updates that were made and had to be made again.
+out. Work lost: updates that were made and had to be made again, or whose samples were left out.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tests.benchmarks.common import environment
 from tests.distributed.checkpoint_faults import FAULTS, VICTIM, CheckpointFault, enlarge, small_disk
 from tests.distributed.launched import Run, prepare, same_end, tensors
 
-STEPS, EVERY = 60, 5
+STEPS, EVERY, BATCH = 60, 5, 4
 TIMEOUT = 15.0
 
 
@@ -61,7 +61,7 @@ class Table:
         """A recipe in a folder of its own, all on the same text."""
         folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=self.base))
         prepare(folder, self.base, every=EVERY, distributed={"timeout_seconds": TIMEOUT}, steps=STEPS, validation_every=20,
-                **training)  # fmt: skip
+                batch_size=BATCH, **training)  # fmt: skip
         return folder
 
     def run(self, folder: Path, **settings) -> Run:
@@ -194,8 +194,8 @@ def injected(kind: str, named: str, **training):
         run = Run(folder, "--resume", ranks=table.ranks, restarts=2, fault=f"{kind}:{rank}:{step}")
         if training:  # the run goes on by itself, on purpose not as the unbroken one
             status = run.wait(600)
-            made_again = EVERY if kind == "spike" else 1
-            return status == 0 and named.format(rank=rank) in run.said() and leaves_out(folder), made_again
+            assert status == 0 and named.format(rank=rank) in run.said(), f"{folder.name}: ended with {status}: {run.said()}"
+            return True, steps_left_out(folder)
         run.wait(600)
         if named.format(rank=rank) not in run.said() + run._log(rank):
             row.problems.append(f"{folder.name}: it did not say {named.format(rank=rank)!r}: {run.said()[-800:]}")
@@ -208,11 +208,13 @@ def injected(kind: str, named: str, **training):
     return trial
 
 
-def leaves_out(folder: Path) -> bool:
-    """Whether the last checkpoint is finite and knows of samples left out."""
+def steps_left_out(folder: Path) -> int:
+    """Steps' worth of samples that the end's weights have not seen; there must be some, and the weights finite."""
     last = folder / "run" / "checkpoints" / f"step-{STEPS:06d}"
-    state = json.loads((last / "trainer.json").read_text())
-    return bool(state["faults"]["left_out"]) and all(bool(torch.isfinite(t).all()) for t in tensors(last).values())
+    assert all(bool(torch.isfinite(t).all()) for t in tensors(last).values()), f"{last} is not finite"
+    left_out = json.loads((last / "trainer.json").read_text())["faults"]["left_out"]
+    assert left_out, f"{last} knows of nothing that was left out"
+    return sum(stop - first for first, stop in left_out) // BATCH
 
 
 def struck(fault: CheckpointFault):
