@@ -9,7 +9,6 @@ allocated at its peak (its profiler, over the whole run), which tells a wrong fo
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -92,7 +91,7 @@ def measure(shape: common.Shape, context: int, case: dict[str, Any], live: bool)
     with tempfile.TemporaryDirectory(prefix="mm-plan-") as folder:
         write_text(Path(folder) / "text.txt", 3000)
         recipe = recipe_of(shape, Path(folder), context, **case)
-        machine = dataclasses.replace(planning.parse_machine("cpu"), count=ranks, per_node=ranks)
+        machine = planning.parse_machine(f"{ranks}xcpu")
         parts = planning.memory_per_device(recipe, machine, recipe.training.micro_batch_size)
         measured = max(run_ranks(resident, ranks, recipe))
         most = max(run_ranks(allocated, ranks, recipe)) if live else None
