@@ -369,7 +369,8 @@ class Trainer:
                 f"the data changed since {checkpoint} was written, so its position in them means nothing: restore the "
                 f"files, or start a new run from it with `mm finetune` and training.init_from"
             )
-        if not saved.optimizer and saved.step < self.total_steps:
+        updated = state["optimizer_steps"]["*"] > 0  # not where all steps so far were skipped
+        if updated and not saved.optimizer and saved.step < self.total_steps:
             raise CheckpointError(
                 f"{checkpoint} holds the model alone (checkpoint.final was model), so training cannot go on from it: "
                 f"start a new run from it with `mm finetune` and training.init_from, or remove it to go on from the "
