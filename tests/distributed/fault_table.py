@@ -1,6 +1,7 @@
 """Hurts real runs of several ranks, again and again, and prints what became of them.
 
     python -m tests.distributed.fault_table [--kills 100] [--times 5] [--ranks 2] [--json FILE] [--only NAME ...]
+    python -m tests.distributed.fault_table --json FILE --show     the rows of the file as the table of docs/faults.md
 
 Every trial is a run of a tiny model that is hurt once or more, goes on (started again by its launcher, or with
 --resume), and must end with the losses, weights and moments of the unbroken run on as many ranks, to the last bit.
@@ -203,7 +204,7 @@ def injected(kind: str, named: str, **training):
         newest = step - 1
         if run.process.returncode != 0:
             run = table.run(folder)
-        return table.ends_right(row, folder, run), lost_by(run, newest) % EVERY
+        return table.ends_right(row, folder, run), lost_by(run, newest)
 
     return trial
 
@@ -287,6 +288,14 @@ def add_to(path: Path, row: Row, seed: int) -> None:
     path.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
 
 
+def show(path: Path) -> None:
+    """Print the rows of the file as a table in Markdown."""
+    print("| fault | tried | survived | steps lost: mean | most |\n|---|---|---|---|---|")
+    for row in json.loads(path.read_text(encoding="utf-8"))["faults"]:
+        mean, most = (f"{statistics.mean(row['lost']):.1f}", max(row["lost"])) if row["lost"] else ("", "")
+        print(f"| {row['fault']} | {row['tried']} | {row['survived']} | {mean} | {most} |")
+
+
 def main() -> None:
     """Run the faults that were asked for, printing each row as it grows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -296,7 +305,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="*", help="names of faults: " + " ".join(faults(1, 1)))
     parser.add_argument("--json", type=Path, help="add the rows to those of this file, after each fault")
+    parser.add_argument("--show", action="store_true", help="run nothing, print the rows of the file")
     asked = parser.parse_args()
+    if asked.show:
+        show(asked.json)
+        return
     wanted = {name: run for name, run in faults(asked.kills, asked.times).items() if not asked.only or name in asked.only}
     with tempfile.TemporaryDirectory(prefix="mm-faults-") as base:
         table = Table(Path(base), asked.ranks, asked.seed)
