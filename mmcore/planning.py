@@ -79,7 +79,7 @@ def parse_machine(text: str) -> Machine:
     match = re.fullmatch(r"\s*(?:(\d+)\s*[xX*×]\s*)?([A-Za-z0-9-]+)\s*", text)
     names = {name.lower(): name for name in (*_GPUS, "cpu")}
     if not match or match[2].lower() not in names or match[1] and int(match[1]) < 1:
-        raise ConfigError(f"--gpus {text}: write it as 64xH100, with one of {', '.join(_GPUS)}, or cpu, or 2xcpu for two ranks")
+        raise ConfigError(f"--gpus {text}: write it as 64xH100, with one of {', '.join(_GPUS)}, or cpu or 2xcpu (two ranks)")
     name, count = names[match[2].lower()], int(match[1] or 1)
     if name == "cpu":
         return _cpu(count)
@@ -187,13 +187,13 @@ def memory_per_device(recipe: Recipe, machine: Machine, micro_batch: int) -> dic
     """Bytes on one device at the peak of a step, by part.
 
     Weights, gradients and moments are a share of the whole (`shards_of`). `gradients` of a single micro-batch grow as
-    the backward pass lets its activations go, and count for what they are more than these; those of accumulated
-    micro-batches stay, and are whole where they are summed over ranks once a step (distributed.gradient_reduction). With
-    distributed.cpu_offload these parts lie in host memory: `host_memory_per_device`. `working_copies`: bf16 weights of the products on one GPU
-    (autocast keeps them for the backward pass); on several, two gathered blocks with the fp32 gradient of one, and the
-    gathered embedding and classifier. `loss`: a chunk of logits, and the gradients of the hidden states and of the
-    classifier, made in the forward pass. On a CPU `checkpoint_copy` is memory of the same kind (a GPU has it in its
-    host's), and the process itself counts: `program` (PROGRAM_BYTES) and `heap` (HEAP_SHARE).
+    the backward pass lets its activations go, and count for what they are more than these; those of accumulated micro-
+    batches stay, and are whole where they are summed over ranks once a step (distributed.gradient_reduction). With
+    distributed.cpu_offload these parts lie in host memory: `host_memory_per_device`. `working_copies`: bf16 weights of
+    the products on one GPU (autocast keeps them for the backward pass); on several, two gathered blocks with the fp32
+    gradient of one, and the gathered embedding and classifier. `loss`: a chunk of logits, and the gradients of the
+    hidden states and of the classifier, made in the forward pass. On a CPU `checkpoint_copy` is memory of the same kind
+    (a GPU has it in its host's), and the process itself counts: `program` (PROGRAM_BYTES) and `heap` (HEAP_SHARE).
     """
     model = recipe.model
     compute = accounting.FP32 if _precision(recipe, machine) == "fp32" else 2
