@@ -187,8 +187,8 @@ def memory_per_device(recipe: Recipe, machine: Machine, micro_batch: int) -> dic
     """Bytes on one device at the peak of a step, by part.
 
     Weights, gradients and moments are a share of the whole (`shards_of`). `gradients` of a single micro-batch grow as
-    the backward pass lets its activations go, and count for what they are more than these; those of accumulated micro-
-    batches stay, and are whole where they are summed over ranks once a step (distributed.gradient_reduction). With
+    the backward pass lets its activations go, and count for what they are more than these; those of accumulated
+    micro-batches stay, and are whole where they are summed over ranks once a step (distributed.gradient_reduction). With
     distributed.cpu_offload these parts lie in host memory: `host_memory_per_device`. `working_copies`: bf16 weights of
     the products on one GPU (autocast keeps them for the backward pass); on several, two gathered blocks with the fp32
     gradient of one, and the gathered embedding and classifier. `loss`: a chunk of logits, and the gradients of the
