@@ -86,27 +86,20 @@ def lost_by(run: Run, newest: int) -> int:
 
 
 def random_kills(table: Table, kills: int) -> Iterator[Row]:
-    """SIGKILL of a random rank at a random moment of a start: while it starts, trains or saves."""
+    """SIGKILL of a random rank at a random moment while it trains or saves; after one in four, again while it starts."""
     row = Row("SIGKILL of one rank, at a random moment (launcher restarts)")
     while row.tried < kills:
         folder = table.folder("kill")
         run, struck, lost = table.run(folder, restarts=1000), 0, []
         while row.tried + struck < kills and run.process.poll() is None:
-            since = run._starts()
-            moment = time.monotonic() + table.draw.uniform(0, 6)
-            while time.monotonic() < moment and run.process.poll() is None:
-                time.sleep(0.005)
-            if run._starts() == 0 or run.process.poll() is not None:
-                continue
-            newest = run.newest_step()
-            try:
-                run.signal(signal.SIGKILL, rank=table.draw.randrange(table.ranks))
-            except ProcessLookupError:
+            newest = strike(table, run, 6)
+            if newest is None:
                 continue
             struck += 1
-            while run.process.poll() is None and run._starts() == since:
-                time.sleep(0.02)
-            wait_until_it_trains(run, since)
+            if row.tried + struck < kills and table.draw.random() < 0.25 and strike(table, run, 3) is not None:
+                struck += 1
+                lost.append(0)  # the ranks had not come so far as to make an update
+            wait_until_it_trains(run)
             lost.append(lost_by(run, newest))
         row.tried += struck
         row.survived += struck if table.ends_right(row, folder, run) else 0
@@ -114,8 +107,26 @@ def random_kills(table: Table, kills: int) -> Iterator[Row]:
         yield row
 
 
-def wait_until_it_trains(run: Run, since: int) -> None:
-    """Until the ranks that were started after `since` starts have said where they go on."""
+def strike(table: Table, run: Run, seconds: float) -> int | None:
+    """Kill a rank at a moment of the next `seconds`, and wait until all have been started again. The newest step before;
+    None where nothing was running to be killed."""
+    moment = time.monotonic() + table.draw.uniform(0, seconds)
+    while time.monotonic() < moment and run.process.poll() is None:
+        time.sleep(0.005)
+    since, newest = run._starts(), run.newest_step()
+    if since == 0 or run.process.poll() is not None:
+        return None
+    try:
+        run.signal(signal.SIGKILL, rank=table.draw.randrange(table.ranks))
+    except ProcessLookupError:
+        return None
+    while run.process.poll() is None and run._starts() == since:
+        time.sleep(0.02)
+    return newest
+
+
+def wait_until_it_trains(run: Run, since: int = 0) -> None:
+    """Until the ranks that were started last, after `since` starts, have said where they go on."""
     while run.process.poll() is None:
         said = run._log(0).split("--- ")
         if run._starts() > since and "parameters on" in said[-1]:
