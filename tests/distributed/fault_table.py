@@ -79,10 +79,17 @@ class Table:
         return False
 
 
-def lost_by(run: Run, newest: int) -> int:
-    """Steps between what was reached when the fault came and where the run went on."""
-    starts = re.findall(r"parameters on .*?(?:from step (\d+) on)?$", run._log(0), re.MULTILINE)
-    return max(0, newest - int(starts[-1] or 0)) if starts else 0
+def lost_by(run: Run, newest: int, since: int = -1) -> int:
+    """Steps between what was reached when the fault came and where the run went on: in its last start, or in the first
+    one after `since` starts that came so far."""
+    went_on = [re.search(r"parameters on .*?(?:from step (\d+) on)?$", text, re.MULTILINE) for text in starts_of(run)[since:]]
+    first = next((found for found in went_on if found), None)
+    return max(0, newest - int(first[1] or 0)) if first else 0
+
+
+def starts_of(run: Run) -> list[str]:
+    """What rank 0 has said, a text for each start."""
+    return re.split(r"^--- .* rank 0 of", run._log(0), flags=re.MULTILINE)[1:]
 
 
 def random_kills(table: Table, kills: int) -> Iterator[Row]:
@@ -90,46 +97,42 @@ def random_kills(table: Table, kills: int) -> Iterator[Row]:
     row = Row("SIGKILL of one rank, at a random moment (launcher restarts)")
     while row.tried < kills:
         folder = table.folder("kill")
-        run, struck, lost = table.run(folder, restarts=1000), 0, []
-        while row.tried + struck < kills and run.process.poll() is None:
-            newest = strike(table, run, 6)
-            if newest is None:
-                continue
-            struck += 1
-            if row.tried + struck < kills and table.draw.random() < 0.25 and strike(table, run, 3) is not None:
-                struck += 1
-                lost.append(0)  # the ranks had not come so far as to make an update
+        run, struck = table.run(folder, restarts=1000), []
+        while row.tried + len(struck) < kills and run.process.poll() is None:
+            struck += strike(table, run, 6)
+            if struck and row.tried + len(struck) < kills and table.draw.random() < 0.25:
+                struck += strike(table, run, 3)
             wait_until_it_trains(run)
-            lost.append(lost_by(run, newest))
-        row.tried += struck
-        row.survived += struck if table.ends_right(row, folder, run) else 0
-        row.lost += lost
+        row.tried += len(struck)
+        row.survived += len(struck) if table.ends_right(row, folder, run) else 0
+        row.lost += [lost_by(run, newest, since) for newest, since in struck]
         yield row
 
 
-def strike(table: Table, run: Run, seconds: float) -> int | None:
-    """Kill a rank at a moment of the next `seconds`, and wait until all have been started again. The newest step before;
-    None where nothing was running to be killed."""
+def strike(table: Table, run: Run, seconds: float) -> list[tuple[int, int]]:
+    """Kill a rank at a moment of the next `seconds`, and wait until all have been started again: (newest step of those
+    that were killed, their number of starts), or nothing where nothing was running."""
     moment = time.monotonic() + table.draw.uniform(0, seconds)
     while time.monotonic() < moment and run.process.poll() is None:
         time.sleep(0.005)
-    since, newest = run._starts(), run.newest_step()
+    since = run._starts()
     if since == 0 or run.process.poll() is not None:
-        return None
+        return []
+    newest = run.newest_step() if "parameters on" in starts_of(run)[-1] else 0  # metrics of an earlier start are no work of this
     try:
         run.signal(signal.SIGKILL, rank=table.draw.randrange(table.ranks))
     except ProcessLookupError:
-        return None
+        return []
     while run.process.poll() is None and run._starts() == since:
         time.sleep(0.02)
-    return newest
+    return [(newest, since)]
 
 
 def wait_until_it_trains(run: Run, since: int = 0) -> None:
     """Until the ranks that were started last, after `since` starts, have said where they go on."""
     while run.process.poll() is None:
-        said = run._log(0).split("--- ")
-        if run._starts() > since and "parameters on" in said[-1]:
+        said = starts_of(run)
+        if len(said) > since and "parameters on" in said[-1]:
             return
         time.sleep(0.02)
 
