@@ -209,7 +209,8 @@ def memory_per_device(recipe: Recipe, machine: Machine, micro_batch: int) -> dic
         "loss": accounting.loss_bytes(model, tokens, compute, machine.is_cpu),
     }
     if recipe.training.batch_size <= machine.count * micro_batch:
-        parts["gradients"] = max(0, parts["gradients"] - parts["activations"])
+        kept = accounting.kept_bytes(model, tokens, compute, recipe.distributed.activation_checkpointing)
+        parts["gradients"] = max(0, parts["gradients"] - kept)
     elif machine.count > 1 and recipe.distributed.gradient_reduction == "step":
         parts["gradients"] += accounting.FP32 * accounting.parameters(model)["total"]
     if machine.is_cpu:
