@@ -15,6 +15,7 @@ import argparse
 import json
 import random
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -27,7 +28,7 @@ from pathlib import Path
 import torch
 
 from tests.benchmarks.common import environment
-from tests.distributed.checkpoint_faults import FAULTS, VICTIM, CheckpointFault, enlarge, small_disk
+from tests.distributed.checkpoint_faults import FAULTS, VICTIM, CheckpointFault, enlarge, newest_checkpoint, small_disk
 from tests.distributed.launched import Run, prepare, same_end, tensors
 
 STEPS, EVERY, BATCH = 60, 5, 4
@@ -57,6 +58,7 @@ class Table:
     def __init__(self, base: Path, ranks: int, seed: int, timeout: float = TIMEOUT):
         self.base, self.ranks, self.draw, self.timeout = base, ranks, random.Random(seed), timeout
         self.runs: list[Run] = []
+        self.stops: list[Path] = []
         self.unbroken = self.folder("unbroken")
         run = Run(self.unbroken, ranks=ranks)
         if run.wait(PATIENCE) != 0:
@@ -72,6 +74,19 @@ class Table:
     def run(self, folder: Path, **settings) -> Run:
         self.runs.append(Run(folder, "--resume", ranks=self.ranks, **settings))
         return self.runs[-1]
+
+    def stopped(self, number: int) -> Path:
+        """A copy of the `number`-th run that was stopped at a random step, counted from 1."""
+        while len(self.stops) < number:
+            folder = self.folder("stopped")
+            run = self.run(folder)
+            run.wait_for_step(self.draw.randrange(2 * EVERY + 1, STEPS - 15), seconds=PATIENCE)
+            run.signal(signal.SIGTERM)
+            assert run.wait(PATIENCE) == 75, run.said()
+            self.stops.append(folder)
+        copy = self.folder("checkpoint")
+        shutil.copytree(self.stops[number - 1] / "run", copy / "run")
+        return copy
 
     def end_runs(self) -> None:
         """Leave nothing running of a trial that failed."""
@@ -248,12 +263,8 @@ def struck(fault: CheckpointFault):
     """A fault of the newest checkpoint, between a stop and the resumption, which must say what it passed over."""
 
     def trial(table: Table, row: Row) -> tuple[bool, int]:
-        folder = table.folder("checkpoint")
-        run = table.run(folder)
-        run.wait_for_step(table.draw.randrange(2 * EVERY + 1, STEPS - 15), seconds=PATIENCE)
-        run.signal(signal.SIGTERM)
-        run.wait(PATIENCE)
-        before = run.newest_step()
+        folder = table.stopped(row.tried)
+        before = int(newest_checkpoint(folder / "run").name.removeprefix("step-"))
         fault.cause(folder / "run")
         again = table.run(folder)
         right = table.ends_right(row, folder, again)
