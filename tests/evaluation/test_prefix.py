@@ -132,7 +132,7 @@ def test_completion_is_greedy_and_ends_with_the_text():
 @needs_data("tokenizers/llama3")
 @pytest.mark.parametrize("which", ["llama3/tokenizer.json", "llama2/tokenizer.model"])
 def test_extending_an_encoding_equals_encoding_the_whole(which):
-    from mmcore.data.tokenizer import load_tokenizer
+    from mmcore.data.tokenizer_files import load_tokenizer
 
     tokenizer = load_tokenizer(DATA / "tokenizers" / which)
     book = (DATA / "lmtext/books_children/L_Frank_Baum__The_Wonderful_Wizard_of_Oz.txt").read_text()[5000:9000]
