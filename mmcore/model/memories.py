@@ -15,7 +15,7 @@ from mmcore.kernels.memory_read import memory_read
 from mmcore.kernels.mosaic_step import MemoryWeights
 from mmcore.kernels.recompute import cheap
 from mmcore.model.documents import Packing
-from mmcore.model.layers import Linear, draw_normal, draw_uniform, fan_in_sigma
+from mmcore.model.layers import Linear, draw_normal, draw_uniform, fan_in_sigma, project
 from mmcore.model.state import MemoryState
 
 _values = cheap(look_ahead)
@@ -51,10 +51,9 @@ class ContextualMemory(nn.Module):
 
     def forward(self, y_BTd: Tensor, packing: Packing, delay: int) -> Tensor:
         """What each position of whole sequences reads: [B, T, d] -> [B, T, d]."""
-        keys, _ = self.keys(y_BTd, packing.resets)
-        values = _values(
-            self._heads(self.value_proj(y_BTd)), self.value_mix, self.value_scale(), implementation=self.kernels
-        )
+        *parts, raw_values = self._project(y_BTd)
+        keys, _ = self._scan(*parts, packing.resets)
+        values = _values(raw_values, self.value_mix, self.value_scale(), implementation=self.kernels)
         read = memory_read(
             keys, keys, values, *self.bandwidth(), starts=packing.starts, window=self.window, delay=delay,
             implementation=self.kernels,
@@ -67,8 +66,9 @@ class ContextualMemory(nn.Module):
 
         The pair of the last token waits in the state for the token that completes it.
         """
-        keys, state.scan = self.keys(y_BTd, state.resets(y_BTd.shape[1]), state.scan)
-        state.append(keys, self._heads(self.value_proj(y_BTd)), self._completed)
+        *parts, raw_values = self._project(y_BTd)
+        keys, state.scan = self._scan(*parts, state.resets(y_BTd.shape[1]), state.scan)
+        state.append(keys, raw_values, self._completed)
         stored_keys, stored_values = state.pairs()
         read = memory_read(
             keys[:, -wanted:], stored_keys, stored_values, *self.bandwidth(), starts=state.starts(wanted),
@@ -77,20 +77,29 @@ class ContextualMemory(nn.Module):
         )
         return read.flatten(2)
 
-    def keys(self, y_BTd: Tensor, resets_BT: Tensor | None, scan=None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Equation (8): unit-norm keys [B, T, H, D] of the gated recurrence, and its state after the last token."""
-        return gated_scan(
-            self._heads(self.key_proj(y_BTd)), *self.log_gates(y_BTd), resets=resets_BT, state=scan,
-            implementation=self.kernels,
-        )
+    def keys(self, y_BTd: Tensor, resets_BT: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """`_scan` of whole sequences."""
+        return self._scan(*self._project(y_BTd)[:3], resets_BT)
 
     def log_gates(self, y_BTd: Tensor) -> tuple[Tensor, Tensor]:
-        """log g_t = W_g x_t and log lam_t = -|W_lambda x_t| of equation (8), each [B, T, H]; without gated keys 0 and one
-        number a head."""
-        if self.gated_keys:
-            return self.gate_proj(y_BTd), -self.decay_proj(y_BTd).abs()
-        decay = (-self.key_decay.abs()).to(y_BTd.dtype).expand(*y_BTd.shape[:-1], -1)
-        return torch.zeros_like(decay), decay
+        """log g_t and log lam_t of equation (8), each [B, T, H]."""
+        return self._project(y_BTd)[1:3]
+
+    def _project(self, y_BTd: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """k~ [B, T, H, D], log g = W_g x and log lam = -|W_lambda x| [B, T, H], and v~ [B, T, H, D]. Without gated keys log g
+        is 0 and log lam one number a head."""
+        if not self.gated_keys:
+            keys, values = project(y_BTd, self.key_proj, self.value_proj)
+            decays = (-self.key_decay.abs()).to(keys.dtype).expand(*keys.shape[:-1], -1)
+            return self._heads(keys), torch.zeros_like(decays), decays, self._heads(values)
+        keys, gates, decays, values = project(y_BTd, self.key_proj, self.gate_proj, self.decay_proj, self.value_proj)
+        return self._heads(keys), gates, -decays.abs(), self._heads(values)
+
+    def _scan(self, raw_keys, log_gates, log_decays, resets_BT, state=None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Equation (8): unit-norm keys [B, T, H, D] of the gated recurrence, and its state after the last token."""
+        return gated_scan(
+            raw_keys, log_gates, log_decays, resets=resets_BT, state=state, implementation=self.kernels
+        )
 
     def _completed(self, raw_BTHD: Tensor, following_BHD: Tensor) -> Tensor:
         """Equation (9) for pairs whose next value is known."""

@@ -21,6 +21,9 @@ from mmcore.model.layers import Linear, PersistentMemory, RMSNorm, draw_normal, 
 from mmcore.model.memories import ContextualMemory
 from mmcore.model.state import AttentionState, DecodingState, MemoryState
 
+LARGEST_IN_FP16 = 10_000
+"""Norm of values up to which decoding may keep them in fp16, whose numbers end at 65,504."""
+
 
 @cheap
 def _side_by_side(short_BTd: Tensor, long_BTd: Tensor) -> Tensor:
@@ -103,6 +106,17 @@ class MosaicBlock(TwoMemoryBlock):
             self.out_proj.matrix(), self.persistent_norm.weight, persistent.gate_proj.matrix(), persistent.up_proj.matrix(),
             persistent.down_proj.matrix(),
         )
+
+    @staticmethod
+    def pair_dtype(model: LanguageModel) -> torch.dtype | None:
+        """What decoding keeps pairs in: fp16 on a CPU where weights are bf16 or int8 (after long prompts pairs are most of
+        what a token reads), unless values are too large for it; None, as they are computed, elsewhere."""
+        weight = model.lm_head.weight
+        if not weight.is_cpu or weight.dtype not in (torch.bfloat16, torch.int8):
+            return None
+        memories = (memory for layer in model.model.layers for memory in (layer.short_term, layer.long_term))
+        largest = torch.stack([memory.value_scale().max() for memory in memories]).max()
+        return torch.float16 if largest <= LARGEST_IN_FP16 else None
 
     @staticmethod
     def whole_step(model: LanguageModel) -> Callable | bool:
