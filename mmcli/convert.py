@@ -24,7 +24,8 @@ def convert(
     source: Annotated[
         Path | None,
         typer.Argument(metavar="SRC", help="A run folder, a training checkpoint, an exported or Hugging Face Llama "
-                       "folder, a PyTorch state dict, or a llama2.c .bin.", show_default=False),
+                       "folder, a PyTorch state dict, a llama2.c .bin, or a ckpt.pt of the public v1 code.",
+                       show_default=False),
     ] = None,
     target: Annotated[
         Path | None,
@@ -159,9 +160,10 @@ def _print_formats(as_json: bool) -> None:
         print(json.dumps([{"name": name} | dataclasses.asdict(row) for name, row in FORMATS.items()], indent=2))
         return
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("format", "what it is", "mm convert can", "carries", "lost", show_lines=True)
+    heads = ("format", "what it is", "mm convert can", "carries", "lost")
+    table = Table(*(Column(head, overflow="fold") for head in heads), show_lines=True)
     for name, row in FORMATS.items():
         table.add_row(name, row.what, row.can, row.carries, row.lost)
     Console().print(table)

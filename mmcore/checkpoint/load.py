@@ -118,7 +118,7 @@ def load_tokenizer(path: str | Path, tokenizer: str | Path | None = None) -> Tok
 
     Raises CheckpointError where there is none, and DataError where it cannot be read.
     """
-    from mmcore.data.tokenizer import load_tokenizer as load
+    from mmcore.data.tokenizer_files import load_tokenizer as load
 
     if tokenizer is not None:
         return load(tokenizer)

@@ -9,10 +9,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mmcore.checkpoint import disk, integrity, manifest
+from mmcore.checkpoint.untrusted import shown
 from mmcore.distributed.messages import Messages
 from mmcore.errors import CheckpointError
 
 _STEP = re.compile(r"step-(\d{6,12})")
+_FILES = (".bin", ".pt", ".pth")
+"""Ends of files that are checkpoints by themselves."""
 _log = logging.getLogger(__name__)
 
 Report = Callable[[str], None]
@@ -80,7 +83,7 @@ def resolve_checkpoint(path: str | Path, on_skip: Report | None = None, *, verif
 
 def _resolve(path: Path, on_skip: Report | None, verify: bool, messages: Messages) -> Path:
     if path.is_file():
-        if path.suffix not in (".bin", ".pt", ".pth"):
+        if path.suffix not in _FILES:
             raise CheckpointError(
                 f"{path} is a file: give the folder it lies in (only llama2.c's .bin and PyTorch's .pt, .pth and .bin are "
                 f"files)"
@@ -102,10 +105,11 @@ def _resolve(path: Path, on_skip: Report | None, verify: bool, messages: Message
         return path
     if os.path.lexists(path / "ckpt.pt"):  # as the public v1 code leaves it in its out_dir
         return path / "ckpt.pt"
-    raise CheckpointError(
-        f"{path} holds no checkpoint: it has neither config.json nor a folder checkpoints; give a run folder, a "
-        f"training checkpoint, or an exported folder"
-    )
+    files = [file.name for file in sorted(path.iterdir()) if file.suffix in _FILES and not file.name.startswith("tok")]
+    remedy = "give a run folder, a training checkpoint, or an exported folder"
+    if files:
+        remedy = f"give its file {shown(files[0])} by name"
+    raise CheckpointError(f"{path} holds no checkpoint: it has neither config.json nor a folder checkpoints; {remedy}")
 
 
 def _newest(run_folder: Path, on_skip: Report | None, verify: bool, messages: Messages) -> Path:

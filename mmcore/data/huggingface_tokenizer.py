@@ -21,6 +21,7 @@ from mmcore.errors import DataError
 _MOST_IDS = 1 << 22
 _CONTROL_NAME = re.compile(r"<\|[^|]*\|>")
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
+_SUBWORD_PREFIX = re.compile(rb'"continuing_subword_prefix"\s*:\s*"[^"]')
 _SPACE = "\u2581"
 
 # Llama 3's own way to cut text into words, and its 256 control tokens (Meta's llama3/tokenizer.py).
@@ -40,9 +41,13 @@ class HuggingFaceModel:
     def __init__(self, content: bytes, declared: Sequence[str], origin: str):
         """`declared`: names that tokenizer_config.json gives as begin, end or chat tokens."""
         self.file_bytes = content
+        if _SUBWORD_PREFIX.search(content):  # tokenizers 0.23 panics over shorter merges
+            raise DataError(f"{origin} marks pieces within words by a prefix, as WordPiece does: use a BPE without one")
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
-        except Exception as error:  # noqa: BLE001 (the library raises bare Exception for every fault in a file)
+        except BaseException as error:  # noqa: BLE001 (bare Exception for every fault in a file, and Rust's panics)
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             told = str(error)[:300]
             told = told if told.isprintable() else ascii(told)  # it quotes the file
             raise DataError(f"{origin} is no tokenizer.json that can be read ({told})") from None
@@ -179,6 +184,10 @@ def from_gpt2(vocabulary: bytes, merges: bytes, origin: str) -> HuggingFaceModel
         raise DataError(f"{origin} has a vocabulary that does not number its rows from 0: get encoder.json again")
     if len(set(rows.values())) < len(rows):
         raise DataError(f"{origin} has a vocabulary that gives one id to two rows: get encoder.json again")
+    try:
+        "".join(rows).encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{origin} has a vocabulary with half of a surrogate pair: get encoder.json again") from None
     pairs = [line.removesuffix("\r").split(" ") for line in lines if line.strip() and not line.startswith("#version")]
     for pair in pairs:
         if len(pair) != 2 or not {*pair, "".join(pair)} <= rows.keys():

@@ -18,7 +18,7 @@ class MemoryMosaicConfig(PreTrainedConfig):
     """
 
     model_type = "memory_mosaics_v2"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
     AUTO_MAP: ClassVar[dict[str, str]] = {
         "AutoConfig": "configuration_memory_mosaics.MemoryMosaicConfig",
         "AutoModel": "modeling_memory_mosaics.MemoryMosaicModel",

@@ -165,7 +165,7 @@ class MemoryState:
 
 
 class MemoryMosaicCache(Cache):
-    """The memories of B rows of text, for `past_key_values`. What has been read cannot be taken back."""
+    """The memories of B rows of text, as generate() keeps them. What has been read cannot be taken back."""
 
     is_compileable = False
     is_croppable = False

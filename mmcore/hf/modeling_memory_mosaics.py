@@ -13,6 +13,7 @@ Equation numbers are the paper's. Shape suffixes: B rows, T tokens, d hidden, V 
 """
 
 import math
+from dataclasses import fields
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,9 @@ from transformers.utils import can_return_tuple
 
 from .configuration_memory_mosaics import MemoryMosaicConfig
 from .memories_memory_mosaics import MemoryMosaicCache, look_ahead_values, read_memory, unit_keys, wide_dtype
+
+CACHE = "cache" if any(field.name == "cache" for field in fields(BaseModelOutputWithPast)) else "past_key_values"
+"""What this version of transformers calls a cache: past_key_values up to 5.23. Forward passes take either name."""
 
 
 class Place(NamedTuple):
@@ -133,8 +137,8 @@ class MemoryMosaicLayer(GradientCheckpointingLayer):
         self.persistent_norm = MemoryMosaicRMSNorm(d, config.rms_norm_eps)
         self.persistent = MemoryMosaicPersistentMemory(config, depth)
 
-    def forward(self, hidden_states, place, past_key_values=None):
-        short, long = past_key_values.memories[self.depth] if past_key_values is not None else (None, None)
+    def forward(self, hidden_states, place, cache=None):
+        short, long = cache.memories[self.depth] if cache is not None else (None, None)
         y = self.memory_norm(hidden_states)
         memories = torch.cat([self.short_term(y, place, short), self.long_term(y, place, long)], -1)
         hidden_states = hidden_states + self.out_proj(memories)
@@ -146,7 +150,7 @@ class MemoryMosaicPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["MemoryMosaicLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _is_stateful = True
 
     @torch.no_grad()
@@ -184,11 +188,12 @@ class MemoryMosaicModel(MemoryMosaicPreTrainedModel):
         input_ids=None,
         attention_mask=None,
         position_ids=None,
-        past_key_values=None,
+        cache=None,
         inputs_embeds=None,
         use_cache=None,
         output_hidden_states=None,
         document_ids=None,
+        past_key_values=None,
         **kwargs,
     ):
         """Activations after the last norm, [B, T, d].
@@ -196,24 +201,24 @@ class MemoryMosaicModel(MemoryMosaicPreTrainedModel):
         attention_mask: [B, T] or [B, past + T], 0 for tokens that count as absent; on any side, and with a cache in
         front of a row's first token only. document_ids: int [B, T] for packed rows; neighbours with equal ids are one
         document, and no document reads another. position_ids are not used, but where they do not count up by one in a
-        row without mask and cache, they mark packed documents. past_key_values: a MemoryMosaicCache.
+        row without mask and cache, they mark packed documents. cache, or past_key_values: a MemoryMosaicCache.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         if kwargs.get("output_attentions"):
             raise ValueError("a Memory Mosaic returns no attention maps: leave output_attentions out")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        cache = past_key_values
+        cache = past_key_values if cache is None else cache
         if cache is not None and not isinstance(cache, MemoryMosaicCache):
-            raise ValueError(f"past_key_values is a {type(cache).__name__}: a Memory Mosaic needs a MemoryMosaicCache")
+            raise ValueError(f"the cache is a {type(cache).__name__}: a Memory Mosaic needs a MemoryMosaicCache")
         past = cache.length if cache is not None else 0
         if document_ids is None and attention_mask is None and not past:
             document_ids = documents_from_positions(position_ids, x)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and document_ids is None
         if document_ids is not None and (use_cache or cache is not None):
-            raise ValueError("packed documents cannot be cached: pass use_cache=False, and no past_key_values")
-        if self.gradient_checkpointing and self.training:
+            raise ValueError("packed documents cannot be cached: pass use_cache=False, and no cache")
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             use_cache, cache = False, None
         if use_cache and cache is None:
             cache = MemoryMosaicCache(self.config)
@@ -225,7 +230,7 @@ class MemoryMosaicModel(MemoryMosaicPreTrainedModel):
         place = self._place(x, document_ids, padding, cache)
         seen = (x,)
         for depth, layer in enumerate(self.layers, 1):
-            x = layer(x, place, past_key_values=cache)
+            x = layer(x, place, cache=cache)
             x = self.norm(x) if depth == len(self.layers) else x
             seen = (*seen, x) if output_hidden_states else (x,)
         if cache is not None:
@@ -234,7 +239,7 @@ class MemoryMosaicModel(MemoryMosaicPreTrainedModel):
             back = order.argsort(1)
             seen = tuple(h.gather(1, back[..., None].expand_as(h)) for h in seen)
         return BaseModelOutputWithPast(
-            last_hidden_state=seen[-1], past_key_values=cache, hidden_states=seen if output_hidden_states else None
+            last_hidden_state=seen[-1], hidden_states=seen if output_hidden_states else None, **{CACHE: cache}
         )
 
     @staticmethod
@@ -316,13 +321,14 @@ class MemoryMosaicForCausalLM(MemoryMosaicPreTrainedModel, GenerationMixin):
         input_ids=None,
         attention_mask=None,
         position_ids=None,
-        past_key_values=None,
+        cache=None,
         inputs_embeds=None,
         labels=None,
         use_cache=None,
         output_hidden_states=None,
         logits_to_keep=0,
         document_ids=None,
+        past_key_values=None,
         **kwargs,
     ):
         """Logits [B, T, V], or of the last `logits_to_keep` positions (an index tensor: of those); with `labels`
@@ -332,7 +338,7 @@ class MemoryMosaicForCausalLM(MemoryMosaicPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
@@ -347,7 +353,7 @@ class MemoryMosaicForCausalLM(MemoryMosaicPreTrainedModel, GenerationMixin):
             labels = labels_within_documents(labels, attention_mask, document_ids)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, **{CACHE: getattr(outputs, CACHE)}
         )
 
     def prepare_inputs_for_generation(self, input_ids, *args, document_ids=None, **kwargs):
@@ -360,11 +366,11 @@ class MemoryMosaicForCausalLM(MemoryMosaicPreTrainedModel, GenerationMixin):
         kind = generation_config.cache_implementation
         if kind not in (None, "dynamic"):
             raise ValueError(f"cache_implementation is {kind!r}: a Memory Mosaic has its own cache, leave it out")
-        given = model_kwargs.get("past_key_values")
+        given = model_kwargs.get(CACHE)
         if given is not None:
             given._is_user_defined = True
         elif generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = MemoryMosaicCache(self.config)
+            model_kwargs[CACHE] = MemoryMosaicCache(self.config)
 
 
 __all__ = ["MemoryMosaicCache", "MemoryMosaicForCausalLM", "MemoryMosaicModel", "MemoryMosaicPreTrainedModel"]

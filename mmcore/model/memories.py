@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mmcore.config import ModelConfig
 from mmcore.kernels.gated_scan import gated_scan
 from mmcore.kernels.look_ahead import look_ahead
 from mmcore.kernels.memory_read import memory_read
@@ -28,20 +29,25 @@ class ContextualMemory(nn.Module):
     the oldest is t - window + 1 (None: the first of the document).
     """
 
-    def __init__(self, width: int, heads: int, window: int | None, kernels: str = "auto") -> None:
+    def __init__(self, config: ModelConfig, window: int | None, kernels: str = "auto") -> None:
         super().__init__()
+        width, heads = config.hidden_size, config.num_attention_heads
         self.heads = heads
+        self.gated_keys = config.gated_keys
         self.window = window
         self.kernels = kernels
         self.key_proj = Linear(width, width)  # W_phi
         self.value_proj = Linear(width, width)  # W_psi
-        self.gate_proj = Linear(width, heads)  # W_g
-        self.decay_proj = Linear(width, heads)  # W_lambda
+        if config.gated_keys:
+            self.gate_proj = Linear(width, heads)  # W_g
+            self.decay_proj = Linear(width, heads)  # W_lambda
+        else:
+            self.key_decay = nn.Parameter(torch.empty(heads))  # lam = exp(-|theta|) at every token
         self.value_mix = nn.Parameter(torch.empty(heads))  # gamma
         self.value_log_scale = nn.Parameter(torch.empty(heads))
         self.bandwidth_base = nn.Parameter(torch.empty(heads))
         self.bandwidth_slope = nn.Parameter(torch.empty(heads))
-        self.bandwidth_exponent = nn.Parameter(torch.empty(heads))
+        self.bandwidth_exponent = nn.Parameter(torch.empty(heads), requires_grad=config.adaptive_bandwidth)
 
     def forward(self, y_BTd: Tensor, packing: Packing, delay: int) -> Tensor:
         """What each position of whole sequences reads: [B, T, d] -> [B, T, d]."""
@@ -75,8 +81,17 @@ class ContextualMemory(nn.Module):
         """`_scan` of whole sequences."""
         return self._scan(*self._project(y_BTd)[:3], resets_BT)
 
+    def log_gates(self, y_BTd: Tensor) -> tuple[Tensor, Tensor]:
+        """log g_t and log lam_t of equation (8), each [B, T, H]."""
+        return self._project(y_BTd)[1:3]
+
     def _project(self, y_BTd: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """k~ [B, T, H, D], log-gates and log-decays [B, T, H], and v~ [B, T, H, D]."""
+        """k~ [B, T, H, D], log g = W_g x and log lam = -|W_lambda x| [B, T, H], and v~ [B, T, H, D]. Without gated keys log g
+        is 0 and log lam one number a head."""
+        if not self.gated_keys:
+            keys, values = project(y_BTd, self.key_proj, self.value_proj)
+            decays = (-self.key_decay.abs()).to(keys.dtype).expand(*keys.shape[:-1], -1)
+            return self._heads(keys), torch.zeros_like(decays), decays, self._heads(values)
         keys, gates, decays, values = project(y_BTd, self.key_proj, self.gate_proj, self.decay_proj, self.value_proj)
         return self._heads(keys), gates, -decays.abs(), self._heads(values)
 
@@ -116,14 +131,15 @@ class ContextualMemory(nn.Module):
     @torch.no_grad()
     def init_weights(self, name: str, depth: int, seed: int) -> None:
         """Table 6."""
-        for part in ("key_proj", "value_proj", "gate_proj", "decay_proj"):
-            weight = getattr(self, part).weight
-            draw_normal(f"{name}.{part}", weight, fan_in_sigma(weight.shape[1], depth), seed)
+        for part, linear in self.named_children():
+            draw_normal(f"{name}.{part}", linear.weight, fan_in_sigma(linear.in_features, depth), seed)
+        if not self.gated_keys:
+            draw_uniform(f"{name}.key_decay", self.key_decay, seed)
         draw_uniform(f"{name}.value_mix", self.value_mix, seed)
         self.value_log_scale.zero_()
         self.bandwidth_base.fill_(1.5)
         self.bandwidth_slope.fill_(1.5)
-        self.bandwidth_exponent.fill_(1 / 3)
+        self.bandwidth_exponent.fill_(1 / 3 if self.bandwidth_exponent.requires_grad else 0)
 
 
 def _exact(parameter: Tensor) -> Tensor:

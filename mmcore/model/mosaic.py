@@ -95,9 +95,8 @@ class MosaicBlock(TwoMemoryBlock):
     STATE = MemoryState
 
     def __init__(self, config: ModelConfig, kernels: str = "auto") -> None:
-        d, H = config.hidden_size, config.num_attention_heads
-        short_term = ContextualMemory(d, H, config.short_term_window, kernels)
-        super().__init__(config, short_term, ContextualMemory(d, H, None, kernels), kernels)
+        short_term = ContextualMemory(config, config.short_term_window, kernels)
+        super().__init__(config, short_term, ContextualMemory(config, None, kernels), kernels)
 
     def step_weights(self, delay: int) -> LayerWeights:
         """This layer's weights as the compiled step takes them."""
@@ -123,6 +122,8 @@ class MosaicBlock(TwoMemoryBlock):
     def whole_step(model: LanguageModel) -> Callable | bool:
         """The compiled step of a whole mosaic for a few rows, or False where it cannot run."""
         config = model.config
+        if not config.gated_keys:
+            return False
         layers = [layer.step_weights(config.long_term_delay) for layer in model.model.layers]
         classifier = model.lm_head.matrix()
         if mosaic_step.why_not(layers, classifier):

@@ -10,6 +10,7 @@ After a prompt of more than LONGEST_READ tokens, only its first are read, and ra
 
 from __future__ import annotations
 
+import inspect
 import statistics
 import time
 from collections.abc import Callable
@@ -40,6 +41,8 @@ class HuggingFace:
         self.length = length
         self.step_model = torch.compile(self.model, dynamic=False) if self.static else self.model
         self.caches: dict[int, Any] = {}
+        names = inspect.signature(self.model.forward).parameters  # transformers 5.24 renamed it, and warns of the old name
+        self.name = "cache" if "cache" in names else "past_key_values"
 
     def read(self, prompt: Tensor) -> Tensor:
         self.cache = self._cache(len(prompt))
@@ -58,7 +61,7 @@ class HuggingFace:
             self.cache.update(*(torch.randn(shape).to(self.model.dtype) for _ in range(2)), layer)
 
     def _words(self, model: Callable, words: Tensor) -> Tensor:
-        output = model(input_ids=words, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        output = model(input_ids=words, use_cache=True, logits_to_keep=1, **{self.name: self.cache})
         return output.logits[:, -1].argmax(-1, keepdim=True)
 
     def _cache(self, rows: int) -> Any:

@@ -14,18 +14,18 @@ from typing import Any
 
 import torch
 
-from mmcore.checkpoint import disk, manifest, sharded
 from mmcore.checkpoint.formats import open_checkpoint, write_exported
 from mmcore.checkpoint.formats.modelconfig import config_json
 from mmcore.checkpoint.load import model_from
 from mmcore.checkpoint.store import load_state
-from mmcore.checkpoint.tensorfile import TensorSpec, find_tensors, lazy_tensors, read_header, write_tensors
+from mmcore.checkpoint.tensorfile import find_tensors, lazy_tensors, read_header
 from mmcore.config import ModelConfig, V1Config
 from mmcore.data import load_tokenizer, train_sentencepiece
 from mmcore.data.huggingface_tokenizer import _byte_letters
 from tests.checkpoint import fuzz_mutations as mutations
 from tests.checkpoint.small import LLAMA, MOSAIC, TIED, save, weights
 from tests.helpers import v1_files
+from tests.helpers.ranked import write_ranked
 
 V1 = ModelConfig(model_type="memory_mosaics_v1", vocab_size=37, hidden_size=16, intermediate_size=5, num_hidden_layers=1,
                  num_attention_heads=2, tie_word_embeddings=True, v1=V1Config(variant="library", bias=True))
@@ -162,27 +162,8 @@ def _training(root: Path) -> list[Target]:
 def _in_shards(source: Path, folder: Path) -> Path:
     """A checkpoint of one rank as two ranks would have written it, half of the rows each."""
     state = load_state(source)
-    folder.mkdir(parents=True)
-    records = {}
-    for file in ("config.json", "trainer.json"):
-        records[file] = disk.write_file(folder / file, [(source / file).read_bytes()])
-    tensors = {"model": dict(state.model), "optimizer": dict(state.optimizer)}
-    specs = {part: {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in found.items()} for part, found in tensors.items()}
-    pieces = []
-    for rank in range(2):
-        rows = {part: {name: _half(spec.shape[0], rank) for name, spec in found.items()} for part, found in specs.items()}
-        pieces.append(rows)
-        for part, found in tensors.items():
-            mine = {name: tensor[slice(*rows[part][name])] for name, tensor in found.items()}
-            sizes = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in mine.items()}
-            records |= write_tensors(folder, sharded.stem(part, rank, 2), mine, sizes)
-    records[sharded.NAME] = disk.write_file(folder / sharded.NAME, [sharded.index_bytes(specs, pieces)])
-    manifest.write_manifest(folder, state.step, records)
-    return folder
-
-
-def _half(rows: int, rank: int) -> tuple[int, int]:
-    return (0, rows // 2) if rank == 0 else (rows // 2, rows)
+    texts = {name: (source / name).read_bytes() for name in ("config.json", "trainer.json")}
+    return write_ranked(folder, state.step, {"model": dict(state.model), "optimizer": dict(state.optimizer)}, 2, texts)
 
 
 def _llama2c(root: Path) -> list[Target]:

@@ -103,6 +103,10 @@ REFUSED = [
     ({"num_hidden_layers": 10**12}, "num_hidden_layers is 1000000000000"),
     ({"vocab_size": "many"}, "vocab_size is 'many': it must be a whole number"),
     ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+    ({"eos_token_id": 2.5}, "eos_token_id is 2.5 and must be a token id"),
+    ({"eos_token_id": [2, "</s>"]}, r"eos_token_id is \[2, '</s>'\] and must be a token id"),
+    ({"bos_token_id": [1]}, r"bos_token_id is \[1\] and must be a token id"),
+    ({"pad_token_id": True}, "pad_token_id is True and must be a token id"),
 ]
 
 

@@ -246,6 +246,12 @@ def test_faulty_tokenizers_are_refused(tmp_path, small_tokenizer):
     (tmp_path / "bad.json").write_text("{\"model\": 3}")
     with pytest.raises(DataError, match=r"no tokenizer\.json that can be read"):
         load_tokenizer(tmp_path / "bad.json")
+    model = {"type": "BPE", "continuing_subword_prefix": "long", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]}
+    prefixed = json.dumps({"version": "1.0", "added_tokens": [], "model": model})
+    for text in (prefixed, prefixed.replace("_prefix", "_pref\\u0069x")):  # the library panics over the second
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(DataError, match="by a prefix|that can be read"):
+            load_tokenizer(tmp_path / "bad.json")
     (tmp_path / "bad.tiktoken").write_text("IQ== 0\nIg== one\n")
     with pytest.raises(DataError, match="line 2 is not 'base64 rank'"):
         load_tokenizer(tmp_path / "bad.tiktoken")
@@ -297,6 +303,7 @@ def test_gpt2s_two_files_give_the_ids_of_tiktoken(tmp_path, names):
 
 @pytest.mark.parametrize(("vocabulary", "merges", "message"), [
     (b"[]", b"", "does not number its rows"), (b'{"a": 1}', b"", "does not number its rows"), (b'{"a": 0, "b": 0}', b"", "one id to two rows"),
+    (b'{"\\ud800": 0}', b"", "half of a surrogate pair"),
     (b'{"a": true}', b"", "does not number its rows"), (b"{", b"", "no JSON"), (b"\xff", b"", "no JSON"), (b'{"a": 0}', b"\xff", "no text"),
     (b'{"a": 0, "b": 1}', b"#version: 0.2\na b\n", "which its vocabulary lacks"), (b'{"a": 0}', b"a\n", "which its vocabulary lacks"),
 ])

@@ -132,8 +132,9 @@ results["left-padded uncached"] = generate(padded, attention_mask=mask, use_cach
 results["left-padded beams"] = generate(padded, attention_mask=mask, num_beams=3)[:, longest:].tolist()
 results["alone beams"] = [generate(torch.tensor([p]), num_beams=3)[0, len(p):].tolist() for p in prompts]
 
-cache = model(tokens[:1, :7], use_cache=True).past_key_values
-results["continued"] = generate(prompt, past_key_values=cache)[0, 11:].tolist()
+CACHE = sys.modules[type(model).__module__].CACHE
+cache = model(tokens[:1, :7], use_cache=True)[CACHE]
+results["continued"] = generate(prompt, **{CACHE: cache})[0, 11:].tolist()
 streamed = []
 streamer = type("Ids", (), {"put": lambda self, x: streamed.extend(x.flatten().tolist()), "end": lambda self: None})()
 generate(prompt, streamer=streamer)
@@ -144,10 +145,10 @@ refusals = {}
 for name, call in {
     "documents": lambda: generate(prompt, document_ids=documents[:1, :11]),
     "static": lambda: generate(prompt, cache_implementation="static"),
-    "foreign": lambda: generate(prompt, past_key_values=transformers.DynamicCache()),
+    "foreign": lambda: generate(prompt, **{CACHE: transformers.DynamicCache()}),
     "assisted": lambda: generate(prompt, assistant_model=model),
     "crop": lambda: cache.crop(3),
-    "hole": lambda: model(tokens[:1, :2], attention_mask=torch.tensor([[1] * 14 + [0, 1]]), past_key_values=cache),
+    "hole": lambda: model(tokens[:1, :2], attention_mask=torch.tensor([[1] * 14 + [0, 1]]), cache=cache),
     "attentions": lambda: model(tokens, output_attentions=True),
 }.items():
     try:

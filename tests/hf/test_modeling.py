@@ -10,6 +10,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 import mmcore  # noqa: E402
 from mmcore.checkpoint import hub  # noqa: E402
 from mmcore.hf import MemoryMosaicConfig, MemoryMosaicForCausalLM, MemoryMosaicModel, memories_memory_mosaics  # noqa: E402
+from mmcore.hf.modeling_memory_mosaics import CACHE  # noqa: E402
 from tests.helpers import paper_loops  # noqa: E402
 from tests.helpers.models import random_tokens, tiny  # noqa: E402
 
@@ -116,11 +117,27 @@ def test_pieces_with_a_cache_equal_the_whole(models, sizes):
     tokens = random_tokens(2, 40)
     cache, pieces = None, []
     for piece in tokens.split(sizes, 1):
-        out = models[1](piece, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        out = models[1](piece, cache=cache, use_cache=True)
+        cache = out[CACHE]
         pieces.append(out.logits)
     assert cache.get_seq_length() == 40 and cache.batch_size == 2
     same(torch.cat(pieces, 1), models[0](tokens))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_either_name_of_a_cache_is_taken(models, name):
+    tokens = random_tokens(1, 9)
+    first = models[1](tokens[:, :8])
+    same(models[1](tokens[:, 8:], **{name: first[CACHE]}).logits[:, 0], models[0](tokens)[:, 8])
+
+
+def test_generate_keeps_its_cache_while_checkpointing_is_on(models):
+    theirs = copy.deepcopy(models[1]).float()
+    expected = theirs.generate(random_tokens(1, 6), max_new_tokens=9, do_sample=False)
+    switch = "activation" if hasattr(theirs, "activation_checkpointing_enable") else "gradient"
+    getattr(theirs, f"{switch}_checkpointing_enable")()
+    assert torch.equal(theirs.train().generate(random_tokens(1, 6), max_new_tokens=9, do_sample=False), expected)
 
 
 @torch.no_grad()
@@ -131,8 +148,8 @@ def test_smallest_windows(window):
     theirs = twin(ours)
     same(theirs(tokens).logits, ours(tokens))
     for t in range(9):
-        out = theirs(tokens[:, t : t + 1], past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        out = theirs(tokens[:, t : t + 1], cache=cache, use_cache=True)
+        cache = out[CACHE]
     same(out.logits[:, -1], ours(tokens)[:, -1])
 
 
@@ -141,8 +158,8 @@ def test_gradients_flow_through_a_cache(models):
     whole = torch.autograd.grad(theirs(tokens).logits[:, -1].sum(), theirs.model.embed_tokens.weight)[0]
     cache = None
     for piece in tokens.split([10, 1, 1, 12], 1):
-        out = theirs(piece, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        out = theirs(piece, cache=cache, use_cache=True)
+        cache = out[CACHE]
     same(torch.autograd.grad(out.logits[:, -1].sum(), theirs.model.embed_tokens.weight)[0], whole)
 
 
@@ -159,7 +176,7 @@ def test_padded_tokens_count_as_absent(models, side):
     out = theirs(tokens, attention_mask=mask, output_hidden_states=True)
     more = random_tokens(4, 3, seed=9)
     longer = torch.cat([mask, torch.ones(4, 3, dtype=torch.long)], 1)
-    after = theirs(more, attention_mask=longer, past_key_values=out.past_key_values).logits
+    after = theirs(more, attention_mask=longer, cache=out[CACHE]).logits
     for row in range(4):
         real = mask[row] == 1
         alone = torch.cat([tokens[row][real], more[row]])[None]
@@ -190,12 +207,12 @@ def test_a_cache_can_be_copied_reordered_repeated_selected_and_emptied(models):
     theirs, tokens = models[1], random_tokens(3, 14)
     mask = torch.ones(3, 14, dtype=torch.long)
     mask[1, :6] = 0
-    cache = theirs(tokens[:, :13], attention_mask=mask[:, :13]).past_key_values
+    cache = theirs(tokens[:, :13], attention_mask=mask[:, :13])[CACHE]
     expected = theirs(tokens, attention_mask=mask, use_cache=False).logits[:, -1]
     order = torch.tensor([2, 1, 1])
 
     def last(cache, rows):
-        return theirs(tokens[rows, 13:], past_key_values=cache).logits[:, -1]
+        return theirs(tokens[rows, 13:], cache=cache).logits[:, -1]
 
     def changed(method, argument):
         other = copy.deepcopy(cache)
@@ -209,7 +226,7 @@ def test_a_cache_can_be_copied_reordered_repeated_selected_and_emptied(models):
     same(last(cache, torch.arange(3)), expected)
     cache.reset()
     assert cache.get_seq_length() == 0
-    same(theirs(tokens, attention_mask=mask, past_key_values=cache).logits[:, -1], expected)
+    same(theirs(tokens, attention_mask=mask, cache=cache).logits[:, -1], expected)
 
 
 @torch.no_grad()
@@ -221,9 +238,9 @@ def test_half_precision_is_near(dtype):
     found = half(tokens).logits
     assert found.dtype == dtype
     same(found.float(), exact, 0.04)
-    cache = half(tokens[:, :20]).past_key_values
+    cache = half(tokens[:, :20])[CACHE]
     assert cache.memories[0][1].keys.dtype == dtype
-    same(half(tokens[:, 20:], past_key_values=cache).logits.float(), exact[:, 20:], 0.04)
+    same(half(tokens[:, 20:], cache=cache).logits.float(), exact[:, 20:], 0.04)
 
 
 @torch.no_grad()

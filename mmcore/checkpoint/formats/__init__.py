@@ -38,7 +38,7 @@ FORMATS = {
     "exported": Format(
         "config.json and safetensors of a Memory Mosaic or a long-short transformer",
         "read, write (--to hf)",
-        "weights, tokenizer, chat template, where generation ends",
+        "weights, tokenizer, chat template, where generation ends; a Memory Mosaic v2 also its classes for transformers",
         "optimizer, position in the data, recipe",
     ),
     "hf-llama": Format(

@@ -54,6 +54,9 @@ def config_from(values: dict[str, Any], origin: str) -> ModelConfig:
     for key in ("dtype", "torch_dtype"):  # what the files hold is what counts, but this must be a dtype at all
         if values.get(key) not in (None, "auto", *_WEIGHT_DTYPE_NAMES):
             problems.append(f"{key} is {shown(repr(values[key]))} and must be one of {', '.join(_WEIGHT_DTYPE_NAMES)}")
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if not _are_token_ids(values.get(key), several=key == "eos_token_id"):
+            problems.append(f"{key} is {shown(repr(values[key]))} and must be a token id")
     for key, only in _UNSUPPORTED.items():
         if values.get(key, only) not in (only, None):
             problems.append(f"{key} is {shown(repr(values[key]))} and this model only knows {only!r}")
@@ -71,6 +74,12 @@ def config_from(values: dict[str, Any], origin: str) -> ModelConfig:
     if problems:
         raise CheckpointError(f"{origin} cannot be used: {'; '.join(problems)}")
     return config
+
+
+def _are_token_ids(value: Any, several: bool) -> bool:
+    """Whether a value is none, or one id, or, where a text may end with `several`, a list of ids."""
+    ids = value if several and isinstance(value, list) else [] if value is None else [value]
+    return all(type(i) is int and -(1 << 31) <= i < 1 << 31 for i in ids)  # -1 stands for none in some folders
 
 
 def _without_nulls(values: dict[str, Any]) -> dict[str, Any]:
@@ -137,6 +146,7 @@ def config_json(config: ModelConfig, dtype: torch.dtype, bos_token_id: int | Non
     else:
         values |= {key: getattr(config, key) for key in _TWO_MEMORIES}
         values["long_term_delay_range"] = list(config.long_term_delay_range)
+        values |= {key: False for key in ("adaptive_bandwidth", "gated_keys") if not getattr(config, key)}
     if config.model_type in ("llama", "long_short_transformer"):
         # transformers 4 reads these two; transformers 5 turns them into its rope_parameters
         values |= {"rope_theta": config.rope_theta, "rope_scaling": config.rope_scaling}
