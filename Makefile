@@ -1,4 +1,5 @@
 # make demo   pretrain a small Memory Mosaic on Python's own library, evaluate it, hear from it (at most 10 minutes on 2 cores)
+# make claims   the paper's claims at the size of a laptop: trains some sixty small models (under 2 hours on 2 cores), writes docs/claims
 # make test   every test
 # make test-quick   the tests of the inner loop (under 2 minutes)
 
@@ -22,7 +23,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 READY_TEST := $(VENV)/.ready-test
 
-.PHONY: help demo test test-quick lint clean
+.PHONY: help demo claims test test-quick lint clean
 help:
 	@sed -n 's/^# make/make/p' Makefile
 
@@ -51,6 +52,9 @@ demo: $(READY)
 	$(BIN)/mm chat runs/quickstart --prompt "def read" --max-new-tokens 120 --temperature 1.0 --top-p 0.95
 	@echo
 	@echo "Talk to it:  $(BIN)/mm chat runs/quickstart"
+
+claims: $(READY)
+	$(BIN)/python -m mmcore.claims $(CLAIMS_ARGS)
 
 # One process a core, at most four, of one thread each: threads of several processes would wait for one another.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile

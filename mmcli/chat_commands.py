@@ -13,6 +13,7 @@ from mmcore.generation.sampling import Sampling
 COMMANDS = {
     "/help": "this table",
     "/set": "show the settings, or change them: /set temperature=0.7 top_k=40",
+    "/why": "what each head read before the last token; /why N: before the Nth from the end",
     "/stats": "speed of reading and answering, tokens remembered, memory",
     "/reset": "forget everything said",
     "/save": "keep the conversation and the memories: /save FILE",

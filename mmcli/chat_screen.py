@@ -125,6 +125,10 @@ class Screen:
                 self.settings = self.settings.changed(rest)
                 self._fixed_seed |= "seed" in rest
             self._note(str(self.settings))
+        elif command == "/why":
+            from mmcli.inspect_text import why  # torch's and matplotlib's, and rarely asked
+
+            print("\n".join(why(self.conversation, rest)))
         elif command == "/stats":
             print(statistics(self.conversation))
             print(f"settings   {self.settings}")

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shlex
-import time
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+ONLY = {
+    "of text": ("context", "stride", "longest", "max_tokens", "batch_size", "compressors"),
+    "of suites": ("limit", "tasks", "lengths", "shots", "seed", "ruler_exact", "online"),
+    "of --inspect": ("token",),
+}
+"""Options that one kind of measurement knows and the others do not."""
+
 
 def evaluate(
+    command: typer.Context,
     checkpoints: Annotated[
         list[Path],
         typer.Argument(metavar="CKPT...", help="Run folders, training checkpoints or exported folders."),
@@ -78,7 +84,8 @@ def evaluate(
                                   "eval-suite-<hash of what is asked>, where an interrupted one goes on.")
     ] = None,
     dtype: Annotated[str | None, typer.Option(
-        metavar="FORMAT", help="Format of the weights: float32, bfloat16, float16, int8. Not with suites.",
+        metavar="FORMAT", help="Format of the weights: float32, bfloat16, float16, int8. Default: float32 on a CPU, "
+                               "bfloat16 on a GPU.",
         show_default=False,
     )] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
@@ -86,7 +93,8 @@ def evaluate(
 ) -> None:
     """Measure loss, perplexity and bits per byte on text, and the loss by token position far past the trained context.
 
-    Results are shown and written to a folder: results.json, results.md and a plot as PNG and SVG.
+    With --suite: what the weights know (persistent), what is found in the context (new-knowledge), what is learnt from
+    examples (in-context). Results are shown and written to a folder: JSON, Markdown, plots; of suites an HTML report.
 
     \b
     Example:
@@ -97,120 +105,68 @@ def evaluate(
       mm eval runs/stories --suite in-context --data my-labels.csv --shots 1,2,4
       mm eval runs/stories --inspect story.txt --token -1
     """
-    if suite or inspect:
-        _other(checkpoints, suite, inspect, token, data, without, out, device, as_json, {
-            "limit": limit, "tasks": tasks, "lengths": lengths, "shots": shots, "seed": seed,
-            "ruler_exact": ruler_exact, "online": online,
-        })
-        return
+    from mmcore.errors import ConfigError
+
+    given = _given(command)
+    removed = tuple(without or ())
+    if inspect:
+        if suite or data or len(checkpoints) > 1:
+            raise ConfigError("--inspect looks at one text in one checkpoint: give it one, and no --suite or --data")
+        _refuse(given, "of --inspect", "--inspect")
+        from mmcli.inspect_text import run_inspection
+
+        run_inspection(checkpoints[0], inspect, token, removed, device, dtype, tokenizer, out, as_json)
+    elif suite:
+        _refuse(given, "of suites", "--suite")
+        from mmcli.evaluate_suites import run_suites
+
+        run_suites(checkpoints, suite, data or (), {
+            "limit": limit, "tasks": tasks, "lengths": lengths, "shots": shots, "seed": seed, "ruler_exact": ruler_exact,
+            "online": online, "without": removed, "device": device, "dtype": dtype, "tokenizer": tokenizer,
+        }, out, as_json)
+    else:
+        _refuse(given, "of text", "a measurement of text")
+        _measure_text(checkpoints, data or (), {
+            "context": context, "stride": stride, "max_tokens": max_tokens or None, "batch_size": batch_size,
+            "longest": longest, "without": removed, "compressors": compressors, "device": device, "tokenizer": tokenizer,
+            "dtype": dtype,
+        }, out, as_json)
+
+
+def _given(command: typer.Context) -> Mapping[str, str]:
+    """Parameter -> option, of those on the command line."""
+    return {one.name: one.opts[0] for one in command.command.params
+            if command.get_parameter_source(one.name).name == "COMMANDLINE"}
+
+
+def _refuse(given: Mapping[str, str], mine: str, where: str) -> None:
+    """Raises ConfigError for an option that would be without effect: its user has something else in mind."""
+    from mmcore.errors import ConfigError
+
+    for kind, names in ONLY.items():
+        for name in names if kind != mine else ():
+            if name in given:
+                raise ConfigError(f"{given[name]} is an option {kind} and has no effect with {where}: leave it out")
+
+
+def _measure_text(
+    checkpoints: list[Path], data: list[Path], options: dict[str, Any], out: Path | None, as_json: bool
+) -> None:
+    from mmcli.evaluate_console import show_report, text_progress
     from mmcore.evaluation import report as reports
     from mmcore.evaluation.runner import Settings
     from mmcore.evaluation.runner import evaluate as measure
     from mmcore.evaluation.text import held_out_text, read_files
 
-    settings = Settings(
-        context=context, stride=stride, max_tokens=max_tokens or None, batch_size=batch_size, longest=longest,
-        without=tuple(without or ()), compressors=compressors, device=device, tokenizer=tokenizer, dtype=dtype,
-    )
+    settings = Settings(**options)
     folder = reports.check_folder(out or reports.default_folder(checkpoints[0]))
     text = read_files(data) if data else held_out_text(checkpoints[0])
-    with _progress() as progress:
+    with text_progress() as progress:
         report = measure(checkpoints, text, settings, progress)
     reports.write_results(report, folder)
     if as_json:
         print(json.dumps(report | {"folder": str(folder)}, indent=2))
         return
-    _show(report)
+    show_report(report)
     print(f"Results and plot: {folder}")
     print(f"Next: mm chat {shlex.quote(str(checkpoints[0]))}")
-
-
-def _other(
-    checkpoints: list[Path], suite: list[str] | None, inspect: Path | None, token: int, data: list[Path] | None,
-    without: list[str] | None, out: Path | None, device: str, as_json: bool, options: dict[str, Any],
-) -> None:
-    """The suites, or the inspection."""
-    from mmcli import evaluate_suites
-    from mmcore.errors import ConfigError
-
-    if inspect and (suite or len(checkpoints) > 1):
-        raise ConfigError("--inspect looks at one text in one checkpoint: give it one, and no --suite")
-    if inspect:
-        evaluate_suites.run_inspection(checkpoints[0], inspect, token, without or (), device, out, as_json)
-        return
-    options |= {"without": tuple(without or ()), "device": device}
-    evaluate_suites.run_suites(checkpoints, suite or (), data or (), options, out, as_json)
-
-
-def _show(report: dict[str, Any]) -> None:
-    """The tables, the sentences that say how they came about, and the notes."""
-    from rich.console import Console
-
-    from mmcore.evaluation import report as reports
-
-    console = Console(highlight=False, markup=False)
-    text = report["text"]
-    title = f"{text['name']}: {text['documents']:,} documents, {text['bytes']:,} bytes"
-    console.print(_table(title, *reports.summary_rows(report)))
-    header, rows = reports.position_rows(report)
-    if rows:
-        console.print(_table("Loss by position, nats a token", header, rows))
-    for sentence in (*reports.policy(report["results"][0]), *(f"Note: {note}." for note in report["notes"])):
-        console.print(sentence, soft_wrap=True)
-
-
-def _table(title: str, header: list[str], rows: list[list[str]]):
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD)
-    for index, name in enumerate(header):
-        # Figures are never broken over two lines; a long name is.
-        table.add_column(Text(name), justify="right" if index else "left", no_wrap=index > 0, overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    return table
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Any]:
-    """callback(stage, tokens read, tokens to read) that shows speed and time left on standard error: a bar, or a
-    plain line every 30 s where that is no terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True, highlight=False, markup=False)
-    if not console.is_terminal:
-        yield _plain_progress(console)
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bars:
-        tasks: dict[str, Any] = {}
-
-        def progress(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total, rate="")
-            speed = bars.tasks[bars.task_ids.index(tasks[stage])].speed
-            bars.update(tasks[stage], completed=done, rate=f"{speed:,.0f} tokens/s" if speed else "")
-
-        yield progress
-
-
-def _plain_progress(console: Any, every: float = 30.0):
-    """The callback for logs; `every` in seconds."""
-    begun: dict[str, float] = {}
-    shown = time.monotonic()
-
-    def progress(stage: str, done: int, total: int) -> None:
-        nonlocal shown
-        now = time.monotonic()
-        start = begun.setdefault(stage, now)
-        if now - shown < every or now == start:
-            return
-        shown = now
-        speed = done / (now - start)
-        left = (total - done) / speed
-        console.print(f"{stage}: {done:,} of {total:,} tokens, {speed:,.0f} tokens/s, {left:,.0f} s left")
-
-    return progress

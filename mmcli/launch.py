@@ -209,7 +209,12 @@ def failures_to(log: TextIO, here: Rank) -> Iterator[None]:
 
 
 def report_failure(text: str) -> None:
-    """Leave `text` for the launcher, which shows it where this rank has no terminal. Outside torchrun: nothing."""
+    """Leave `text` for the launcher, which shows it where this rank has no terminal. Outside torchrun: nothing.
+
+    Whole or absent: torchrun's agent fails on half of such a file, and ranks are killed while they write.
+    """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
-        Path(path).write_text(json.dumps({"message": text, "timestamp": int(time.time())}), encoding="utf-8")
+        part = Path(f"{path}.part")
+        part.write_text(json.dumps({"message": text, "timestamp": int(time.time())}), encoding="utf-8")
+        part.replace(path)

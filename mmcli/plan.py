@@ -8,7 +8,7 @@ from mmcore.config import Recipe
 
 
 def show_plan(recipe: Recipe, gpus: str | None, as_json: bool) -> None:
-    """Print the plan of `recipe` on `gpus` ("64xH100", "cpu"; None: what is here). Raises ConfigError."""
+    """Print the plan of `recipe` on `gpus` ("64xH100", "cpu", "2xcpu"; None: what is here). Raises ConfigError."""
     from mmcore import planning
 
     machine = planning.parse_machine(gpus) if gpus else planning.machine_here()
@@ -58,16 +58,17 @@ def _model_table(plan: dict):
 def _memory_table(plan: dict):
     memory, machine, batch = plan["memory_per_device"], plan["machine"], plan["batch"]
     recomputed = {"none": "", "selective": ", cheap results made again", "full": ", blocks computed again"}
-    whole = memory["gradients"] > max(memory["weights"], 1)
     notes = {
         "weights": "fp32" + (f", a share of 1/{plan['shards']}" if plan["shards"] > 1 else ""),
-        "gradients": "whole until the last micro-batch (distributed.gradient_reduction)" if whole else "",
+        "gradients": _gradients_note(memory, batch),
         "optimizer": "AdamW's two moments",
         "working_copies": f"{machine['precision']} weights in use",
         "activations": f"{batch['micro_batch_size']} x {batch['sequence_length']} tokens"
                        + recomputed[plan["activation_checkpointing"]],
         "loss": "a chunk of logits, two gradients",
         "checkpoint_copy": "written while training goes on (checkpoint.asynchronous)",
+        "heap": "holes between tensors, as measured",
+        "program": "Python and torch",
     }
     names = {"working_copies": "working copies", "checkpoint_copy": "checkpoint copy"}
     rows = [(names.get(part, part), size(value), notes.get(part, ""))
@@ -79,6 +80,13 @@ def _memory_table(plan: dict):
         note = "for each device, in host memory: " + notes["checkpoint_copy"]
         rows.append(("checkpoint copy", size(plan["checkpoint"]["copy_bytes_per_device"]), note))
     return _table(f"Memory of each {_device(machine)}", rows)
+
+
+def _gradients_note(memory: dict, batch: dict) -> str:
+    if batch["accumulation_steps"] == 1:
+        return "in the place of activations that the backward pass lets go"
+    whole = memory["gradients"] > max(memory["weights"], 1)
+    return "whole until the last micro-batch (distributed.gradient_reduction)" if whole else ""
 
 
 def _run_table(plan: dict):

@@ -40,7 +40,15 @@ _CPU_MFU = 0.50
 _CPU_MFU_REASON = "assumed: Hugging Face's Llama reaches 48 to 74 % of the fp32 matrix-product peak on 2 AVX2 cores"
 
 RESERVE = 0.08
-"""Share of a device's memory that the plan leaves free: the allocator's fragments, CUDA context, NCCL buffers."""
+"""Share of a device's memory that the plan leaves free: a GPU's allocator, CUDA context and NCCL buffers; on a CPU other
+programs."""
+
+PROGRAM_BYTES = 430_000_000
+"""Resident in a process on a CPU before any tensor: Python, torch with the compiler that its optimizer imports."""
+
+HEAP_SHARE = 0.16
+"""What the C library's heap wastes beside the tensors of a process on a CPU, as a share of them: freed activations leave
+holes that do not fit the next ones. bench_plan.py compares plan and process."""
 
 
 @dataclass(frozen=True)
@@ -66,16 +74,17 @@ class Machine:
 
 
 def parse_machine(text: str) -> Machine:
-    """A machine from "64xH100", "H100" or "cpu". Raises ConfigError, naming the known GPUs."""
+    """A machine from "64xH100", "H100", "cpu", or "2xcpu": this CPU shared by two ranks. Raises ConfigError, naming the
+    known GPUs."""
     match = re.fullmatch(r"\s*(?:(\d+)\s*[xX*×]\s*)?([A-Za-z0-9-]+)\s*", text)
-    names = {name.lower(): name for name in _GPUS}
-    if match and match[2].lower() == "cpu" and match[1] in (None, "1"):
-        return _cpu()
+    names = {name.lower(): name for name in (*_GPUS, "cpu")}
     if not match or match[2].lower() not in names or match[1] and int(match[1]) < 1:
-        raise ConfigError(f"--gpus {text}: write it as 64xH100, with one of {', '.join(_GPUS)}, or cpu")
-    name = names[match[2].lower()]
+        raise ConfigError(f"--gpus {text}: write it as 64xH100, with one of {', '.join(_GPUS)}, or cpu or 2xcpu (two ranks)")
+    name, count = names[match[2].lower()], int(match[1] or 1)
+    if name == "cpu":
+        return _cpu(count)
     memory = int(_GPUS[name][2] * GIB)
-    return Machine(name, int(match[1] or 1), _gpu_peaks(name), memory, _GPU_MFU, _GPU_MFU_REASON)
+    return Machine(name, count, _gpu_peaks(name), memory, _GPU_MFU, _GPU_MFU_REASON)
 
 
 def machine_here() -> Machine:
@@ -105,9 +114,10 @@ def _gpu_peaks(name: str | None) -> dict[str, float]:
     return {"bf16": _GPUS[name][0], "fp32": _GPUS[name][1]} if name else {}
 
 
-def _cpu() -> Machine:
-    memory = psutil.virtual_memory().total
-    return Machine("cpu", 1, _cpu_peaks(), memory, _CPU_MFU, _CPU_MFU_REASON)
+def _cpu(ranks: int = 1) -> Machine:
+    memory = psutil.virtual_memory().total // ranks
+    peaks = {precision: peak / ranks for precision, peak in _cpu_peaks().items()}
+    return Machine("cpu", ranks, peaks, memory, _CPU_MFU, _CPU_MFU_REASON, per_node=ranks)
 
 
 def _cpu_peaks() -> dict[str, float]:
@@ -176,13 +186,14 @@ def plan(recipe: Recipe, machine: Machine) -> dict:
 def memory_per_device(recipe: Recipe, machine: Machine, micro_batch: int) -> dict[str, int]:
     """Bytes on one device at the peak of a step, by part.
 
-    Weights, gradients and moments are a share of the whole (`shards_of`). `gradients` of accumulated micro-batches are
-    whole where they are summed over ranks once a step (distributed.gradient_reduction). With distributed.cpu_offload
-    these parts lie in host memory: `host_memory_per_device`. `working_copies`: bf16 weights of the products on one GPU
-    (autocast keeps them for the backward pass); on several, two gathered blocks with the fp32 gradient of one, and the
-    gathered embedding and classifier. `loss`: a chunk of logits, and the gradients of the hidden states and of the
-    classifier, made in the forward pass. On a CPU `checkpoint_copy` is memory of the same kind; a GPU has it in its
-    host's.
+    Weights, gradients and moments are a share of the whole (`shards_of`). `gradients` of a single micro-batch grow as
+    the backward pass lets its activations go, and count for what they are more than these; those of accumulated
+    micro-batches stay, and are whole where they are summed over ranks once a step (distributed.gradient_reduction). With
+    distributed.cpu_offload these parts lie in host memory: `host_memory_per_device`. `working_copies`: bf16 weights of
+    the products on one GPU (autocast keeps them for the backward pass); on several, two gathered blocks with the fp32
+    gradient of one, and the gathered embedding and classifier. `loss`: a chunk of logits, and the gradients of the
+    hidden states and of the classifier, made in the forward pass. On a CPU `checkpoint_copy` is memory of the same kind
+    (a GPU has it in its host's), and the process itself counts: `program` (PROGRAM_BYTES) and `heap` (HEAP_SHARE).
     """
     model = recipe.model
     compute = accounting.FP32 if _precision(recipe, machine) == "fp32" else 2
@@ -197,11 +208,14 @@ def memory_per_device(recipe: Recipe, machine: Machine, micro_batch: int) -> dic
         ),
         "loss": accounting.loss_bytes(model, tokens, compute, machine.is_cpu),
     }
+    if recipe.training.batch_size <= machine.count * micro_batch:
+        kept = accounting.kept_bytes(model, tokens, compute, recipe.distributed.activation_checkpointing)
+        parts["gradients"] = max(0, parts["gradients"] - kept)
+    elif machine.count > 1 and recipe.distributed.gradient_reduction == "step":
+        parts["gradients"] += accounting.FP32 * accounting.parameters(model)["total"]
     if machine.is_cpu:
         parts["checkpoint_copy"] = checkpoint_copy(recipe, machine)
-    if machine.count > 1 and recipe.distributed.gradient_reduction == "step":
-        accumulates = recipe.training.batch_size > machine.count * micro_batch
-        parts["gradients"] += accounting.FP32 * accounting.parameters(model)["total"] if accumulates else 0
+        parts |= {"heap": round(HEAP_SHARE * sum(parts.values())), "program": PROGRAM_BYTES}
     return parts | {"total": sum(parts.values())}
 
 

@@ -23,6 +23,7 @@ ALLOWED = {
     "training": {"errors", "config", "kernels", "model", "distributed", "checkpoint", "data", "planning"},
     "generation": {"errors", "config", "kernels", "model", "checkpoint", "data"},
     "evaluation": {"errors", "config", "kernels", "model", "checkpoint", "data", "generation"},
+    "claims": {"errors", "config", "kernels", "model", "checkpoint", "data", "training", "evaluation"},
 }
 
 

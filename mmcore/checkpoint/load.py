@@ -56,6 +56,7 @@ def model_from(
     kernels: str = "auto",
 ) -> LanguageModel:
     """load_model for a checkpoint that is open already."""
+    from mmcore.kernels.allocator import move_to_huge_pages
     from mmcore.model import build_model  # here, so that opening a checkpoint does not load the kernels
 
     where = _device(device)
@@ -64,6 +65,7 @@ def model_from(
     _fill(model, checkpoint, checkpoint.dtype if dtype in (None, torch.int8) else dtype, where)
     if dtype is torch.int8:
         model.quantize()
+    move_to_huge_pages(model)
     model.without(tuple(without))
     ends = checkpoint.config_json.get("eos_token_id")
     model.stop_ids = frozenset() if ends is None else frozenset([ends] if isinstance(ends, int) else ends)
@@ -116,7 +118,7 @@ def load_tokenizer(path: str | Path, tokenizer: str | Path | None = None) -> Tok
 
     Raises CheckpointError where there is none, and DataError where it cannot be read.
     """
-    from mmcore.data.tokenizer import load_tokenizer as load
+    from mmcore.data.tokenizer_files import load_tokenizer as load
 
     if tokenizer is not None:
         return load(tokenizer)

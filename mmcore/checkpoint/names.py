@@ -79,9 +79,11 @@ def _two_memory_layer(config: ModelConfig) -> Shapes:
     """A block with a short-term and a long-term part: the mosaic, or the transformer of figure 5."""
     d, wide, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
     if config.model_type == "memory_mosaics_v2":
-        memory = {"key_proj.weight": (d, d), "value_proj.weight": (d, d), "gate_proj.weight": (heads, d),
-                  "decay_proj.weight": (heads, d), "value_mix": (heads,), "value_log_scale": (heads,),
-                  "bandwidth_base": (heads,), "bandwidth_slope": (heads,), "bandwidth_exponent": (heads,)}  # fmt: skip
+        gates = {"gate_proj.weight": (heads, d), "decay_proj.weight": (heads, d)}
+        memory = {"key_proj.weight": (d, d), "value_proj.weight": (d, d),
+                  **(gates if config.gated_keys else {"key_decay": (heads,)}), "value_mix": (heads,),
+                  "value_log_scale": (heads,), "bandwidth_base": (heads,), "bandwidth_slope": (heads,),
+                  "bandwidth_exponent": (heads,)}  # fmt: skip
     else:
         memory = {"q_proj.weight": (d, d), "k_proj.weight": (d, d), "v_proj.weight": (d, d)}
     layer: Shapes = {"memory_norm.weight": (d,)}

@@ -74,6 +74,12 @@ class ModelConfig:
     """m at inference: a query at t reads the long-term pairs 1 .. t-m of its document."""
     long_term_delay_range: tuple[int, int] = (64, 256)
     """In training m is drawn uniformly from these integers, both ends included, once a step."""
+    adaptive_bandwidth: bool = True
+    """memory_mosaics_v2 only: off, the bandwidth of a memory no longer grows with the pairs in it (alpha of equation 6 is
+    0 for good): an ablation."""
+    gated_keys: bool = True
+    """memory_mosaics_v2 only: off, keys are averages whose gate is 1 and whose decay is one trained number a head, as in a
+    first Memory Mosaic, whatever is read: an ablation of equation 8."""
     rms_norm_eps: float = 1e-5
     """Added to the mean square in RMSNorm; by a memory_mosaics_v1 to the variance in LayerNorm."""
     rope_theta: float = 10_000.0
@@ -117,6 +123,9 @@ class ModelConfig:
                 f"{self.num_attention_heads}"
             )
         low, high = self.long_term_delay_range
+        for name in ("adaptive_bandwidth", "gated_keys"):
+            if not getattr(self, name) and self.model_type != "memory_mosaics_v2":
+                problems.append(f"model.{name} is off for a {self.model_type}: only a memory_mosaics_v2 has it, remove it")
         if not 1 <= low <= high:
             problems.append(f"model.long_term_delay_range is [{low}, {high}]: it must be [low, high], 1 <= low <= high")
         if self.rms_norm_eps <= 0:

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from mmcore.data.packing import Sample, Samples
     from mmcore.data.sentencepiece_model import train_sentencepiece
     from mmcore.data.store import TokenStore
-    from mmcore.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+    from mmcore.data.tokenizer import StreamDecoder, Tokenizer
+    from mmcore.data.tokenizer_files import load_tokenizer
 
 _HOMES = {
     "CHAT_TEMPLATE": "conversations", "ChatFormat": "conversations",
@@ -26,7 +27,7 @@ _HOMES = {
     "Sample": "packing", "Samples": "packing",
     "train_sentencepiece": "sentencepiece_model",
     "TokenStore": "store",
-    "StreamDecoder": "tokenizer", "Tokenizer": "tokenizer", "load_tokenizer": "tokenizer",
+    "StreamDecoder": "tokenizer", "Tokenizer": "tokenizer", "load_tokenizer": "tokenizer_files",
 }
 
 __all__ = [

@@ -18,10 +18,12 @@ from mmcore.data.conversations import CHAT_TEMPLATE
 from mmcore.data.documents import HashBook, Source, open_source, source_hash
 from mmcore.data.files import disk_faults, write_atomically
 from mmcore.data.sentencepiece_model import train_sentencepiece
-from mmcore.data.shards import DOCUMENT, ShardSet, document_record, open_shards, shard_identity, tokenize
+from mmcore.data.shard_files import DOCUMENT, document_record
+from mmcore.data.shards import ShardSet, open_shards, shard_identity, tokenize
 from mmcore.data.splitting import HeldOut, Split, choose_held_out, split_documents
 from mmcore.data.store import Stream, TokenStore
-from mmcore.data.tokenizer import Tokenizer, load_tokenizer
+from mmcore.data.tokenizer import Tokenizer
+from mmcore.data.tokenizer_files import load_tokenizer
 from mmcore.errors import DataError
 
 Progress = Callable[[int, int, float], None]

@@ -15,27 +15,25 @@ import hashlib
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mmcore.data.conversations import ChatFormat
 from mmcore.data.documents import Source
 from mmcore.data.files import disk_faults, remove_parts, write_atomically
+from mmcore.data.shard_files import DOCUMENT, token_type
 from mmcore.data.tokenizer import Tokenizer
+from mmcore.data.workers import Workers
 from mmcore.errors import DataError
 
 FORMAT = 1
-DOCUMENT = np.dtype([("tokens", "<u8"), ("bytes", "<u8"), ("hash", "<u8")])
-"""Of one document: framed length in tokens, text length in UTF-8 bytes, the first 64 bits of the text's BLAKE2b."""
 
 _SMALLEST_SHARD, _LARGEST_SHARD = 1 << 20, 64 << 20  # bytes of text
 _SHARDS_WANTED = 256  # enough for even work and fine-grained resuming; few enough files
 _ALONE_BELOW = 2 << 20  # bytes of text; a worker process takes about 0.3 s to start
-_ENCODED_AT_ONCE = 1 << 20  # characters; keeps the Python lists of ids small
 
 
 @dataclass(frozen=True)
@@ -121,7 +119,7 @@ def tokenize(source: Source, source_sha256: str, tokenizer: Tokenizer, cache: Pa
             remove_parts(folder)
         index = {
             "format": FORMAT, "identity": identity, "contents": source_sha256, "tokenizer": tokenizer.fingerprint,
-            "kind": source.kind, "source": source.config.path, "dtype": _token_type(tokenizer).str, "shards": count,
+            "kind": source.kind, "source": source.config.path, "dtype": token_type(tokenizer).str, "shards": count,
         }
         write_atomically(folder / "index.json", json.dumps(index, indent=1).encode())
         made = open_shards(folder, identity)
@@ -133,8 +131,6 @@ def tokenize(source: Source, source_sha256: str, tokenizer: Tokenizer, cache: Pa
 def _make(source: Source, tokenizer: Tokenizer, folder: Path, workers: int,
           on_position: Callable[[int], None]) -> int:
     """Write every shard that is not there yet; returns how many there are."""
-    from mmcore.data.workers import Workers
-
     count = 0
     waiting: deque[tuple[Any, int]] = deque()
 
@@ -180,58 +176,6 @@ def _portions(source: Source) -> Iterator[tuple[list[bytes], int]]:
             texts, size = [], 0
     if texts:
         yield texts, position
-
-
-def write_shard(stem: Path, texts: Sequence[bytes], tokenizer: Tokenizer, kind: str) -> None:
-    """Tokenize documents (UTF-8; conversations as JSON) and write one shard, its .json last."""
-    dtype = _token_type(tokenizer)
-    ids: list[np.ndarray] = []
-    masks: list[np.ndarray] = []
-    if kind == "conversations":
-        chat = ChatFormat(tokenizer)
-        for text in texts:
-            row, trained = chat.conversation(json.loads(text))
-            ids.append(np.array(row, dtype))
-            masks.append(np.array(trained, np.uint8))
-    else:
-        ids = list(_framed(texts, tokenizer, dtype))
-    table = np.array([document_record(text, len(row)) for text, row in zip(texts, ids, strict=True)], DOCUMENT)
-    parts = {".bin": np.concatenate(ids), ".docs": table}
-    if masks:
-        parts[".mask"] = np.concatenate(masks)
-    facts = {"documents": len(texts), "tokens": int(table["tokens"].sum()), "bytes": int(table["bytes"].sum()),
-             "files": {}}
-    for ending, array in parts.items():
-        content = memoryview(array.view(np.uint8)).cast("B")
-        write_atomically(stem.with_suffix(ending), content)
-        facts["files"][ending] = [len(content), hashlib.sha256(content).hexdigest()]
-    write_atomically(stem.with_suffix(".json"), json.dumps(facts).encode())
-
-
-def document_record(text: bytes, tokens: int = 0) -> tuple[int, int, int]:
-    """The DOCUMENT record of a text."""
-    return tokens, len(text), int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
-
-
-def _framed(texts: Sequence[bytes], tokenizer: Tokenizer, dtype: np.dtype) -> Iterator[np.ndarray]:
-    """Each document's ids between the begin and the end token."""
-    begin, end = tokenizer.frame()
-    group: list[str] = []
-    size = 0
-    for number, text in enumerate(texts, 1):
-        group.append(text.decode())
-        size += len(group[-1])
-        if size < _ENCODED_AT_ONCE and number < len(texts):
-            continue
-        for row in tokenizer.encode_batch(group):
-            framed = np.empty(len(row) + 2, dtype)
-            framed[0], framed[1:-1], framed[-1] = begin, row, end
-            yield framed
-        group, size = [], 0
-
-
-def _token_type(tokenizer: Tokenizer) -> np.dtype:
-    return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
 
 
 def _whole(stem: Path, verify: bool) -> Shard | None:

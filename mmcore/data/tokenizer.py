@@ -33,8 +33,6 @@ TEMPLATE_FILE = "chat_template.jinja"
 FILE_KEY = "mm_file"
 """The key of tokenizer_config.json that names the file to read where there are several. (Checkpoints of before have
 tokenizer_file, which some versions of transformers take for a path of their own.)"""
-GPT2_FILES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
-"""GPT-2's vocabulary and merges, as OpenAI and Hugging Face name them."""
 
 
 class TokenModel(Protocol):
@@ -223,97 +221,6 @@ class StreamDecoder:
     def finish(self) -> str:
         """What is left of an unfinished character, as U+FFFD."""
         return self._decoder.decode(b"", final=True)
-
-
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """A tokenizer from a sentencepiece model, tokenizer.json, tiktoken-style or llama2.c file, GPT-2's two files, or a
-    folder with one.
-
-    The content decides which it is, not the name, but for GPT-2's: either of the two is found beside the other. Raises
-    DataError for anything else.
-    """
-    from mmcore.data import huggingface_tokenizer, sentencepiece_model
-
-    path = Path(path)
-    file = _file_in(path) if path.is_dir() else path
-    content = _read(file)
-    config = _read_config(file.parent)
-    origin = f"the tokenizer {path}"
-    model: TokenModel
-    if pair := gpt2_pair(file):
-        model = huggingface_tokenizer.from_gpt2(_read(pair[0]), _read(pair[1]), origin)
-    elif content[:1] == b"{":
-        model = huggingface_tokenizer.from_json(content, config, origin)
-    elif re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", content):
-        model = huggingface_tokenizer.from_tiktoken(content, config, origin)
-    elif sentencepiece_model.is_llama2c(content):
-        model = sentencepiece_model.from_llama2c(content, origin)
-    else:
-        model = sentencepiece_model.SentencePieceModel(content, origin)
-    template = file.parent / TEMPLATE_FILE
-    return Tokenizer(model, config, template.read_text("utf-8") if template.is_file() else None, origin)
-
-
-def gpt2_pair(file: Path) -> tuple[Path, Path] | None:
-    """The vocabulary and merges of a GPT-2 tokenizer of which `file` is one, by their names; None for any other file."""
-    pair = next((pair for pair in GPT2_FILES if file.name in pair), None)
-    return pair and (file.parent / pair[0], file.parent / pair[1])
-
-
-def _read(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except FileNotFoundError:
-        raise DataError(f"there is no tokenizer {file}: check the path") from None
-    except OSError as error:
-        raise DataError(f"the tokenizer {file} cannot be read ({error.strerror}): check its permissions") from None
-
-
-def _file_in(folder: Path) -> Path:
-    """The tokenizer file of a folder: the one its config names, else by the usual names."""
-    config = _read_config(folder)
-    named = config.get(FILE_KEY, config.get("tokenizer_file"))
-    if named in ("tokenizer.json", "tokenizer.model") and (folder / named).is_file():
-        return folder / named
-    pairs = (vocabulary for vocabulary, merges in GPT2_FILES if (folder / merges).is_file())
-    for pattern in ("tokenizer.json", "tokenizer.model", *pairs, "*.tiktoken", "*.model", "tok*.bin"):
-        found = sorted(folder.glob(pattern))
-        if len(found) > 1:
-            raise DataError(f"{folder} holds several tokenizers ({', '.join(f.name for f in found)}): name one of them")
-        if found:
-            return found[0]
-    raise DataError(f"{folder} holds no tokenizer: it needs tokenizer.json, tokenizer.model, tok*.bin, or encoder.json with "
-                    f"vocab.bpe")
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    file = folder / CONFIG_FILE
-    if not file.is_file():
-        return {}
-    try:
-        config = json.loads(file.read_text("utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise DataError(f"{file} is no JSON ({error}): correct or remove it") from None
-    if not isinstance(config, dict):
-        raise DataError(f"{file} holds no JSON object: correct or remove it")
-    for key in ("bos_token", "eos_token", "chat_template"):
-        value = config.get(key)
-        if isinstance(value, dict) and key != "chat_template":  # a token as text, or as {"content": text, ...}
-            value = value.get("content")
-        if value is not None and not _is_text(value):
-            raise DataError(f"{file}: {key} is no text: correct or remove it")
-    added = config.get("added_tokens_decoder") or {}
-    if not isinstance(added, dict) or not all(isinstance(t, dict) and _is_text(t.get("content")) for t in added.values()):
-        raise DataError(f"{file}: added_tokens_decoder does not name tokens: correct or remove it")
-    return config
-
-
-def _is_text(value: Any) -> bool:
-    """Whether a value from JSON is text that UTF-8 can hold."""
-    try:
-        return isinstance(value, str) and value.encode() is not None
-    except UnicodeEncodeError:
-        return False
 
 
 def _refuse_surrogates(text: str) -> None:

@@ -21,7 +21,9 @@ from typing import IO, Self
 
 import mmcore
 from mmcore.data.files import write_atomically
-from mmcore.data.tokenizer import Tokenizer, load_tokenizer
+from mmcore.data.shard_files import write_shard
+from mmcore.data.tokenizer import Tokenizer
+from mmcore.data.tokenizer_files import load_tokenizer
 from mmcore.errors import DataError
 
 
@@ -55,8 +57,6 @@ class Workers:
         """Write the shard `stem` of these documents; the future raises DataError where that failed."""
         if self._threads is not None:
             return self._threads.submit(self._send, stem, texts)
-        from mmcore.data.shards import write_shard
-
         write_shard(stem, texts, self._tokenizer, self._kind)
         done: concurrent.futures.Future[None] = concurrent.futures.Future()
         done.set_result(None)
@@ -106,8 +106,6 @@ class Workers:
 
 def _serve(folder: str, kind: str) -> None:
     """Answer requests on standard input until it ends, which it also does when the parent is killed."""
-    from mmcore.data.shards import write_shard
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     requests = sys.stdin.buffer
     answers = os.fdopen(os.dup(1), "wb", buffering=0)

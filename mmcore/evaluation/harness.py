@@ -15,9 +15,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from mmcore.errors import ConfigError, DataError
-from mmcore.evaluation.journal import Journal, key_of
+from mmcore.evaluation.intervals import wilson
+from mmcore.evaluation.journal import Journal, key_of, shorten
 from mmcore.evaluation.persistent import task_files
-from mmcore.evaluation.persistent.benchmarks import CODE_TASKS, GROUPS, HARNESS_TASKS, LocalTask, Tasks
+from mmcore.evaluation.persistent.benchmarks import CODE_TASKS, GROUPS, HARNESS_TASKS, Tasks
+from mmcore.evaluation.persistent.local import LocalTask
 from mmcore.evaluation.prefix import Cursor, shared_length
 from mmcore.generation.engine import Session
 from mmcore.generation.sampling import Sampling
@@ -49,12 +51,13 @@ class HarnessModel(_TemplateLM or object):
     """A language model and its tokenizer as the harness asks for them.
 
     Every text is a document of its own that opens with the begin token. A text longer than `max_length` loses its
-    beginning, as in the harness's own model. `tick` is called with the number of finished requests.
+    beginning, as in the harness's own model. `tick` is called with the number of finished requests; `task` is named in
+    the journal.
     """
 
     def __init__(
         self, model: Any, tokenizer: Any, journal: Journal | None = None, identity: Any = None,
-        tick: Callable[[int], None] | None = None, max_length: int | None = None,
+        tick: Callable[[int], None] | None = None, max_length: int | None = None, task: str = "",
     ) -> None:
         require()
         super().__init__()
@@ -63,8 +66,10 @@ class HarnessModel(_TemplateLM or object):
         self.max_length = max_length or model.config.max_position_embeddings
         self.cursor = Cursor(model)
         self._device = model.classifier_weight.device
-        self._journal, self._identity, self._tick = journal, identity, tick
+        self._journal, self._identity, self._tick, self._task = journal, identity, tick, task
         self._done = 0
+        self.shortened = 0
+        """Requests that lost their beginning."""
 
     @property
     def eot_token_id(self) -> int:
@@ -104,7 +109,9 @@ class HarnessModel(_TemplateLM or object):
                 raise DataError(
                     f"an answer of {len(continuation)} tokens cannot be scored: the model reads 1 to {self.max_length:,}"
                 )
-            kept = (list(context) + list(continuation))[-(self.max_length + 1):]
+            whole = list(context) + list(continuation)
+            kept = whole[-(self.max_length + 1):]
+            self.shortened += len(kept) < len(whole)
             groups.setdefault(tuple(kept[: -len(continuation)]), []).append(place)
             continuations.append(list(continuation))
         found: list[Any] = [None] * len(requests)
@@ -117,8 +124,10 @@ class HarnessModel(_TemplateLM or object):
                 if LEAST_SHARED <= shared < len(context):
                     self.cursor.seek(context[:shared])
                 scored = self.cursor.score(context, [continuations[place] for place in places])
-                for key, one in zip(keys, scored, strict=True):
-                    self._keep(key, {"logprob": one.logprob, "greedy": one.greedy})
+                for key, one, place in zip(keys, scored, places, strict=True):
+                    text, ending = requests[place][0] or ("", self.tokens.decode(continuations[place]))
+                    self._keep(key, {"prompt": shorten(text), "ending": shorten(ending), "logprob": one.logprob,
+                                     "greedy": one.greedy})
             for key, place in zip(keys, places, strict=True):
                 record = self._record(key)
                 found[place] = (record["logprob"], record["greedy"])
@@ -150,16 +159,18 @@ class HarnessModel(_TemplateLM or object):
             settings = normalize_gen_kwargs(settings, DEFAULT_ANSWER_TOKENS)
             until = [stop for stop in handle_stop_sequences(settings.get("until"), eos=None) if stop]
             most = int(settings["max_gen_toks"])
-            if most >= self.max_length:
-                raise DataError(f"an answer of {most} tokens leaves no room for a question in {self.max_length:,}")
-            ids = self.tok_encode(context)[-(self.max_length - most):]
+            if most >= self.max_length:  # no room for a question: a small model is not asked for so long an answer
+                most = self.max_length // 2
+            ids = self.tok_encode(context)
+            self.shortened += len(ids) > self.max_length - most
+            ids = ids[-(self.max_length - most):]
             sampling = Sampling()
             if settings.get("do_sample") and settings.get("temperature"):
                 sampling = Sampling(float(settings["temperature"]), settings.get("top_k"), settings.get("top_p"))
             key = self._key("generate", ids, [until, most, vars(sampling)])
             if not self._known(key):
-                self._keep(key, {"text": self._write(ids, until, most, sampling)})
-            found.append(self._record(key)["text"])
+                self._keep(key, {"prompt": shorten(context), "prediction": self._write(ids, until, most, sampling)})
+            found.append(self._record(key)["prediction"])
             self._advance(1)
         return found
 
@@ -192,7 +203,7 @@ class HarnessModel(_TemplateLM or object):
         if self._journal is None:
             self._memory[key] = record
         else:
-            self._journal.put(key, {"suite": "persistent", "model": self._identity} | record)
+            self._journal.put(key, {"suite": "persistent", "model": self._identity, "task": self._task} | record)
 
     @property
     def _memory(self) -> dict[str, dict[str, Any]]:
@@ -221,8 +232,10 @@ def measure(
             if tick:  # a multiple choice asks several times for an item
                 tick((number + min(0.99, done / (4 * size))) / len(names))
 
-        lm = HarnessModel(model, tokenizer, journal, identity, report)
-        rows.append(run_local(task, lm, limit) if isinstance(task, LocalTask) else run_online(task, lm, limit))
+        name = task.name if isinstance(task, LocalTask) else task
+        lm = HarnessModel(model, tokenizer, journal, identity, report, task=name)
+        row = run_local(task, lm, limit) if isinstance(task, LocalTask) else run_online(task, lm, limit)
+        rows.append(row | {"shortened": lm.shortened})
     return rows
 
 
@@ -236,7 +249,19 @@ def run_local(task: LocalTask, lm: Any, limit: int | None = None) -> dict[str, A
     }
     with _offline(), _sandboxed():
         found = _evaluate([settings], lm, limit, include_defaults=False)
-    return _row(task.name, task.group, found["results"][task.name], found["n-samples"][task.name]["effective"])
+    items = found["n-samples"][task.name]["effective"]
+    return _row(task.name, task.group, found["results"][task.name], items) | {"chance": chance(task, items)}
+
+
+def chance(task: LocalTask, items: int) -> float | None:
+    """Percent that guessing gets right in the first `items` of a multiple choice; 0 where an answer is written; None
+    where it is not known."""
+    if task.settings["output_type"] == "generate_until":
+        return 0.0
+    choices = [row.get("choices") for row in task.rows[:items]]
+    if task.settings["output_type"] != "multiple_choice" or not all(choices):
+        return None
+    return 100 * sum(1 / len(one) for one in choices) / len(choices)
 
 
 def run_online(name: str, lm: Any, limit: int | None = None) -> dict[str, Any]:
@@ -284,8 +309,11 @@ def _row(name: str, group: str, results: dict[str, Any], items: int) -> dict[str
     order = ("acc_norm", "acc", "exact_match")
     main = min(metrics, key=lambda key: next((i for i, word in enumerate(order) if key.startswith(word)), len(order)))
     percent = main.split(",")[0] in (*order, "f1", "pass@1")
-    return {"task": name, "group": group, "metric": main.split(",")[0], "percent": percent, "items": items,
-            "score": (100 if percent else 1) * metrics[main], "metrics": metrics}
+    row = {"task": name, "group": group, "metric": main.split(",")[0], "percent": percent, "items": items,
+           "score": (100 if percent else 1) * metrics[main], "metrics": metrics, "interval": None, "chance": None}
+    if percent:
+        row["interval"] = [100 * end for end in wilson(metrics[main] * items, items)]
+    return row
 
 
 @contextlib.contextmanager

@@ -124,6 +124,13 @@ def by_distance(read: Read, place: int, edges: list[int]) -> list[float]:
     return totals.tolist()
 
 
+def pairs_by_distance(read: Read, place: int, edges: list[int]) -> list[int]:
+    """How many pairs a head may read in each range of distances."""
+    nearest, farthest = place - (read.first + read.size - 1), place - read.first
+    return [max(0, min(high - 1, farthest) - max(low, nearest) + 1) if read.size else 0
+            for low, high in zip(edges, edges[1:], strict=False)]
+
+
 def as_json(reads: list[Read], place: int, pieces: list[str], strongest: int = 5) -> list[dict[str, Any]]:
     """Plain values: each head's size, bandwidth, strongest tokens, weight by distance."""
     edges = distance_edges(place)
@@ -132,14 +139,16 @@ def as_json(reads: list[Read], place: int, pieces: list[str], strongest: int = 5
          "bandwidth": None if not read.size else read.bandwidth,
          "strongest": [{"position": at, "distance": place - at, "token": pieces[at], "weight": weight}
                        for at, weight in read.strongest(strongest)],
-         "by_distance": [{"from": low, "to": high - 1, "weight": weight} for low, high, weight in
-                         zip(edges, edges[1:], by_distance(read, place, edges), strict=False)]}
+         "by_distance": [{"from": low, "to": high - 1, "weight": weight, "pairs": pairs} for low, high, weight, pairs in
+                         zip(edges, edges[1:], by_distance(read, place, edges), pairs_by_distance(read, place, edges),
+                             strict=False)]}
         for read in reads
     ]
 
 
 def plot(reads: list[Read], place: int, title: str, paths: list[Any]) -> None:
-    """Heads by distance, a panel for each memory: how a head's weight is spread over the past."""
+    """A column for each memory: heads by distance, how a head's weight is spread over the past; below, the weight of
+    one pair against its distance, a line for each head."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -148,18 +157,62 @@ def plot(reads: list[Read], place: int, title: str, paths: list[Any]) -> None:
 
     edges = distance_edges(place)
     memories = list(dict.fromkeys(read.memory for read in reads))
-    figure, axes = pyplot.subplots(1, len(memories), figsize=(5.2 * len(memories), 1.6 + 0.16 * len(reads) / len(memories)),
-                                   dpi=150, layout="constrained", squeeze=False)
-    names = [f"{low:,}" if high - low == 1 else f"{low:,}-{high - 1:,}" for low, high in zip(edges, edges[1:], strict=False)]
-    for axis, memory in zip(axes[0], memories, strict=True):
+    rows = len(reads) / len(memories)
+    heights = [0.5 + 0.16 * rows, 2.4]
+    figure, axes = pyplot.subplots(2, len(memories), figsize=(5.2 * len(memories) + 0.6, sum(heights) + 1.4), dpi=150,
+                                   layout="constrained", squeeze=False, height_ratios=heights)
+    for column, memory in enumerate(memories):
         mine = [read for read in reads if read.memory == memory]
-        image = axis.imshow([by_distance(read, place, edges) for read in mine], aspect="auto", cmap="Blues", vmin=0, vmax=1)
-        axis.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=7)
-        axis.set_yticks(range(len(mine)), [f"layer {read.layer} head {read.head}" for read in mine], fontsize=6)
-        axis.set_xlabel("distance in tokens", fontsize=8)
-        axis.set_title(memory.replace("_", "-") + ("" if memory == "attention" else " memory"), fontsize=9)
-    figure.colorbar(image, ax=axes[0].tolist(), label="share of the weight", shrink=0.8)
+        image = _draw_shares(axes[0][column], mine, place, edges)
+        axes[0][column].set_title(memory.replace("_", "-") + ("" if memory == "attention" else " memory"), fontsize=9)
+        _draw_curves(axes[1][column], mine, place, edges)
+    figure.colorbar(image, ax=axes[0].tolist(), shrink=0.8).set_label("share of the head's weight", fontsize=8)
     figure.suptitle(title, fontsize=9)
     for path in paths:
         figure.savefig(path, metadata={"Date": None} if str(path).endswith(".svg") else None)
     pyplot.close(figure)
+
+
+def _draw_shares(axis: Any, reads: list[Read], place: int, edges: list[int]) -> Any:
+    """Heads by distance; grey where the memory holds no pair so near or so far."""
+    shares = [[share if pairs else math.nan for share, pairs in
+               zip(by_distance(read, place, edges), pairs_by_distance(read, place, edges), strict=True)] for read in reads]
+    image = axis.imshow(shares, aspect="auto", cmap="Blues", vmin=0, vmax=1)
+    axis.set_facecolor("#e9e9e9")
+    names = [f"{low:,}" if high - low == 1 else f"{low:,}-{high - 1:,}" for low, high in zip(edges, edges[1:], strict=False)]
+    axis.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=7)
+    several = len({read.layer for read in reads}) < len(reads)
+    every = max(1, len(reads) // 64)  # names of more lines would cover one another
+    heads = [f"layer {read.layer} head {read.head}" if several else f"layer {read.layer}" for read in reads]
+    axis.set_yticks(range(0, len(reads), every), heads[::every], fontsize=6)
+    axis.set_xlabel("distance in tokens (grey: no pair)", fontsize=8)
+    return image
+
+
+def _draw_curves(axis: Any, reads: list[Read], place: int, edges: list[int]) -> None:
+    """The mean weight of a pair at each distance, a line for each head, a shade for each layer; dotted: all pairs alike."""
+    from matplotlib import colormaps
+
+    layers = sorted({read.layer for read in reads})
+    for read in reads:
+        found = [(math.sqrt(max(low, 0.7) * max(high - 1, 0.7)), share / pairs) for low, high, share, pairs in
+                 zip(edges, edges[1:], by_distance(read, place, edges), pairs_by_distance(read, place, edges), strict=False)
+                 if pairs]
+        shade = 0.15 + 0.7 * layers.index(read.layer) / max(1, len(layers) - 1)
+        label = f"layer {read.layer}" if read.head == reads[0].head and len(layers) <= 8 else None
+        axis.plot([distance for distance, _ in found], [max(weight, 1e-7) for _, weight in found], linewidth=1,
+                  color=colormaps["viridis"](shade), marker=".", markersize=3, label=label)
+    sizes = [read.size for read in reads if read.size]
+    if sizes:
+        axis.axhline(1 / max(sizes), color="#777777", linestyle=":", linewidth=1, label="all pairs alike")
+        axis.legend(fontsize=6, frameon=False)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_ylim(1e-7, 2)
+    axis.set_xlim(0.6, edges[-1])
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1 else "0")
+    axis.grid(True, color="#e6e6e6", linewidth=0.5)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(labelsize=7)
+    axis.set_xlabel("distance in tokens", fontsize=8)
+    axis.set_ylabel("weight of a pair", fontsize=8)

@@ -12,11 +12,19 @@ from typing import Any
 from mmcore.errors import ConfigError, DataError, HardwareError
 
 NAME = "items.jsonl"
+SHOWN = 2000
+"""Characters of a prompt's beginning and end that are kept with its result; the prompt itself follows from seed and data."""
 
 
 def key_of(*parts: Any) -> str:
     """A hash of everything that decides an item's result, given as JSON values."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:32]
+
+
+def shorten(text: str) -> str:
+    """A text's beginning and end, for people to look at."""
+    left_out = len(text) - 2 * SHOWN
+    return text if left_out <= 0 else f"{text[:SHOWN]}\n[... {left_out:,} characters ...]\n{text[-SHOWN:]}"
 
 
 class Journal:
@@ -40,7 +48,8 @@ class Journal:
                 f"another evaluation is writing to {self.path}: wait for it, or give --out a new folder"
             ) from None
         self._read()
-        self.found = len(self.records)
+        self.found = sum("head" not in record or "query" in record for record in self.records.values())
+        """Results that were there already; the beginnings of prompts, kept by themselves, are none."""
 
     def _read(self) -> None:
         self._file.seek(0)

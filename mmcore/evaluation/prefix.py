@@ -6,7 +6,7 @@ and where it left a mark (`DecodingState.mark`, which copies no stored pair), an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,11 @@ from mmcore.generation.engine import PREFILL_CHUNK
 
 CPU_BYTES, GPU_BYTES = 32 << 20, 4 << 30
 """Memory that copies of the state may take where several continuations are read side by side. On a CPU a copy of a
-long context costs more than the second pass it saves; a GPU is idle without rows."""
+long context costs more than the second pass it saves; a GPU is idle without rows. Long-term memories are not copied
+for continuations shorter than their delay."""
+
+PADDING = 0.25
+"""Share of the tokens that are read side by side which may be padding."""
 
 ROOM = 64
 """Tokens that a continuation may have before stored pairs are moved."""
@@ -91,10 +95,8 @@ class Cursor:
 
     def _rests(self, rests: list[list[int]], before: Tensor, mark: Any) -> list[tuple[Tensor, Tensor]]:
         """(log-probability, whether greedy) of each continuation from the state as it is at `mark`."""
-        longer = [index for index, rest in enumerate(rests) if len(rest) > 1]
         found = [_along(before[None], rest[:1]) for rest in rests]
-        rows = max(1, min(len(longer), self.copies_bytes // max(1, self._state.bytes)))
-        for group in (longer[first : first + rows] for first in range(0, len(longer), rows)):
+        for group in self._groups([len(rest) - 1 for rest in rests]):
             self._state.rewind(mark)
             width = max(len(rests[index]) for index in group) - 1
             tokens = [rests[index][:-1] + [0] * (width + 1 - len(rests[index])) for index in group]
@@ -106,13 +108,32 @@ class Cursor:
                 found[index] = first + more, first_best & best
         return found
 
+    def _groups(self, counts: list[int]) -> Iterator[list[int]]:
+        """Which of `counts`, tokens to read, are read side by side: of like length, as many as memory has room for."""
+        order = sorted((index for index, count in enumerate(counts) if count), key=counts.__getitem__, reverse=True)
+        while order:
+            width = counts[order[0]]
+            most = max(1, self.copies_bytes // max(1, self._state.branch_bytes(self._lent(width))))
+            size = tokens = 0
+            while size < min(most, len(order)):
+                tokens += counts[order[size]]
+                if tokens < (1 - PADDING) * width * (size + 1):
+                    break
+                size += 1
+            yield order[:size]
+            order = order[size:]
+
+    def _lent(self, tokens: int) -> set[str]:
+        """Memories of which the next so many tokens read only what is there already."""
+        shorter = tokens < self.model.config.long_term_delay
+        return {name for name in self._state.memories if shorter and name.endswith(".long_term")}
+
     def _read_rows(self, tokens: list[list[int]]) -> Tensor:
         """Logits [rows, T, V] of rows that each go on from the present state, which is lost for one row."""
         if len(tokens) == 1:
             return self._advance(tokens[0], last_only=False)
         state = self.model.new_state(len(tokens))
-        state.load({name: tensor if tensor.ndim == 0 else tensor.expand(len(tokens), *tensor.shape[1:])
-                    for name, tensor in self._state.tensors().items()})
+        state.branch(self._state, len(tokens[0]), self._lent(len(tokens[0])))
         self.tokens_read += sum(map(len, tokens))
         return self.model.advance(torch.tensor(tokens, device=self.device), state, last_only=False)
 

@@ -7,7 +7,7 @@ an oracle where the model is.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from mmcore.evaluation.prefix import Cursor, shared_length
@@ -27,8 +27,9 @@ class Reader(Protocol):
     def hold(self, text: str) -> None:
         """Prompts to come begin with `text`: read it now, once."""
 
-    def complete(self, prompt: str, max_new_tokens: int) -> str:
-        """The most likely text after the prompt, token by token, until the model ends it or the tokens are spent."""
+    def complete(self, prompt: str, max_new_tokens: int, enough: Callable[[str], bool]) -> str:
+        """The most likely text after the prompt, token by token, until the model ends it, the tokens are spent, or
+        `enough` says of what there is that more of it would change nothing."""
 
     def choose(self, prompt: str, endings: Sequence[str]) -> list[float]:
         """Log-likelihood of each ending behind the prompt, in nats. An ending is scored whole: all its tokens."""
@@ -55,11 +56,19 @@ class ModelReader:
         if len(ids) > 8:
             self.cursor.seek(self._begin + ids[:-8])
 
-    def complete(self, prompt: str, max_new_tokens: int) -> str:
+    def complete(self, prompt: str, max_new_tokens: int, enough: Callable[[str], bool] = lambda _: False) -> str:
         session = Session(self.model, vocab_size=self.tokenizer.vocab_size, chunk=self.chunk)
         session.feed(self._begin + self.tokenizer.encode(prompt))
-        ids = list(session.stream(max_new_tokens, stop_ids=self._stops))
-        return self.tokenizer.decode([i for i in ids if i not in self._stops], continues=True)
+        ids: list[int] = []
+        text = ""
+        for token in session.stream(max_new_tokens, stop_ids=self._stops):
+            if token in self._stops:
+                break
+            ids.append(token)
+            text = self.tokenizer.decode(ids, continues=True)
+            if enough(text):
+                break
+        return text
 
     def choose(self, prompt: str, endings: Sequence[str]) -> list[float]:
         """As Reader says. The tokens are those of the whole text, prompt and ending encoded together; scored are all

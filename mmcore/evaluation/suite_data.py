@@ -20,6 +20,9 @@ from mmcore.evaluation.ruler.suite import Sources
 
 SUITES = ("persistent", "new-knowledge", "in-context")
 CLASSIFICATIONS = ("banking77", "goemotions", "relations")
+"""The paper's."""
+MORE_CLASSIFICATIONS = ("trec",)
+"""Measured where --tasks names them."""
 MOST_ESSAY_WORDS = 400_000
 """Words of running text that are kept: more than the longest haystack has."""
 
@@ -61,9 +64,12 @@ WANTED = {
         "(https://github.com/google-research/google-research/tree/master/goemotions)",
     ),
     "relations": Wanted(
-        ("tacred.json", "val_wiki.json", "train_wiki.json"),
-        "val_wiki.json and pid2name.json of FewRel (https://github.com/thunlp/FewRel), or Tacred in that layout as "
-        "tacred.json",
+        ("tacred", "val_wiki.json", "train_wiki.json"),
+        "a folder tacred with train.json and test.json (https://catalog.ldc.upenn.edu/LDC2018T24), or val_wiki.json and "
+        "pid2name.json of FewRel (https://github.com/thunlp/FewRel)",
+    ),
+    "trec": Wanted(
+        ("trec",), "a folder trec with train.txt and test.txt (https://cogcomp.seas.upenn.edu/Data/QA/QC)",
     ),
 }
 
@@ -112,7 +118,7 @@ def gather(suites: Sequence[str], given: Sequence[str | Path], only: Sequence[st
 
 def known_tasks() -> tuple[str, ...]:
     """Native tasks by name."""
-    return ruler.TASKS + CLASSIFICATIONS
+    return ruler.TASKS + CLASSIFICATIONS + MORE_CLASSIFICATIONS
 
 
 def _check_names(only: Sequence[str], own: dict[str, Path]) -> None:
@@ -145,9 +151,12 @@ def _classifications(
     seed: int,
 ) -> tuple[Classification, ...]:
     # A user's own CSV stands alone unless other tasks are asked for by name.
-    names = [name for name in (*(() if own and not only else CLASSIFICATIONS), *own) if not only or name in only]
-    readers = {"banking77": datasets.banking77, "goemotions": datasets.goemotions,
-               "relations": lambda path: datasets.fewrel(path, seed)}
+    if only:
+        names = [name for name in (*CLASSIFICATIONS, *MORE_CLASSIFICATIONS, *own) if name in only]
+    else:
+        names = list(own or CLASSIFICATIONS)
+    readers = {"banking77": datasets.banking77, "goemotions": datasets.goemotions, "trec": datasets.trec,
+               "relations": lambda path: datasets.tacred(path) if path.is_dir() else datasets.fewrel(path, seed)}
     found = []
     for name in names:
         path = own.get(name) or find(name)

@@ -17,7 +17,7 @@ import torch
 import mmcore
 from mmcore.checkpoint.disk import hash_file
 from mmcore.checkpoint.formats import Checkpoint, open_checkpoint
-from mmcore.checkpoint.load import model_from
+from mmcore.checkpoint.load import model_from, weight_format
 from mmcore.errors import ConfigError
 from mmcore.evaluation import suite_data
 from mmcore.evaluation.in_context import suite as in_context
@@ -64,8 +64,14 @@ class SuiteSettings:
     online: bool = False
     """Whether the harness may load its own data sets from the network."""
     device: str = "auto"
+    dtype: str | None = None
+    """Format of the weights, as `mm chat --dtype`; None: fp32 on a CPU, bf16 on a GPU."""
+    tokenizer: str | None = None
+    """A tokenizer's file or folder for checkpoints that have none; None: each one's own."""
 
     def __post_init__(self) -> None:
+        if self.dtype is not None:
+            weight_format(self.dtype)
         for suite in self.suites:
             if suite not in suite_data.SUITES:
                 raise ConfigError(f"there is no suite {suite!r}: choose from {', '.join(suite_data.SUITES)}, all")
@@ -107,6 +113,7 @@ def run_suites(
     is not measured again. Raises MMError.
     """
     device = pick_device(settings.device)
+    dtype = settings.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     suites = [suite for suite in suite_data.SUITES if suite in settings.suites]
     material = suite_data.gather(suites, data, settings.tasks, settings.seed)
     persistent = _persistent_tasks(settings, data) if "persistent" in suites else None
@@ -123,8 +130,10 @@ def run_suites(
     begun = time.perf_counter()
     with Journal(folder) as journal:
         for number, (subject, without) in enumerate(variants):
-            model, tokenizer = _load(subject, device, without)
-            identity = {"checkpoint": subject.sha256, "without": list(without), "dtype": str(model.classifier_weight.dtype)}
+            model = model_from(subject.checkpoint, dtype=weight_format(dtype), device=device, without=without)
+            tokenizer = mmcore.load_tokenizer(subject.given, settings.tokenizer)
+            identity = {"checkpoint": subject.sha256, "without": list(without), "dtype": dtype,
+                        "tokenizer": tokenizer.fingerprint}
             reader = ModelReader(model, tokenizer)
             jobs = make_jobs(material, lengths, shown, settings, reader, journal, identity)
             if persistent:
@@ -138,11 +147,15 @@ def run_suites(
                 "the checkpoints have different tokenizers: a length in tokens holds different amounts of text for each, "
                 "and their prompts of new knowledge differ; compare them with care"
             )
+        notes += _shortened(results)
         resumed = journal.found
     return {
-        "suites": suites, "settings": dataclasses.asdict(settings) | {"lengths": list(lengths), "device": device.type},
+        "suites": suites,
+        "settings": dataclasses.asdict(settings) | {"lengths": list(lengths), "device": device.type, "dtype": dtype},
         "data": material.hashes | (persistent.hashes if persistent else {}), "versions": versions(),
+        "given": {"checkpoints": [one.given for one in subjects], "data": [str(path) for path in data]},
         "results": results, "notes": notes, "items_found": resumed, "seconds": round(time.perf_counter() - begun, 1),
+        "finished": time.strftime("%Y-%m-%d %H:%M %Z"),
     }
 
 
@@ -164,12 +177,12 @@ def make_jobs(
             jobs.append(Job("new-knowledge", f"{task} at {length:,}", float(most * length), ruler))
     for task in material.classifications:
         for kind in KINDS:
-            for count in shots:
-                def classify(tick: Tick, task=task, kind: str = kind, count: int = count) -> list[dict[str, Any]]:
-                    return [in_context.measure(task, kind, count, most, reader, journal, identity, settings.seed, tick)]
+            def classify(tick: Tick, task=task, kind: str = kind) -> list[dict[str, Any]]:
+                return in_context.measure(task, kind, shots, most, reader, journal, identity, settings.seed, tick)
 
-                cost = 4.0 * (40 * count * len(task.labels) + min(most, len(task.asked)) * (40 + 6 * len(task.labels)))
-                jobs.append(Job("in-context", f"{task.name}, {kind}, {count} shots", cost, classify))
+            queries = len(shots) * min(most, len(task.asked))
+            cost = 4.0 * (40 * max(shots) * len(task.labels) + queries * (40 + 6 * len(task.labels)))
+            jobs.append(Job("in-context", f"{task.name}, {kind} labels", cost, classify))
     return jobs
 
 
@@ -230,12 +243,6 @@ def versions() -> dict[str, str]:
     return ours | {"torch": torch.__version__, "numpy": np.__version__}
 
 
-def _load(subject: Subject, device: torch.device, without: Sequence[str]) -> tuple[Any, Any]:
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    model = model_from(subject.checkpoint, dtype=dtype, device=device, without=without)
-    return model, mmcore.load_tokenizer(subject.given)
-
-
 def _memories(subject: Subject) -> tuple[str, ...]:
     """What can be removed of a checkpoint."""
     with torch.device("meta"):
@@ -270,12 +277,19 @@ def _notes(
     for task in material.classifications:
         if pairs := prefixes(task.labels):
             notes.append(
-                f"{task.name}: the label {pairs[0][0]!r} is the beginning of {pairs[0][1]!r} ({len(pairs)} such pairs); "
+                f"{task.name}: the label {pairs[0][0]!r} is the beginning of {pairs[0][1]!r} (such pairs: {len(pairs)}); "
                 f"labels are scored with what ends them, so that both can be chosen"
             )
     if settings.ruler_exact:
         notes.append("qa prompts are built as published: a SQuAD question's paragraph is always in one place")
     return notes
+
+
+def _shortened(results: Sequence[dict[str, Any]]) -> list[str]:
+    """What the benchmarks' rows say of texts that did not fit."""
+    return [f"{row['task']}: {row['shortened']:,} texts were longer than the {result['trained_context']:,} tokens that "
+            f"{result['checkpoint']} was trained for, and lost their beginning"
+            for result in results if result["variant"] == WHOLE for row in result.get("persistent", []) if row["shortened"]]
 
 
 def _persistent_tasks(settings: SuiteSettings, data: Sequence[str | Path]) -> Any:

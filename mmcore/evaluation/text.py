@@ -60,7 +60,7 @@ def held_out_text(checkpoint: str | Path) -> Text:
     """
     from mmcore.checkpoint.resolve import resolve_checkpoint
     from mmcore.data import prepare
-    from mmcore.data.tokenizer import load_tokenizer
+    from mmcore.data.tokenizer_files import load_tokenizer
 
     folder = resolve_checkpoint(checkpoint)
     saved = folder / "recipe.yaml"

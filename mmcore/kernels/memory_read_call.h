@@ -17,6 +17,7 @@ struct call {
     float *largest, *total; /* [B, H, Tq]: the largest score, in units of ln 2, and the sum of 2^(score - largest) */
     long threads;
     long shares; /* parts into which the queries of each head are cut */
+    long narrow; /* keys and values are fp16: for memory_read_few alone */
 };
 
 /* Query i of row b reads the pairs lo .. hi; returns how many they are. */

@@ -116,13 +116,23 @@ def activation_bytes(config: ModelConfig, tokens: int, compute_bytes: int, check
     10 % to what autograd keeps in this code's models (see tests).
     """
     d = config.hidden_size
-    block = tokens * _kept_bytes_per_token(config, compute_bytes)
     passing = tokens * compute_bytes * (2 * _inner_width(config) + 4 * d)
     ends = tokens * (FP32 + compute_bytes) * d  # the last norm's input, and its output for the classifier
+    again = {
+        "none": 0,
+        "selective": tokens * _remade_bytes_per_token(config, compute_bytes),
+        "full": tokens * _kept_bytes_per_token(config, compute_bytes),
+    }[checkpointing]
+    return kept_bytes(config, tokens, compute_bytes, checkpointing) + again + passing + ends
+
+
+def kept_bytes(config: ModelConfig, tokens: int, compute_bytes: int, checkpointing: str = "none") -> int:
+    """Bytes of `activation_bytes` that the blocks hold between the forward and the backward pass, which lets go of them
+    block by block."""
     if checkpointing == "full":
-        return config.num_hidden_layers * tokens * FP32 * d + block + passing + ends
-    again = tokens * _remade_bytes_per_token(config, compute_bytes) if checkpointing == "selective" else 0
-    return config.num_hidden_layers * (block - again) + again + passing + ends
+        return config.num_hidden_layers * tokens * FP32 * config.hidden_size
+    again = _remade_bytes_per_token(config, compute_bytes) if checkpointing == "selective" else 0
+    return config.num_hidden_layers * tokens * (_kept_bytes_per_token(config, compute_bytes) - again)
 
 
 def loss_bytes(config: ModelConfig, tokens: int, compute_bytes: int, cpu: bool) -> int:
@@ -166,7 +176,7 @@ def _block_matrices(config: ModelConfig) -> dict[str, int]:
     d, heads = config.hidden_size, config.num_attention_heads
     persistent = 3 * d * config.intermediate_size
     if config.model_type == "memory_mosaics_v2":
-        memory = 2 * d * d + 2 * heads * d  # W_phi, W_psi; W_g, W_lambda
+        memory = 2 * d * d + (2 * heads * d if config.gated_keys else 0)  # W_phi, W_psi; W_g, W_lambda
         return {"short_term": memory, "long_term": memory, "output": 2 * d * d, "persistent": persistent}
     if config.v1:
         v1 = config.v1
@@ -193,7 +203,7 @@ def _block_parameters(config: ModelConfig) -> dict[str, int]:
         return counts | {"norms": (2 if v1.persistent_banks else 1) * _norm_parameters(config)}
     if config.model_type == "memory_mosaics_v2":
         for memory in ("short_term", "long_term"):
-            counts[memory] += 5 * config.num_attention_heads
+            counts[memory] += (5 if config.gated_keys else 6) * config.num_attention_heads
     return counts | {"norms": 2 * _norm_parameters(config)}
 
 

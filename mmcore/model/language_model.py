@@ -138,7 +138,8 @@ class LanguageModel(nn.Module):
 
     def new_state(self, batch_size: int = 1, padding: Tensor | None = None) -> DecodingState:
         """An empty state for `batch_size` rows; `padding` int [B] counts the tokens that fill each row on the left."""
-        state = DecodingState(batch_size, padding)
+        block = type(self.model.layers[0])
+        state = DecodingState(batch_size, padding, block.pair_dtype(self) if hasattr(block, "pair_dtype") else None)
         for depth, layer in enumerate(self.model.layers):
             state.memories.update({f"layers.{depth}.{name}": memory for name, memory in layer.new_states(state).items()})
         return state

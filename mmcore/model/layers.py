@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmcore.kernels.linear import linear
 from mmcore.kernels.mosaic_step import Matrix
 from mmcore.kernels.recompute import cheap
 from mmcore.kernels.rms_norm import rms_norm
 from mmcore.kernels.swiglu import swiglu
-from mmcore.kernels.thin_linear import thin_linear
+from mmcore.kernels.thin_linear import MOST_ROWS, thin_linear
 
 
 class Linear(nn.Linear):
@@ -34,9 +35,7 @@ class Linear(nn.Linear):
         self.register_buffer("scale", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.scale is not None or (x.is_cpu and not torch.is_grad_enabled()):
-            return thin_linear(x, self.weight, self.scale)
-        return F.linear(x, self.weight)
+        return project(x, self)[0]
 
     def matrix(self) -> Matrix:
         """The weight as kernels take it."""
@@ -61,6 +60,18 @@ class Linear(nn.Linear):
 
     def reset_parameters(self) -> None:
         """Left unset: `init_weights` draws every parameter, also after a build on the meta device."""
+
+
+def project(x: Tensor, *layers: nn.Module) -> list[Tensor]:
+    """Several projections of one input, as one product where they are Linear: [..., in] -> [..., out] each. What has
+    taken a Linear's place (float8) is called as it is."""
+    if not all(isinstance(layer, Linear) for layer in layers):
+        return [layer(x) for layer in layers]
+    few = x.numel() <= MOST_ROWS * x.shape[-1]
+    if few and x.is_cpu and not torch.is_grad_enabled():
+        return [thin_linear(x, layer.weight, layer.scale) for layer in layers]
+    scales = None if layers[0].scale is None else [layer.scale for layer in layers]
+    return linear(x, [layer.weight for layer in layers], scales)
 
 
 class RMSNorm(nn.Module):
@@ -114,13 +125,14 @@ class PersistentMemory(nn.Module):
         self.kernels = kernels
 
     def forward(self, y: Tensor) -> Tensor:
-        return self.down_proj(_gated(self.gate_proj(y), self.up_proj(y), implementation=self.kernels))
+        gate, up = project(y, self.gate_proj, self.up_proj)
+        return self.down_proj(_gated(gate, up, implementation=self.kernels))
 
     @torch.no_grad()
     def init_weights(self, name: str, depth: int, seed: int) -> None:
         """Table 6; W_2 counts d', the width of what it reads."""
-        for part, linear in self.named_children():
-            draw_normal(f"{name}.{part}", linear.weight, fan_in_sigma(linear.in_features, depth), seed)
+        for part, layer in self.named_children():
+            draw_normal(f"{name}.{part}", layer.weight, fan_in_sigma(layer.in_features, depth), seed)
 
 
 def draw_normal(name: str, weight: Tensor, sigma: float, seed: int) -> None:

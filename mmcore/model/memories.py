@@ -8,13 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mmcore.config import ModelConfig
 from mmcore.kernels.gated_scan import gated_scan
 from mmcore.kernels.look_ahead import look_ahead
 from mmcore.kernels.memory_read import memory_read
 from mmcore.kernels.mosaic_step import MemoryWeights
 from mmcore.kernels.recompute import cheap
 from mmcore.model.documents import Packing
-from mmcore.model.layers import Linear, draw_normal, draw_uniform, fan_in_sigma
+from mmcore.model.layers import Linear, draw_normal, draw_uniform, fan_in_sigma, project
 from mmcore.model.state import MemoryState
 
 _values = cheap(look_ahead)
@@ -28,27 +29,31 @@ class ContextualMemory(nn.Module):
     the oldest is t - window + 1 (None: the first of the document).
     """
 
-    def __init__(self, width: int, heads: int, window: int | None, kernels: str = "auto") -> None:
+    def __init__(self, config: ModelConfig, window: int | None, kernels: str = "auto") -> None:
         super().__init__()
+        width, heads = config.hidden_size, config.num_attention_heads
         self.heads = heads
+        self.gated_keys = config.gated_keys
         self.window = window
         self.kernels = kernels
         self.key_proj = Linear(width, width)  # W_phi
         self.value_proj = Linear(width, width)  # W_psi
-        self.gate_proj = Linear(width, heads)  # W_g
-        self.decay_proj = Linear(width, heads)  # W_lambda
+        if config.gated_keys:
+            self.gate_proj = Linear(width, heads)  # W_g
+            self.decay_proj = Linear(width, heads)  # W_lambda
+        else:
+            self.key_decay = nn.Parameter(torch.empty(heads))  # lam = exp(-|theta|) at every token
         self.value_mix = nn.Parameter(torch.empty(heads))  # gamma
         self.value_log_scale = nn.Parameter(torch.empty(heads))
         self.bandwidth_base = nn.Parameter(torch.empty(heads))
         self.bandwidth_slope = nn.Parameter(torch.empty(heads))
-        self.bandwidth_exponent = nn.Parameter(torch.empty(heads))
+        self.bandwidth_exponent = nn.Parameter(torch.empty(heads), requires_grad=config.adaptive_bandwidth)
 
     def forward(self, y_BTd: Tensor, packing: Packing, delay: int) -> Tensor:
         """What each position of whole sequences reads: [B, T, d] -> [B, T, d]."""
-        keys, _ = self.keys(y_BTd, packing.resets)
-        values = _values(
-            self._heads(self.value_proj(y_BTd)), self.value_mix, self.value_scale(), implementation=self.kernels
-        )
+        *parts, raw_values = self._project(y_BTd)
+        keys, _ = self._scan(*parts, packing.resets)
+        values = _values(raw_values, self.value_mix, self.value_scale(), implementation=self.kernels)
         read = memory_read(
             keys, keys, values, *self.bandwidth(), starts=packing.starts, window=self.window, delay=delay,
             implementation=self.kernels,
@@ -61,8 +66,9 @@ class ContextualMemory(nn.Module):
 
         The pair of the last token waits in the state for the token that completes it.
         """
-        keys, state.scan = self.keys(y_BTd, state.resets(y_BTd.shape[1]), state.scan)
-        state.append(keys, self._heads(self.value_proj(y_BTd)), self._completed)
+        *parts, raw_values = self._project(y_BTd)
+        keys, state.scan = self._scan(*parts, state.resets(y_BTd.shape[1]), state.scan)
+        state.append(keys, raw_values, self._completed)
         stored_keys, stored_values = state.pairs()
         read = memory_read(
             keys[:, -wanted:], stored_keys, stored_values, *self.bandwidth(), starts=state.starts(wanted),
@@ -71,11 +77,28 @@ class ContextualMemory(nn.Module):
         )
         return read.flatten(2)
 
-    def keys(self, y_BTd: Tensor, resets_BT: Tensor | None, scan=None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def keys(self, y_BTd: Tensor, resets_BT: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """`_scan` of whole sequences."""
+        return self._scan(*self._project(y_BTd)[:3], resets_BT)
+
+    def log_gates(self, y_BTd: Tensor) -> tuple[Tensor, Tensor]:
+        """log g_t and log lam_t of equation (8), each [B, T, H]."""
+        return self._project(y_BTd)[1:3]
+
+    def _project(self, y_BTd: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """k~ [B, T, H, D], log g = W_g x and log lam = -|W_lambda x| [B, T, H], and v~ [B, T, H, D]. Without gated keys log g
+        is 0 and log lam one number a head."""
+        if not self.gated_keys:
+            keys, values = project(y_BTd, self.key_proj, self.value_proj)
+            decays = (-self.key_decay.abs()).to(keys.dtype).expand(*keys.shape[:-1], -1)
+            return self._heads(keys), torch.zeros_like(decays), decays, self._heads(values)
+        keys, gates, decays, values = project(y_BTd, self.key_proj, self.gate_proj, self.decay_proj, self.value_proj)
+        return self._heads(keys), gates, -decays.abs(), self._heads(values)
+
+    def _scan(self, raw_keys, log_gates, log_decays, resets_BT, state=None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Equation (8): unit-norm keys [B, T, H, D] of the gated recurrence, and its state after the last token."""
         return gated_scan(
-            self._heads(self.key_proj(y_BTd)), self.gate_proj(y_BTd), -self.decay_proj(y_BTd).abs(),
-            resets=resets_BT, state=scan, implementation=self.kernels,
+            raw_keys, log_gates, log_decays, resets=resets_BT, state=state, implementation=self.kernels
         )
 
     def _completed(self, raw_BTHD: Tensor, following_BHD: Tensor) -> Tensor:
@@ -108,14 +131,15 @@ class ContextualMemory(nn.Module):
     @torch.no_grad()
     def init_weights(self, name: str, depth: int, seed: int) -> None:
         """Table 6."""
-        for part in ("key_proj", "value_proj", "gate_proj", "decay_proj"):
-            weight = getattr(self, part).weight
-            draw_normal(f"{name}.{part}", weight, fan_in_sigma(weight.shape[1], depth), seed)
+        for part, linear in self.named_children():
+            draw_normal(f"{name}.{part}", linear.weight, fan_in_sigma(linear.in_features, depth), seed)
+        if not self.gated_keys:
+            draw_uniform(f"{name}.key_decay", self.key_decay, seed)
         draw_uniform(f"{name}.value_mix", self.value_mix, seed)
         self.value_log_scale.zero_()
         self.bandwidth_base.fill_(1.5)
         self.bandwidth_slope.fill_(1.5)
-        self.bandwidth_exponent.fill_(1 / 3)
+        self.bandwidth_exponent.fill_(1 / 3 if self.bandwidth_exponent.requires_grad else 0)
 
 
 def _exact(parameter: Tensor) -> Tensor:

@@ -21,6 +21,9 @@ from mmcore.model.layers import Linear, PersistentMemory, RMSNorm, draw_normal, 
 from mmcore.model.memories import ContextualMemory
 from mmcore.model.state import AttentionState, DecodingState, MemoryState
 
+LARGEST_IN_FP16 = 10_000
+"""Norm of values up to which decoding may keep them in fp16, whose numbers end at 65,504."""
+
 
 @cheap
 def _side_by_side(short_BTd: Tensor, long_BTd: Tensor) -> Tensor:
@@ -92,9 +95,8 @@ class MosaicBlock(TwoMemoryBlock):
     STATE = MemoryState
 
     def __init__(self, config: ModelConfig, kernels: str = "auto") -> None:
-        d, H = config.hidden_size, config.num_attention_heads
-        short_term = ContextualMemory(d, H, config.short_term_window, kernels)
-        super().__init__(config, short_term, ContextualMemory(d, H, None, kernels), kernels)
+        short_term = ContextualMemory(config, config.short_term_window, kernels)
+        super().__init__(config, short_term, ContextualMemory(config, None, kernels), kernels)
 
     def step_weights(self, delay: int) -> LayerWeights:
         """This layer's weights as the compiled step takes them."""
@@ -106,9 +108,22 @@ class MosaicBlock(TwoMemoryBlock):
         )
 
     @staticmethod
+    def pair_dtype(model: LanguageModel) -> torch.dtype | None:
+        """What decoding keeps pairs in: fp16 on a CPU where weights are bf16 or int8 (after long prompts pairs are most of
+        what a token reads), unless values are too large for it; None, as they are computed, elsewhere."""
+        weight = model.lm_head.weight
+        if not weight.is_cpu or weight.dtype not in (torch.bfloat16, torch.int8):
+            return None
+        memories = (memory for layer in model.model.layers for memory in (layer.short_term, layer.long_term))
+        largest = torch.stack([memory.value_scale().max() for memory in memories]).max()
+        return torch.float16 if largest <= LARGEST_IN_FP16 else None
+
+    @staticmethod
     def whole_step(model: LanguageModel) -> Callable | bool:
         """The compiled step of a whole mosaic for a few rows, or False where it cannot run."""
         config = model.config
+        if not config.gated_keys:
+            return False
         layers = [layer.step_weights(config.long_term_delay) for layer in model.model.layers]
         classifier = model.lm_head.matrix()
         if mosaic_step.why_not(layers, classifier):

@@ -15,7 +15,7 @@ from mmcore.config import ModelConfig
 from mmcore.kernels.memory_read import memory_read
 from mmcore.model.documents import Packing
 from mmcore.model.language_model import LanguageModel
-from mmcore.model.layers import Linear, PersistentMemory, RMSNorm, draw_normal, fan_in_sigma
+from mmcore.model.layers import Linear, PersistentMemory, RMSNorm, draw_normal, fan_in_sigma, project
 from mmcore.model.mosaic import TwoMemoryBlock
 from mmcore.model.state import AttentionState, DecodingState
 
@@ -75,9 +75,8 @@ class Attention(nn.Module):
         times = torch.arange(position, position + T, device=y_BTd.device, dtype=torch.float32)
         angles = times[:, None] * rotary_frequencies(self.config).to(y_BTd.device)
         cos, sin = angles.cos(), angles.sin()
-        queries, keys, values = (
-            proj(y_BTd).unflatten(-1, (-1, self.size)) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        projected = project(y_BTd, self.q_proj, self.k_proj, self.v_proj)
+        queries, keys, values = (part.unflatten(-1, (-1, self.size)) for part in projected)
         return rotate(queries, cos, sin), rotate(keys, cos, sin), values
 
     def _read(self, queries, keys, values, starts, delay, offset) -> Tensor:

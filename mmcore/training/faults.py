@@ -96,7 +96,7 @@ class Faults:
             self.left_out.append((samples.start, samples.stop))
             return
         kept = f"the last whole checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
-        row = f", the {counts.in_a_row + 1}th such step in a row" if training.on_nonfinite == "skip" else ""
+        row = f", {counts.in_a_row + 1} such steps in a row" if training.on_nonfinite == "skip" else ""
         raise NonFiniteError(
             f"step {step} stopped before its update: {reason}{row}; {kept}; try a lower training.learning_rate (it stood "
             f"at {learning_rate:.3g}), more training.warmup_steps, a lower training.gradient_clip, or "

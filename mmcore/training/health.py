@@ -78,14 +78,15 @@ def look(memory: ContextualMemory, y_BTd: Tensor, packing: Packing, delay: int) 
     keys_THD = memory.keys(y_1Td, row.resets)[0][0].float()
     first_T, last_T = (part.expand(1, -1)[0] for part in _intervals(memory, row, delay, y_1Td))
     at = _positions(last_T - first_T + 1)
+    log_gate_1TH, log_decay_1TH = memory.log_gates(y_1Td)
     return {
         "bandwidth_base": base,
         "bandwidth_slope": slope,
         "bandwidth_exponent": exponent,
         "value_scale": memory.value_scale(),
         "value_mix": memory.value_mix.float().clone(),  # the gathered one is gone once the block has run
-        "log_gate": memory.gate_proj(y_1Td)[0, at].float(),
-        "decay": (-memory.decay_proj(y_1Td)[0, at].float().abs()).exp(),
+        "log_gate": log_gate_1TH[0, at].float(),
+        "decay": log_decay_1TH[0, at].float().exp(),
         "entropy": entropies(keys_THD, at, first_T[at], last_T[at], base, slope, exponent).mean(0),
     }
 

@@ -72,7 +72,8 @@ def load_optimizer(
     Raises CheckpointError for shapes that do not fit."""
     for name, parameter in model.named_parameters():
         if f"{MOMENTS[0]}.{name}" not in tensors:
-            continue  # a parameter that never had a gradient has no state
+            optimizer.state.pop(parameter, None)  # one that never had a gradient has none, whatever came after
+            continue
         on_device = parameter.device if parameter.device.type == "cuda" else "cpu"
         state = {"step": torch.tensor(float(steps.get(name, steps["*"])), device=on_device)}
         for moment in MOMENTS:

@@ -42,10 +42,11 @@ from mmcore.training.job import Job
 from mmcore.training.memory import explain_memory
 from mmcore.training.metrics import HealthLines, JsonLines, TensorBoard, keep_lines_until
 from mmcore.training.profile import Profile
+from mmcore.training.restoring import load_weights
 from mmcore.training.run_folder import RunFolder, check_same_recipe, disk_errors
 from mmcore.training.step import IGNORED
 from mmcore.training.tokenizers import find_tokenizer
-from mmcore.training.trainer import Trainer, load_weights
+from mmcore.training.trainer import Trainer
 from mmcore.training.wandb_log import WandB, check_installed
 
 

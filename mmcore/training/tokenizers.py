@@ -10,7 +10,8 @@ from mmcore.checkpoint.load import load_tokenizer as checkpoint_tokenizer
 from mmcore.config import Recipe
 from mmcore.data.conversations import CHAT_TEMPLATE
 from mmcore.data.corpus import obtain_tokenizer
-from mmcore.data.tokenizer import Tokenizer, load_tokenizer
+from mmcore.data.tokenizer import Tokenizer
+from mmcore.data.tokenizer_files import load_tokenizer
 from mmcore.errors import ConfigError
 
 

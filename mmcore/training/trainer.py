@@ -10,18 +10,13 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
-from mmcore.checkpoint.rows import read_into, shape_of
 from mmcore.checkpoint.store import CheckpointWriter, load_state
 from mmcore.data.loader import Loader
 from mmcore.distributed.reduce import highest
-from mmcore.errors import CheckpointError, DataError
 from mmcore.training import events
 from mmcore.training.converted import is_converted
 from mmcore.training.events import Event, Listener
@@ -38,6 +33,7 @@ from mmcore.training.optimizer import (
     optimizer_tensors,
     set_learning_rate,
 )
+from mmcore.training.restoring import check_goes_on, load_weights
 from mmcore.training.run_folder import recipe_text
 from mmcore.training.schedule import learning_rate, long_term_delay
 from mmcore.training.step import StepResult, accumulate, clip
@@ -364,17 +360,7 @@ class Trainer:
             load_weights(self.model, saved.model, checkpoint)
             self.checkpoint = self.resumed_from = checkpoint
             return
-        if state["data_identity"] != self.job.data_identity:
-            raise DataError(
-                f"the data changed since {checkpoint} was written, so its position in them means nothing: restore the "
-                f"files, or start a new run from it with `mm finetune` and training.init_from"
-            )
-        if not saved.optimizer and saved.step < self.total_steps:
-            raise CheckpointError(
-                f"{checkpoint} holds the model alone (checkpoint.final was model), so training cannot go on from it: "
-                f"start a new run from it with `mm finetune` and training.init_from, or remove it to go on from the "
-                f"checkpoint before"
-            )
+        check_goes_on(saved, checkpoint, self.job.data_identity, self.total_steps)
         load_weights(self.model, saved.model, checkpoint)
         load_optimizer(self.model, self.optimizer, saved.optimizer, state["optimizer_steps"])
         self.step, self.position, self.tokens = state["step"], state["sample_position"], state["tokens"]
@@ -413,25 +399,3 @@ class Trainer:
 
 def _nothing() -> None:
     """What a listener without `close` does in the end."""
-
-
-@torch.no_grad()
-def load_weights(model: nn.Module, tensors: Mapping[str, torch.Tensor], source: Path) -> None:
-    """Copy `tensors` into the parameters of `model`, name by name; of a sharded one only this rank's rows are read.
-
-    Raises CheckpointError for any misfit.
-    """
-    parameters = dict(model.named_parameters())
-    missing = [name for name in parameters if name not in tensors]
-    extra = [name for name in tensors if name not in parameters]
-    if missing or extra:
-        what = f"lacks {missing[0]}" if missing else f"has {extra[0]}, which the model has not"
-        raise CheckpointError(f"{source} does not fit the recipe's model: it {what}; check the recipe's model section")
-    for name, parameter in parameters.items():
-        shape = shape_of(tensors, name)
-        if shape != tuple(parameter.shape):
-            raise CheckpointError(
-                f"{source} does not fit the recipe's model: {name} has shape {list(shape)} there and "
-                f"{list(parameter.shape)} here; check the recipe's model section"
-            )
-        read_into(parameter, tensors, name)

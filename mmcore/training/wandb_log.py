@@ -35,7 +35,7 @@ class WandB:
         self.log_every = log_every
         self._run = wandb.init(
             project=recipe.training.wandb, name=recipe.name, id=_identity(folder), resume="allow", dir=str(folder),
-            config=recipe.as_dict(),
+            config=recipe.as_dict(), settings={"console": "off"},  # what ranks say is in logs/
         )  # fmt: skip
         self._run.define_metric("*", step_metric="step")  # W&B's own count cannot go back, as a roll-back does
 

@@ -35,6 +35,7 @@ from mmcore.checkpoint.store import save_checkpoint, whole_checkpoints
 from mmcore.checkpoint.writer import CheckpointWriter
 from mmcore.config import ModelConfig
 from mmcore.distributed.mesh import World
+from tests.benchmarks.common import environment
 from tests.checkpoint.kill_ranks import shard
 from tests.helpers.forked_ranks import run_ranks
 
@@ -139,7 +140,7 @@ def main() -> None:
     for name, value in figures.items():
         print(f"{name:40} {value:10.3f}")
     if options.json:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+        options.json.write_text(json.dumps({"environment": environment(), "figures": figures}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

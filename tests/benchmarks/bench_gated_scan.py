@@ -1,18 +1,13 @@
 """The gated scan and the elementwise operations beside PyTorch's own, B=4 H=8 T=4096 D=64, forward + backward.
 
-python -m tests.benchmarks.bench_gated_scan [--json FILE] [--rounds N] [--leave-pages]
-
-All contestants alternate in one run. Wall time is what a user waits; processor time (all threads together) stays
+The scan's rival is chunks as matrix products, compiled (rivals.py). All contestants alternate in one run. Wall time is what a user waits; processor time (all threads together) stays
 meaningful on a shared machine. --leave-pages leaves malloc as it comes, to see what `keep_pages` is worth.
 """
 
-import argparse
-import json
 import resource
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +18,7 @@ from mmcore.kernels.gated_scan import gated_scan
 from mmcore.kernels.look_ahead import look_ahead
 from mmcore.kernels.rms_norm import rms_norm
 from mmcore.kernels.swiglu import swiglu
+from tests.benchmarks import common, rivals
 
 B, T, H, D, WIDE = 4, 4096, 8, 64, 1536
 
@@ -50,6 +46,7 @@ def contestants() -> dict[str, Callable[[], object]]:
         runs[f"look_ahead {form}"] = pass_both_ways(
             lambda *p, form=form: look_ahead(*p, implementation=form), heads, mix, scale
         )
+    runs["gated_scan compiled chunks"] = pass_both_ways(rivals.chunked_scan, heads, gates, decays)
     runs["rms_norm cpu"] = pass_both_ways(lambda a, w: rms_norm(a, w, 1e-5, "cpu"), x, weight)
     runs["rms_norm torch"] = pass_both_ways(lambda a, w: F.rms_norm(a, w.shape, w, 1e-5), x, weight)
     runs["swiglu cpu"] = pass_both_ways(lambda g, u: swiglu(g, u, "cpu"), wide, up)
@@ -58,10 +55,8 @@ def contestants() -> dict[str, Callable[[], object]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--leave-pages", action="store_true")
+    parser = common.parser(__doc__.splitlines()[0])
+    parser.add_argument("--leave-pages", action="store_true", help="leave malloc as it comes")
     options = parser.parse_args()
     pages = "left to malloc" if options.leave_pages else keep_pages() or "kept"
     runs = contestants()
@@ -79,23 +74,32 @@ def main() -> None:
                 faults[name] += resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
     results = {
         name: {
-            "wall_ms_median": statistics.median(walls[name]),
+            "wall_ms": common.figure(walls[name]),
             "wall_ms_least": min(walls[name]),
             "processor_ms_median": statistics.median(processors[name]),
             "page_faults": faults[name] // options.rounds,
         }
         for name in runs
     }
-    base = results["copy of the keys"]["processor_ms_median"]
-    print(f"{torch.get_num_threads()} threads, pages {pages}; ratio: processor time over that of the copy")
+    inputs = 4 * B * T * H * (D + 2)
+    for name in runs:
+        if name.startswith("gated_scan"):
+            results[name]["extra_memory_over_inputs"] = common.extra_memory(runs[name]) / inputs
+    ratios = {
+        f"gated_scan {other} / gated_scan cpu": common.ratio(walls[f"gated_scan {other}"], walls["gated_scan cpu"])
+        for other in ("compiled chunks", "blocked")
+    }
+    print(f"{torch.get_num_threads()} threads, pages {pages}")
     for name, row in results.items():
+        memory = row.get("extra_memory_over_inputs")
         print(
-            f"{name:18} wall {row['wall_ms_median']:8.1f} ms (least {row['wall_ms_least']:7.1f})"
-            f"  processor {row['processor_ms_median']:7.1f} ms  ratio {row['processor_ms_median'] / base:6.1f}"
-            f"  faults {row['page_faults']:6}"
+            f"{name:26} wall {row['wall_ms']:8.1f} ms (least {row['wall_ms_least']:7.1f})"
+            f"  processor {row['processor_ms_median']:7.1f} ms  faults {row['page_faults']:6}"
+            + ("" if memory is None else f"  extra memory {memory:.2f} of the inputs'")
         )
-    if options.json:
-        options.json.write_text(json.dumps({"pages": pages, "results": results}, indent=1))
+    for name, value in ratios.items():
+        print(f"{name:50} {value:.2f}")
+    common.write(options.json, {"environment": common.environment(), "pages": pages, "results": results, "ratios": ratios})
 
 
 if __name__ == "__main__":

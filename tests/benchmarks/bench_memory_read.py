@@ -1,21 +1,18 @@
-"""memory_read in C against its PyTorch blocks and against causal attention of the same shape.
-
-`python -m tests.benchmarks.bench_memory_read [--shape B,T,H,D] [--decode] [--repeats N] [--json FILE]`. All sides take
-turns in one run: the machine drifts, and only the ratios of a run count.
+"""memory_read in C against its PyTorch blocks, the hand-written block form of a window (rivals.py), and causal attention of
+the same shape. All sides take turns in one run: the machine drifts, and only the ratios of a run count.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+from mmcore.kernels.allocator import keep_pages
 from mmcore.kernels.memory_read import memory_read
+from tests.benchmarks import common, rivals
 
 FORMS = {"window": {"window": 256, "delay": 1}, "long": {"delay": 64}}
 
@@ -56,10 +53,13 @@ def training(shape: tuple[int, int, int, int], repeats: int) -> dict:
                 ),
                 upstream,
             )
+    beta = bandwidths[0]
+    sides["window block form"] = (lambda: rivals.window_read(keys, values, beta), upstream)
     times = {name: [] for name in sides}
+    leaves = (q, k, v, keys, values, *bandwidths)
     for _ in range(repeats + 1):  # the first turn warms up
         for name, (run, grad) in sides.items():
-            times[name].append(timed(run, grad, (q, k, v, keys, values, *bandwidths)))
+            times[name].append(timed(run, grad, leaves))
     rows = {}
     for name, measured in times.items():
         forward, both = (statistics.median(f(t) for t in measured[1:]) for f in (lambda t: t[0], sum))
@@ -67,10 +67,14 @@ def training(shape: tuple[int, int, int, int], repeats: int) -> dict:
         if name.endswith("cpu"):
             work = 2 * size * pairs_read(batch, length, heads, FORMS[name.split()[0]])
             rows[name]["gflops"] = 7 * work / both / 1e9
+        inputs = 4 * (keys.numel() + values.numel())
+        rows[name]["extra_memory_over_inputs"] = common.extra_memory(lambda s=sides[name]: timed(*s, leaves)) / inputs
     for form in FORMS:
-        mine = rows[f"{form} cpu"]["both_ms"]
-        rows[f"{form} cpu"]["faster_than_sdpa"] = rows["sdpa causal"]["both_ms"] / mine
-        rows[f"{form} cpu"]["faster_than_blocked"] = rows[f"{form} blocked"]["both_ms"] / mine
+        mine = rows[f"{form} cpu"]
+        for rival in ("sdpa causal", f"{form} blocked", "window block form"):
+            if rival.startswith("window") <= (form == "window"):
+                series = ([sum(t) for t in times[name][1:]] for name in (rival, f"{form} cpu"))
+                mine[f"faster_than_{rival.replace(' ', '_')}"] = common.ratio(*series).median
     return rows
 
 
@@ -102,24 +106,22 @@ def decoding(pairs: int, repeats: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = common.parser(__doc__.splitlines()[0])
     parser.add_argument("--shape", default="4,4096,8,64", help="B,T,H,D")
     parser.add_argument("--decode", action="store_true", help="time single queries instead")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.manual_seed(0)
+    keep_pages()
     if options.decode:
-        results = {str(n): decoding(n, options.repeats) for n in (1, 256, 2_048, 32_768)}
+        results = {str(n): decoding(n, options.rounds) for n in (1, 256, 2_048, 32_768)}
     else:
         shape = tuple(int(n) for n in options.shape.split(","))
-        results = {options.shape: training(shape, options.repeats)}
+        results = {options.shape: training(shape, options.rounds)}
     for group, rows in results.items():
         print(f"{group} ({torch.get_num_threads()} threads)")
         for name, row in rows.items():
             print(f"  {name:22}", "  ".join(f"{key} {value:.3g}" for key, value in row.items()))
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=2))
+    common.write(options.json, {"environment": common.environment(), "results": results})
 
 
 if __name__ == "__main__":

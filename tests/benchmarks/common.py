@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from mmcore.kernels import allocator
+
 SEED = 0
 
 
@@ -183,14 +185,47 @@ def ratio(ours: list[float], theirs: list[float]) -> Figure:
 
 
 def read_bandwidth(megabytes: int = 160, repeats: int = 5) -> float:
-    """Bytes a second that a plain sum reads from memory, the best of `repeats`."""
-    data = torch.ones(megabytes * 250_000)
-    best = 0.0
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        data.sum()
-        best = max(best, data.numel() * 4 / (time.perf_counter() - start))
+    """Bytes a second that a plain sum reads from memory: the best of `repeats`, from small pages and from large ones."""
+    size, best = megabytes * 250_000, 0.0
+    for data in (torch.ones(size), allocator.empty((size,), torch.float32).fill_(1)):
+        for _ in range(repeats + 1):
+            start = time.perf_counter()
+            data.sum()
+            best = max(best, size * 4 / (time.perf_counter() - start))
     return best
+
+
+def extra_memory(run: Callable[[], object]) -> int:
+    """Bytes that PyTorch's allocator holds at the highest moment of `run` beyond what it held before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as record:
+        run()
+    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = highest = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        highest = max(highest, held)
+    return highest
+
+
+def limits() -> dict[str, float]:
+    """This machine's best at what everything is made of: matrix products (FLOP/s; 1,024 x 1,024), copying (bytes read and
+    written a second) and reading from memory."""
+
+    def best(run: Callable[[], object], repeats: int = 7) -> float:
+        times = []
+        for _ in range(repeats + 1):
+            start = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    n = 1024
+    x, y = torch.ones(40_000_000), torch.empty(40_000_000)
+    found = {"copy": 8 * x.numel() / best(lambda: y.copy_(x)), "read": read_bandwidth()}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = (torch.randn(n, n).to(dtype) for _ in range(2))
+        found[f"product {str(dtype).removeprefix('torch.')}"] = 2 * n**3 / best(lambda a=a, b=b: a @ b)
+    return found
 
 
 def environment() -> dict[str, Any]:
@@ -200,7 +235,7 @@ def environment() -> dict[str, Any]:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         processor = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), processor)
     versions = {}
-    for name in ("torch", "transformers"):
+    for name in ("torch", "transformers", "litgpt"):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -208,7 +243,8 @@ def environment() -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "device": processor,
         "cores": os.cpu_count(), "threads": torch.get_num_threads(), "python": platform.python_version(),
-        "versions": versions, "load_average_at_start": os.getloadavg()[0],
+        "instructions": torch.backends.cpu.get_cpu_capability(), "versions": versions,
+        "load_average_at_start": os.getloadavg()[0], "limits": limits(),
     }
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mmcore import planning
 from mmcore.config import DistributedConfig, ModelConfig, load_recipe
+from mmcore.distributed.float8 import use_float8
 from mmcore.distributed.parallelize import parallelize
 from mmcore.model import accounting, build_model
 from tests.benchmarks.gpu_timing import Place, attempt, copy_bandwidth
@@ -28,10 +29,10 @@ def training(place: Place, report: dict[str, Any]) -> None:
     """Steps of the recipes' models on one card, packed documents, bf16 autocast: tokens/s, MFU, memory."""
     names = place.pick(["1.5b", "1.5b-transformer", "350m", "350m-transformer", "124m", "124m-transformer"], ["tiny"])
     for name in names:
-        config, length, batch, checkpointing = _job(place, name)
+        config, length, batch, checkpointing = job(place, name)
         for compiled in place.pick([True, False] if name == "1.5b" else [True], [False]):
             label = f"{name}{' compiled' if compiled else ''}"
-            work = functools.partial(_train_until_it_fits, place, config, length, batch, checkpointing, compiled)
+            work = functools.partial(train_until_it_fits, place, config, length, batch, checkpointing, compiled)
             attempt(report, label, work)
             place.free()
         if name.endswith("-transformer"):
@@ -39,7 +40,7 @@ def training(place: Place, report: dict[str, Any]) -> None:
             place.free()
 
 
-def _job(place: Place, name: str) -> tuple[ModelConfig, int, int, str]:
+def job(place: Place, name: str) -> tuple[ModelConfig, int, int, str]:
     """(model, tokens of a sequence, sequences, checkpointing): the most that --plan says fits on this card."""
     if place.tiny:
         return TINY, 24, 2, "none"
@@ -52,11 +53,12 @@ def _job(place: Place, name: str) -> tuple[ModelConfig, int, int, str]:
     return recipe.model, length, max(1, min(planned, 16)), "none" if planned else "selective"
 
 
-def _train_until_it_fits(place: Place, config: ModelConfig, length: int, batch: int, checkpointing: str,
-                         compiled: bool) -> dict[str, Any]:  # fmt: skip
+def train_until_it_fits(place: Place, config: ModelConfig, length: int, batch: int, checkpointing: str, compiled: bool,
+                        precision: str = "bf16") -> dict[str, Any]:  # fmt: skip
+    """`_train` with fewer sequences, in the end with full checkpointing, where memory does not suffice."""
     while True:
         try:
-            return _train(place, config, length, batch, checkpointing, compiled)
+            return _train(place, config, length, batch, checkpointing, compiled, precision)
         except torch.OutOfMemoryError:
             print(f"  {batch} x {length} with checkpointing {checkpointing} does not fit", flush=True)
         place.free()
@@ -65,11 +67,14 @@ def _train_until_it_fits(place: Place, config: ModelConfig, length: int, batch: 
         batch, checkpointing = (max(1, batch // 2), checkpointing) if batch > 1 else (1, "full")
 
 
-def _train(place: Place, config: ModelConfig, length: int, batch: int, checkpointing: str, compiled: bool) -> dict[str, Any]:
+def _train(place: Place, config: ModelConfig, length: int, batch: int, checkpointing: str, compiled: bool,
+           precision: str) -> dict[str, Any]:  # fmt: skip
     with torch.device(place.device):
         model = build_model(config, "triton" if place.tiny else "auto")
+    if precision == "fp8":
+        model = use_float8(model)
     model.init_weights(0)
-    parallelize(model, DistributedConfig(activation_checkpointing=checkpointing), compiled, precision="bf16")
+    parallelize(model, DistributedConfig(activation_checkpointing=checkpointing), compiled, precision=precision)
     delays = random.Random(0)
     low, high = config.long_term_delay_range
 

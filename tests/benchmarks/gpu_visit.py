@@ -1,6 +1,6 @@
 """One visit to a GPU: everything that only a card can answer, part by part, each with its own time.
 
-`python -m tests.benchmarks.gpu_visit [--parts abcdefg] [--out FOLDER]` on the card, from the project's root;
+`python -m tests.benchmarks.gpu_visit [--parts abcdefghi] [--out FOLDER]` on the card, from the project's root;
 `python -m tests.benchmarks.gpu_visit --tiny --device cpu` tries every part on toy shapes, with Triton's interpreter.
 What fails prints its traceback, and the rest goes on; the JSON, named after the device, is written after every part.
 """
@@ -23,8 +23,8 @@ from types import FrameType
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-BUDGETS = {"a": 240, "b": 100, "c": 300, "d": 90, "e": 420, "f": 240, "g": 120}
-"""Seconds of each part; together what a lease of half an hour leaves after starting machines."""
+BUDGETS = {"a": 240, "b": 100, "c": 300, "d": 90, "e": 420, "f": 240, "g": 120, "h": 450, "i": 120}
+"""Seconds of each part; a to g together are what a lease of half an hour leaves after starting machines."""
 
 
 def tests(place: Any, report: dict[str, Any]) -> None:
@@ -46,7 +46,7 @@ def tests(place: Any, report: dict[str, Any]) -> None:
 
 
 def parts() -> dict[str, tuple[str, Callable]]:
-    from tests.benchmarks import gpu_kernels, gpu_models
+    from tests.benchmarks import gpu_kernels, gpu_models, gpu_scale
 
     return {
         "a": ("tests", tests),
@@ -56,6 +56,8 @@ def parts() -> dict[str, tuple[str, Callable]]:
         "e": ("training", gpu_models.training),
         "f": ("decoding", gpu_models.decoding),
         "g": ("growth", gpu_kernels.growth),
+        "h": ("precisions", gpu_scale.precisions),
+        "i": ("planned memory", gpu_scale.memory),
     }
 
 
@@ -97,7 +99,7 @@ def run(names: str, place: Any, file: Path, report: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", default="abcdefg", help="letters of the parts, in the order to run them")
+    parser.add_argument("--parts", default="abcdefghi", help="letters of the parts, in the order to run them")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="toy shapes, to see that nothing is broken")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")), help="folder of the report")

@@ -1,7 +1,7 @@
 """Run as a program: two ranks save a step, and one of them is killed at a change of the disk; kill_driver.py does the
 same with one process.
 
-    python -m tests.checkpoint.kill_ranks FOLDER [--every N] [--scenario new|again|purge]
+    python -m tests.checkpoint.kill_ranks FOLDER [--every N] [--scenario new|again|purge] [--json FILE]
 
 A first save counts each rank's changes; then one save for each N-th of them (1: all), and for every rename, mkdir and
 rmdir, dies there. After each death the other rank must end by itself, the newest whole checkpoint must be the old one or
@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor, Shard
 from mmcore.checkpoint.formats.modelconfig import config_json
 from mmcore.checkpoint.writer import CheckpointWriter
 from mmcore.distributed.mesh import World
+from tests.benchmarks.common import environment
 from tests.checkpoint.kill_driver import OPERATIONS, die_at, examine
 from tests.checkpoint.small import TIED, moments, save, weights
 from tests.helpers.forked_ranks import run_ranks
@@ -114,9 +115,13 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--every", type=int, default=1)
     parser.add_argument("--scenario", choices=SCENARIOS, action="append")
+    parser.add_argument("--json", type=Path, help="write the numbers here too")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print(json.dumps({name: deaths(options.folder, name, options.every) for name in options.scenario or SCENARIOS}))
+    died = {name: deaths(options.folder, name, options.every) for name in options.scenario or SCENARIOS}
+    print(json.dumps(died))
+    if options.json:
+        options.json.write_text(json.dumps({"environment": environment(), "deaths by rank": died}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

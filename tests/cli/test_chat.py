@@ -30,9 +30,11 @@ from mmcore.data.conversations import CHAT_TEMPLATE
 from mmcore.data.sentencepiece_model import train_sentencepiece
 from mmcore.data.tokenizer import Tokenizer
 from mmcore.errors import ConfigError
+from mmcore.evaluation.inspection import inspect
 from mmcore.generation.conversation import Conversation
 from mmcore.model import build_model
 from tests.generation.fakes import FakeModel
+from tests.helpers.models import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = ["Once upon a time there was a cat. She said: hello world!\n\n"] * 40
@@ -328,6 +330,26 @@ class TestScreen:
                      "seed sets nothing: write seed=0"):
             assert text in out, text
         assert len(screen.conversation.messages) == 2
+
+    def test_why(self, tokenizer, capsys):
+        """What the heads read before a token, as mm eval --inspect has it for the text up to there."""
+        model = tiny(vocab_size=300)
+        screen = talk(tokenizer, "/why", "the quick brown fox", "/why", "/why 3", "/why -3", "/why x", "/why 99",
+                      model=model, chosen=Settings(temperature=0, max_new_tokens=4))
+        out = capsys.readouterr().out
+        assert out.count("nothing has been said yet") == 1 and out.count("there is no such token") == 2
+        history = screen.conversation.session.history
+        pieces = [tokenizer.decode([token], special=True, continues=True) for token in history]
+        for back in (1, 3, 3):
+            place = len(history) - back
+            begun = f"Before {pieces[place]!r} (token {place}), at {pieces[place - 1]!r}, the heads read:\n"
+            assert begun in out
+            part = out[out.index(begun):]
+            for read in inspect(model, history[:place]):
+                if read.memory == "short_term" and read.size:
+                    ((at, weight),) = read.strongest(1)
+                    line = next(line for line in part.splitlines() if f"layer {read.layer} head {read.head} " in line)
+                    assert f"{read.size:>6}{read.bandwidth:>8.2f} " in line and f" {weight:.2f} {pieces[at]!r} {at - place + 1}" in line
 
     def test_a_loaded_conversation_is_shown_clean(self, tokenizer, capsys, tmp_path):
         conversation = Conversation(FakeModel(300), tokenizer)

@@ -179,7 +179,7 @@ def test_help_is_light():
 
 
 def test_progress_in_a_log_is_a_line_now_and_then():
-    from mmcli.evaluate import _plain_progress
+    from mmcli.evaluate_console import plain_text_progress
 
     lines = []
 
@@ -187,7 +187,7 @@ def test_progress_in_a_log_is_a_line_now_and_then():
         def print(self, line):
             lines.append(line)
 
-    progress = _plain_progress(Log(), every=0.0)
+    progress = plain_text_progress(Log(), every=0.0)
     progress("every token", 10, 100)  # the first call only starts the clock
     progress("every token", 50, 100)
     assert len(lines) == 1 and lines[0].startswith("every token: 50 of 100 tokens, ") and lines[0].endswith(" s left")

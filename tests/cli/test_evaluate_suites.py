@@ -1,9 +1,11 @@
 """`mm eval --suite` and `mm eval --inspect` as a user runs them, on small exported models."""
 
 import base64
+import html
 import json
 import os
 import re
+import shlex
 from html.parser import HTMLParser
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 import mmcore
 from mmcli.app import run
 from mmcore.data import train_sentencepiece
-from mmcore.evaluation import harness
+from mmcore.evaluation import harness, suite_report
 from mmcore.evaluation.reading import ModelReader
 from mmcore.evaluation.suite_tables import tables
 from tests.cli.test_evaluate import DOCUMENTS, export, tiny
@@ -69,26 +71,39 @@ def complaint(capsys, *arguments):
 
 
 class Page(HTMLParser):
-    """The tables of a page as lists of cells, and everything it points to."""
+    """The tables of a page as lists of cells (one that spans rows is in each of them), and everything it points to."""
 
     def __init__(self):
         super().__init__()
-        self.tables, self.links, self.tags, self._cell = [], [], set(), None
+        self.tables, self.links, self.ids, self.tags, self._cell, self._spans = [], [], set(), set(), None, {}
 
     def handle_starttag(self, tag, attrs):
         self.tags.add(tag)
         self.links += [value for name, value in attrs if name in ("src", "href", "srcset", "action", "data")]
+        self.ids |= {value for name, value in attrs if name == "id"}
         if tag == "table":
             self.tables.append([])
+            self._spans = {}
         elif tag == "tr":
             self.tables[-1].append([])
+            self._from_above()
         elif tag in ("td", "th"):
-            self._cell = ""
+            self._cell, self._span = "", int(dict(attrs).get("rowspan", 1))
 
     def handle_endtag(self, tag):
         if tag in ("td", "th"):
-            self.tables[-1][-1].append(self._cell)
+            row = self.tables[-1][-1]
+            self._spans[len(row)] = (self._cell, self._span)
+            row.append(self._cell)
             self._cell = None
+            self._from_above()
+
+    def _from_above(self):
+        row = self.tables[-1][-1]
+        while self._spans.get(len(row), ("", 0))[1] > 1:
+            text, left = self._spans[len(row)]
+            self._spans[len(row)] = (text, left - 1)
+            row.append(text)
 
     def handle_data(self, data):
         if self._cell is not None:
@@ -128,14 +143,20 @@ def test_the_result_folder(home, measured):
     assert set(first["data"]) == {"qa_1", "essay", "mine"}
     assert all(re.fullmatch("[0-9a-f]{64}", source["sha256"]) for source in first["data"].values())
     assert len({result["sha256"] for result in first["results"]}) == 2 and set(first["versions"]) >= {"mm", "torch"}
-    items = [json.loads(line) for line in (home / "out" / "items.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (home / "out" / "items.jsonl").read_text().splitlines()]
+    heads = {line["key"]: line for line in lines if "query" not in line and line["suite"] == "in-context"}
+    items = [line for line in lines if line["key"] not in heads]
+    # the beginnings of prompts are kept once for all models: without a shot alike for both kinds of labels, in two forms;
+    # with one in four
+    assert len(heads) == 2 + 2 * 4
+    assert all(heads[item["head"]]["head"] for item in items if item["suite"] == "in-context")
     # three variants, two items: two tasks at a length; two kinds of labels in two forms without a shot, four with one
     assert len(items) == 3 * 2 * (2 + 2 * (2 + 4)) == len({item["key"] for item in items})
     assert all(item["prompt_sha256"] and item["answers"] for item in items if item["suite"] == "new-knowledge")
 
 
 def test_figures_are_means_of_the_items(home, measured):
-    items = [json.loads(line) for line in (home / "out" / "items.jsonl").read_text().splitlines()]
+    items = [item for line in (home / "out" / "items.jsonl").read_text().splitlines() if "score" in (item := json.loads(line))]
     for result in measured[0]["results"]:
         mine = [item for item in items if (item["model"]["checkpoint"], item["model"]["without"]) == (result["sha256"], result["without"])]
         for row in result["new_knowledge"]:
@@ -155,39 +176,58 @@ def test_the_page_stands_alone_and_says_what_the_json_says(home, measured):
     page.feed(text)
     assert not page.tags & {"script", "link", "iframe", "object", "embed", "base"} and "@import" not in text and "url(" not in text
     for link in page.links:
-        assert link.startswith(("#", "data:image/svg+xml;base64,")), link[:60]
+        assert link.startswith("data:image/svg+xml;base64,") or link.removeprefix("#") in page.ids, link[:60]
         if link.startswith("data:"):
             assert b"<svg" in base64.b64decode(link.partition(",")[2])
-    cells = {row[0]: row[1:] for table in page.tables for row in table if table[0][:2] == ["model", "2,048"] and "[" in str(table)}
-    assert cells
     # read from the JSON anew, not through the tables
-    page_tables = [table for table in page.tables if table[0] == ["model", "2,048"]]
+    results = measured[0]["results"]
+    by_length = [[line[2] for line in table[1:]] for table in page.tables if table[0] == ["model", "trained at", "2,048"]]
+    wanted = []
     for task in ("qa_1", "niah_single_2"):
-        wanted = []
-        for result in measured[0]["results"]:
-            row = next(row for row in result["new_knowledge"] if row["task"] == task)
-            wanted.append(f"{row['score']:.1f} [{row['interval'][0]:.1f}, {row['interval'][1]:.1f}]")
-        assert any([row[1] for row in table[1:]] == wanted for table in page_tables), task
+        rows = [next(row for row in result["new_knowledge"] if row["task"] == task) for result in results]
+        wanted.append([shown(row["score"], row["interval"]) for row in rows])
+    assert by_length == wanted
+    (by_shots,) = (table for table in page.tables if table[0] == ["labels", "model", "form", "0 shots", "1 shot"])
+    names = ["mosaic", "mosaic without long_term", "llama"]
+    wanted = []
     for kind in ("semantic", "anonymous"):
-        for key, interval in (("mean", "mean_interval"), ("best", None)):
-            wanted = []
-            for result in measured[0]["results"]:
-                rows = sorted((row for row in result["in_context"] if row["labels"] == kind), key=lambda row: row["shots"])
-                scores = [(row[key], row[interval]) if interval else (row[key]["score"], row[key]["interval"]) for row in rows]
-                wanted.append([f"{score:.1f} [{low:.1f}, {high:.1f}]" for score, (low, high) in scores])
-            assert any([row[1:] for row in table[1:]] == wanted for table in page.tables if table[0] == ["model", "0 shots", "1 shot"])
+        for name, result in zip(names, results, strict=True):
+            rows = sorted((row for row in result["in_context"] if row["labels"] == kind), key=lambda row: row["shots"])
+            wanted.append([kind, name, "best", *(shown(row["best"]["score"], row["best"]["interval"]) for row in rows)])
+            wanted.append([kind, name, "mean", *(shown(row["mean"], row["mean_interval"]) for row in rows)])
+    assert by_shots[1:] == wanted
+    (glance,) = (table for table in page.tables if table[0] == ["dimension", "measurement", "chance", *names])
+    best = [next(row["best"]["score"] for row in result["in_context"] if (row["labels"], row["shots"]) == ("anonymous", 1))
+            for result in results]
+    assert glance[-1] == ["In-context learning", "anonymous labels, 1 shot 1 task", "33.3", *(f"{score:.1f}" for score in best)]
     markdown = (home / "out" / "results.md").read_text()
-    for table in tables(measured[0]):
-        assert f"### {table.title}" in markdown and f"<h3>{table.title}</h3>" in text
+    for number, table in enumerate(tables(measured[0]), start=1):
+        assert f"### {table.title}" in markdown and f"<b>Table {number}.</b> {table.title}</h3>" in text
+
+
+def shown(score, interval):
+    return f"{score:.1f} [{interval[0]:.1f}, {interval[1]:.1f}]"
+
+
+def test_the_page_says_how_to_measure_it_again(home, measured, monkeypatch):
+    monkeypatch.chdir(home)
+    words = shlex.split(suite_report.command(measured[0]))
+    assert words[:4] == ["mm", "eval", "mosaic", "llama"]
+    page = html.unescape((home / "out" / "report.html").read_text())
+    assert f"<pre>{suite_report.command(measured[0])}</pre>" in page
+    before = (home / "out" / "items.jsonl").read_text()
+    assert run([*words[1:], "--out", "out"]) == 0
+    assert (home / "out" / "items.jsonl").read_text() == before
+    assert json.loads((home / "out" / "results.json").read_text())["results"] == measured[0]["results"]
 
 
 def test_words_from_files_cannot_become_markup(place, capsys, tmp_path):
-    (tmp_path / "evil.csv").write_text("text,label\n" + "".join(f"<script>x{n}</script>,<b>{label}</b>\n" for n in range(8) for label in "pq"))
+    (tmp_path / "evil.csv").write_text("text,label\n" + "".join(f"<script>x{n}</script>,<u>{label}</u>\n" for n in range(8) for label in "pq"))
     assert run(["eval", "mosaic", "--suite", "in-context", "--data", str(tmp_path / "evil.csv"), "--tasks", "evil", "--limit", "1",
                 "--shots", "1", "--out", str(tmp_path / "out")]) == 0
     page = Page()
     page.feed((tmp_path / "out" / "report.html").read_text())
-    assert not page.tags & {"script", "b"}
+    assert not page.tags & {"script", "u"}
 
 
 @pytest.mark.skipif(harness._TemplateLM is None, reason="lm_eval is missing: pip install 'mm[harness]'")
@@ -195,11 +235,16 @@ def test_persistent_suite_with_an_own_task(place, capsys, tmp_path):
     assert run(["eval", "mosaic", "llama", "--suite", "persistent", "--data", "data/own.yaml", "--without", "long_term", "--limit", "4",
                 "--out", str(tmp_path / "out")]) == 0
     text = capsys.readouterr().out
-    assert "Own benchmarks" in text and "without long_term" in text
+    assert "own benchmarks" in text and "mm chat mosaic" in text
     report = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [result["variant"] for result in report["results"]] == ["whole", "without long_term", "whole"]
     for result in report["results"]:
         (row,) = result["persistent"]
         assert row["task"] == "own" and row["items"] == 4 and row["score"] in (0, 25, 50, 75, 100)
+        assert row["interval"][0] <= row["score"] <= row["interval"][1]
+    items = [json.loads(line) for line in (tmp_path / "out" / "items.jsonl").read_text().splitlines()]
+    assert {item["prompt"] for item in items} == {f"{name} is a" for name in NAMES[:4]}
+    assert {(item["task"], item["ending"]) for item in items} == {("own", " fox"), ("own", " dog")}
 
 
 def test_a_removed_memory_equals_zeroed_columns_of_the_output_matrix(place):
@@ -232,7 +277,8 @@ def test_an_interrupted_evaluation_goes_on(place, capsys, tmp_path, monkeypatch)
     assert run(arguments) == 130
     assert "goes on" in capsys.readouterr().err
     (folder,) = (place / "mosaic").glob("eval-suite-*")
-    assert len((folder / "items.jsonl").read_text().splitlines()) == 9 and not (folder / "results.json").exists()
+    items = [json.loads(line) for line in (folder / "items.jsonl").read_text().splitlines()]
+    assert sum("query" in item for item in items) == 9 and not (folder / "results.json").exists()
     assert run([*arguments, "--json"]) == 0  # the same command finds the same folder
     report = json.loads(capsys.readouterr().out)
     assert report["items_found"] == 9 and report["folder"] == str(folder.relative_to(place))
@@ -276,7 +322,7 @@ def test_inspection(place, capsys, tmp_path):
     (tmp_path / "text.txt").write_text(DOCUMENTS[2])
     assert run(["eval", "mosaic", "--inspect", str(tmp_path / "text.txt"), "--token", "20", "--out", str(tmp_path / "out")]) == 0
     text = capsys.readouterr().out
-    assert text.startswith("Token 20: ") and "layer 1, long-term" in text and "beta" in text
+    assert text.startswith("Token 20 of ") and "\nlong-term " in text and "layer 1 head 1" in text and "beta" in text
     values = json.loads((tmp_path / "out" / "inspection.json").read_text())
     assert len(values["reads"]) == 2 * 2 * 2 and values["token"] == 20
     for read in values["reads"]:
@@ -290,7 +336,7 @@ def test_inspection(place, capsys, tmp_path):
 
 
 def test_progress_in_a_log():
-    from mmcli.evaluate_suites import plain_progress
+    from mmcli.evaluate_console import plain_suite_progress
 
     lines = []
 
@@ -298,10 +344,38 @@ def test_progress_in_a_log():
         def print(self, line):
             lines.append(line)
 
-    progress = plain_progress(Log(), every=0.0)
+    progress = plain_suite_progress(Log(), every=0.0)
     progress("mosaic: qa_1 at 4,096", 0.0, 100.0)
     progress("mosaic: qa_1 at 4,096", 25.0, 100.0)
     assert len(lines) == 1 and lines[0].startswith("mosaic: qa_1 at 4,096: 25% of all done, about ") and lines[0].endswith(" s left")
+
+
+def test_formats_of_weights(place, capsys, tmp_path):
+    arguments = ["eval", "mosaic", "--suite", "in-context", "--data", "data/mine.csv", "--limit", "2", "--shots", "1", "--json",
+                 "--out", str(tmp_path / "out")]
+    reports = []
+    for dtype in ((), ("--dtype", "int8")):
+        assert run([*arguments, *dtype]) == 0
+        reports.append(json.loads(capsys.readouterr().out))
+    assert [report["settings"]["dtype"] for report in reports] == ["float32", "int8"] and reports[1]["items_found"] == 16
+    items = [json.loads(line) for line in (tmp_path / "out" / "items.jsonl").read_text().splitlines()]
+    logprobs = {(item["labels"], item["form"], item["query"], item["model"]["dtype"]): item["logprob_answer"] for item in items
+                if "query" in item}
+    for (*which, dtype), value in logprobs.items():
+        if dtype == "float32":
+            assert 0 < abs(logprobs[(*which, "int8")] / value - 1) < 0.01
+    assert "choose float32, bfloat16" in complaint(capsys, *arguments[1:], "--dtype", "int4")
+
+
+@pytest.mark.parametrize(("arguments", "what"), [
+    (("--suite", "in-context", "--stride", "9"), "--stride is an option of text and has no effect with --suite"),
+    (("--suite", "in-context", "--token", "3"), "--token is an option of --inspect and has no effect with --suite"),
+    (("--inspect", "x", "--limit", "9"), "--limit is an option of suites and has no effect with --inspect"),
+    (("--data", "x", "--shots", "1,2"), "--shots is an option of suites and has no effect with a measurement of text"),
+    (("--data", "x", "--token", "-1"), "--token is an option of --inspect and has no effect with a measurement of text"),
+])
+def test_options_without_effect_are_refused(place, capsys, arguments, what):
+    assert f"{what}: leave it out" in complaint(capsys, "mosaic", *arguments)
 
 
 def test_tasks_choose_among_suites(place, capsys, tmp_path):

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -142,6 +143,21 @@ def test_failures_are_left_for_the_launcher(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     launch.report_failure("the disk is full")
     assert json.loads((tmp_path / "error.json").read_text())["message"] == "the disk is full"
+
+
+def test_a_rank_killed_while_it_leaves_its_failure_leaves_none(monkeypatch, tmp_path):
+    """torchrun's agent, which reads the file, would fail on half of it, and the job with it."""
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+
+    def killed(path, text, **_):
+        with path.open("w") as file:
+            file.write(text[:5])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", killed)
+    with pytest.raises(KeyboardInterrupt):
+        launch.report_failure("the disk is full")
+    assert not (tmp_path / "error.json").exists()
 
 
 def test_launching_imports_no_torch():

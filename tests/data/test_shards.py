@@ -14,7 +14,7 @@ import pytest
 
 import mmcore
 from mmcore.config import DataConfig, SourceConfig
-from mmcore.data import load_tokenizer, prepare, shards
+from mmcore.data import load_tokenizer, prepare, shards, workers
 from mmcore.data.corpus import cache_folder
 from mmcore.data.files import PART_MARK
 from mmcore.data.workers import Workers
@@ -96,7 +96,7 @@ def test_finished_shards_are_found_again(small_tokenizer, library_text, tmp_path
     write_documents(tmp_path / "a.jsonl", library_text, 0.05)
     data = config(tmp_path / "a.jsonl", tmp_path / "cache")
     first = prepare(data, small_tokenizer)
-    monkeypatch.setattr(shards, "write_shard", lambda *a: pytest.fail("tokenized again"))
+    monkeypatch.setattr(workers, "write_shard", lambda *a: pytest.fail("tokenized again"))
     assert prepare(data, small_tokenizer, verify=True).fingerprint == first.fingerprint
     (tmp_path / "a.jsonl").rename(tmp_path / "b.jsonl")  # another name is another source
     with pytest.raises(pytest.fail.Exception, match="tokenized again"):

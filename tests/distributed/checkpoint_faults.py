@@ -31,7 +31,7 @@ class CheckpointFault:
     """What a resumed run says of it; None: nothing that bears a checkpoint's name is damaged."""
 
 
-def newest(run_folder: Path) -> Path:
+def newest_checkpoint(run_folder: Path) -> Path:
     """The folder of the newest checkpoint, whole or not."""
     folders = [path for path in (run_folder / "checkpoints").iterdir() if re.fullmatch(r"step-\d+", path.name)]
     return max(folders, key=lambda path: int(path.name.removeprefix("step-")))
@@ -39,7 +39,7 @@ def newest(run_folder: Path) -> Path:
 
 def shard(run_folder: Path, part: str = "optimizer") -> Path:
     """The last rank's file of the newest checkpoint."""
-    return max(newest(run_folder).glob(f"{part}*.safetensors"))
+    return max(newest_checkpoint(run_folder).glob(f"{part}*.safetensors"))
 
 
 def flipped_bit(run_folder: Path) -> None:
@@ -58,16 +58,16 @@ def missing_shard(run_folder: Path) -> None:
 
 
 def missing_manifest(run_folder: Path) -> None:
-    (newest(run_folder) / "manifest.json").unlink()
+    (newest_checkpoint(run_folder) / "manifest.json").unlink()
 
 
 def missing_index(run_folder: Path) -> None:
-    (newest(run_folder) / "shards.json").unlink()
+    (newest_checkpoint(run_folder) / "shards.json").unlink()
 
 
 def bent_index(run_folder: Path) -> None:
     """shards.json sends a reader outside the folder; its size stays, so that only its hash tells."""
-    path = newest(run_folder) / "shards.json"
+    path = newest_checkpoint(run_folder) / "shards.json"
     text = path.read_text()
     name = json.loads(text)["model"]["lm_head.weight"]["pieces"][0]["file"]
     path.write_text(text.replace(name, "../" + name[3:]))
@@ -75,14 +75,14 @@ def bent_index(run_folder: Path) -> None:
 
 def shards_of_another_step(run_folder: Path) -> None:
     """A rank's file of the checkpoint before, under the same name and of the same size."""
-    file, last = shard(run_folder, "model"), newest(run_folder)
+    file, last = shard(run_folder, "model"), newest_checkpoint(run_folder)
     others = sorted(path for path in (run_folder / "checkpoints").glob("step-*") if path != last and path.is_dir())
     shutil.copyfile(others[-1] / file.name, file)
 
 
 def unfinished_save(run_folder: Path) -> None:
     """The newest checkpoint as a killed writer leaves it: under its temporary name, without a manifest."""
-    path = newest(run_folder)
+    path = newest_checkpoint(run_folder)
     (path / "manifest.json").unlink()
     shard(run_folder).unlink()
     path.rename(path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex}"))
@@ -90,7 +90,7 @@ def unfinished_save(run_folder: Path) -> None:
 
 def stale_folder(run_folder: Path) -> None:
     """Half of a later checkpoint, left by a writer that was killed."""
-    path = newest(run_folder)
+    path = newest_checkpoint(run_folder)
     step = int(path.name.removeprefix("step-")) + 5
     shutil.copytree(path, path.with_name(f"step-{step:06d}.tmp-{uuid.uuid4().hex}"), ignore=lambda *_: ["manifest.json"])
 
@@ -112,7 +112,7 @@ class _Payload:
 def planted_pickle(run_folder: Path) -> None:
     """What PyTorch's own distributed checkpoints would run when they are opened."""
     for name in (".metadata", "__0_0.distcp", "optimizer.pt", "model.pt"):
-        (newest(run_folder) / name).write_bytes(pickle.dumps(_Payload((run_folder / VICTIM).absolute())))
+        (newest_checkpoint(run_folder) / name).write_bytes(pickle.dumps(_Payload((run_folder / VICTIM).absolute())))
 
 
 FAULTS = (

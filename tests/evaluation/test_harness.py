@@ -1,14 +1,20 @@
 """The harness with our model inside: equal to its own Hugging Face model item by item, and closed to code and network."""
 
+import dataclasses
 import json
+import random
 import socket
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from mmcore.checkpoint.formats.modelconfig import config_json
 from mmcore.errors import ConfigError, DataError
 from mmcore.evaluation import harness
 from mmcore.evaluation.journal import Journal
 from mmcore.evaluation.persistent import benchmarks, task_files
+from mmcore.evaluation.persistent.local import LocalTask
 from tests.evaluation.test_prefix import Bytes, plainly
 from tests.helpers.models import tiny
 from tests.helpers.real_data import DATA, needs_data
@@ -97,6 +103,37 @@ def test_own_tasks_run_without_a_network(tmp_path, files, no_network):
 
 
 @needs_harness
+@pytest.mark.parametrize("knows", [True, False])
+def test_an_oracle_scores_100_and_a_guesser_chance(tmp_path, files, knows, no_network):
+    """On every kind of local benchmark, through the harness: the oracle finds the gold answer likeliest, or writes it."""
+    rows = [{"query": f"{n}?", "choices": [f"a{n}", f"b{n}", f"c{n}", f"d{n}"], "gold": n % 4} for n in range(200)]
+    choice = LocalTask("choice", "own", benchmarks.LOCAL["piqa"].settings, rows, "", "")
+    rows = [{"query": f"Q: {n}?\nA:", "answers": [f"number {n}", "nothing"]} for n in range(50)]
+    written = LocalTask("written", "own", benchmarks.LOCAL["nq_open"].settings, rows, "", "")
+    draw = random.Random(0)
+
+    class Oracle(harness.HarnessModel):
+        def loglikelihood(self, requests, disable_tqdm=True):
+            found = []
+            for request in requests:
+                _, ending = request.args
+                gold = ending.strip() == request.doc["choices"][request.doc["gold"]]
+                found.append((float(gold) if knows else draw.random(), False))
+            return found
+
+        def generate_until(self, requests, disable_tqdm=True):
+            return [f" The {request.doc['answers'][0]}" if knows else " 7" for request in requests]
+
+    lm = Oracle(tiny(vocab_size=258), Bytes())
+    first, second = harness.run_local(choice, lm), harness.run_local(written, lm)
+    assert (first["chance"], second["chance"]) == (25.0, 0.0) and (first["items"], second["items"]) == (200, 50)
+    if knows:
+        assert first["score"] == second["score"] == 100.0
+    else:
+        assert first["interval"][0] < 25 < first["interval"][1] and second["score"] == 0.0
+
+
+@needs_harness
 def test_templates_meet_the_sandbox_while_the_harness_runs():
     from jinja2.sandbox import SecurityError
     from lm_eval.utils import apply_template
@@ -115,6 +152,21 @@ def test_answers_too_long_to_score():
     assert lm.apply_chat_template is not None and lm.tokenizer_name == "bytes"
 
 
+@needs_harness
+def test_what_does_not_fit_loses_its_beginning_and_is_counted(tmp_path, files):
+    """pages of 80 bytes and more in windows of 30 lose nothing; a question of 14 bytes and its begin token does."""
+    model = tiny(vocab_size=258, max_position_embeddings=10)
+    tasks = benchmarks.Tasks(tuple(map(task_files.load, files)))
+    with Journal(tmp_path / "out") as journal:
+        rows = {row["task"]: row for row in harness.measure(tasks, model, Bytes(), journal, "m", 5)}
+        assert (rows["sums"]["shortened"], rows["written"]["shortened"], rows["pages"]["shortened"]) == (15, 5, 0)
+        asked = [record for record in journal.records.values() if record["task"] == "written"]
+    assert all(len(record["prediction"]) <= 5 for record in asked)  # half of 10 tokens, where the task asks for 12
+    longer = tiny(vocab_size=258, max_position_embeddings=40)
+    with Journal(tmp_path / "longer") as journal:
+        assert not any(row["shortened"] for row in harness.measure(tasks, longer, Bytes(), journal, "m", 5))
+
+
 @needs_data("benchmarks/piqa")
 def test_local_benchmarks():
     tasks = benchmarks.gather([DATA / "benchmarks"])
@@ -130,8 +182,44 @@ def test_local_benchmarks():
     for name in ("openbookqa", "arc_easy", "piqa", "hellaswag"):
         assert all(0 <= row["gold"] < len(row["choices"]) and all(row["choices"]) for row in found[name].rows)
     assert "not measured for want of local files: arc_challenge, winogrande" in tasks.notes[0]
-    assert len(benchmarks.HARNESS_TASKS) + 1 == 19  # race-middle has no definition in the harness
+    assert len(benchmarks.NAMES) == 19
     assert sum(group == benchmarks.PERSISTENT for group in benchmarks.GROUPS.values()) == 13
+
+
+def test_race_reads_as_the_harness_words_it(tmp_path):
+    folder = tmp_path / "RACE" / "test" / "middle"
+    folder.mkdir(parents=True)
+    page = {"article": "Tom has a dog.", "questions": ["What has Tom?", "Tom has a  _  .", "Who has a dog?"],
+            "options": [["Cat", "Dog", "Cow", "Ox"], ["cat", "dog", "cow", "ox"], ["Ann", "Bob", "Tim", "Tom"]],
+            "answers": ["B", "B", "D"], "id": "middle1.txt"}
+    for name in ("10.txt", "9.txt"):
+        (folder / name).write_text(json.dumps(page | {"article": name}))
+    (task,) = benchmarks.gather([tmp_path], ["race_middle"]).local
+    assert task.group == benchmarks.CONTEXTUAL and len(task.rows) == 2 and len(task.sha256) == 64
+    assert task.rows[0] == {
+        "query": "Article: 9.txt\n\nQuestion: What has Tom?\nAnswer: Dog\nTom has a dog\nWho has a dog?",
+        "choices": ["Ann", "Bob", "Tim", "Tom"], "gold": 3}
+    (folder / "9.txt").write_text(json.dumps(page | {"answers": ["B"]}))
+    with pytest.raises(DataError, match="departs from race_middle's layout"):
+        benchmarks.gather([tmp_path], ["race_middle"])
+    with pytest.raises(DataError, match="no local file for race_middle"):
+        benchmarks.gather([tmp_path / "RACE" / "test" / "middle"], ["race_middle"], online=True)
+
+
+@needs_harness
+def test_race_equals_the_harness_own_preparation(tmp_path):
+    from lm_eval.tasks.race import preprocess_race
+
+    folder = tmp_path / "RACE" / "test" / "high"
+    folder.mkdir(parents=True)
+    page = {"article": "Ann reads.", "questions": ["Ann  _  .", "Who?", "What?"], "answers": ["A", "C", "D"],
+            "options": [["reads", "eats", "runs", "sits"], ["A", "B", "Ann", "C"], ["w", "x", "y", "a book"]]}
+    (folder / "1.txt").write_text(json.dumps(page))
+    (row,) = benchmarks.gather([tmp_path], ["race_high"]).local[0].rows
+    problems = [{"question": q, "options": o, "answer": a} for q, o, a in zip(page["questions"], page["options"], page["answers"], strict=True)]
+    doc = {"article": page["article"], "problems": repr(problems)}
+    assert row == {"query": preprocess_race.doc_to_text(doc), "choices": preprocess_race.doc_to_choice(doc),
+                   "gold": preprocess_race.doc_to_target(doc)}
 
 
 def test_missing_benchmarks_are_named(tmp_path):
@@ -144,31 +232,49 @@ def test_missing_benchmarks_are_named(tmp_path):
 @needs_harness
 @pytest.mark.slow
 @needs_data("models/stories260K")
-def test_scores_equal_the_harness_own_model(tmp_path, files, no_network, monkeypatch):
-    """stories260K, exported, in lm-eval's HFLM at batch 1 and fp32: every choice, every answer, every page."""
-    pytest.importorskip("accelerate")
+@pytest.mark.parametrize("which", ["llama", "mosaic"])
+def test_scores_equal_the_harness_own_model(tmp_path, files, no_network, monkeypatch, which):
+    """An exported checkpoint in lm-eval's HFLM at batch 1 and fp32: every choice, every answer, every page. stories260K is
+    a trained Llama; the mosaic, with its tokenizer, runs through the classes for transformers."""
     from lm_eval.models.huggingface import HFLM
 
     import mmcore
+    import mmcore.hf
     from mmcli.app import run
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder = tmp_path / which
     source = next(iter(sorted((DATA / "models/stories260K").glob("stories*.bin"))))
     assert run(["convert", str(source), str(tmp_path / "llama"), "--to", "hf"]) == 0
-    model, tokenizer = mmcore.load_model(tmp_path / "llama"), mmcore.load_tokenizer(tmp_path / "llama")
-    settings = dict(pretrained=str(tmp_path / "llama"), dtype="float32", batch_size=1, device="cpu", max_length=256)
-    theirs = HFLM(**settings, add_bos_token=True)
+    if which == "mosaic":
+        _save_mosaic(tmp_path / "torch", mmcore.load_tokenizer(tmp_path / "llama"))
+        assert run(["convert", str(tmp_path / "torch"), str(folder), "--to", "hf"]) == 0
+    model, tokenizer = mmcore.load_model(folder), mmcore.load_tokenizer(folder)
+    settings = dict(pretrained=str(folder), dtype="float32", batch_size=1, device="cpu", max_length=256)
     ours = harness.HarnessModel(model, tokenizer, max_length=256)
-    tasks = [*map(task_files.load, files), *(t for t in benchmarks.gather([DATA / "benchmarks"]).local if t.name in ("piqa", "hellaswag"))]
-    for task in tasks:
-        if task.name == "pages":  # HFLM would score the begin token of each page as well
-            theirs = HFLM(**settings, add_bos_token=False)
-        mine, other = ([entry for entry in _samples(task, lm)] for lm in (ours, theirs))
+    # With a begin token HFLM would score the begin token of each page as well.
+    with_begin, without = (HFLM(**settings, add_bos_token=begin) for begin in (True, False))
+    local = {task.name: task for task in benchmarks.gather([DATA / "benchmarks"]).local}
+    answers = local["nq_open"].settings | {"generation_kwargs": {"until": ["\n", ".", ","], "do_sample": False, "max_gen_toks": 24}}
+    written = dataclasses.replace(local["nq_open"], settings=answers)  # with the harness's own 256 tokens it takes minutes
+    for task in [*map(task_files.load, files), local["piqa"], local["hellaswag"], written]:
+        mine, other = (_samples(task, lm) for lm in (ours, without if task.name == "pages" else with_begin))
         assert len(mine) == len(other) > 0
         for a, b in zip(mine, other, strict=True):
             _same(a, b, task.name)
-        if task.name == "pages":
-            theirs = HFLM(**settings, add_bos_token=True)
+
+
+def _save_mosaic(folder, tokenizer):
+    """A mosaic with weights large enough that its predictions depend on what it has read."""
+    folder.mkdir()
+    model = tiny(vocab_size=512, max_position_embeddings=256, short_term_window=32, long_term_delay=8,
+                 long_term_delay_range=(8, 32))
+    with torch.no_grad():  # the 256 byte pieces are never likeliest: broken UTF-8 is written differently by transformers
+        model.lm_head.weight[3:259] = 0
+    settings = config_json(model.config, torch.float32, tokenizer.bos_id, tokenizer.eos_id)
+    (folder / "config.json").write_text(json.dumps(settings))
+    save_file({name: p.detach().contiguous() for name, p in model.named_parameters()}, folder / "model.safetensors")
+    tokenizer.save(folder)
 
 
 def _samples(task, lm):

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from mmcore.errors import ConfigError, DataError
+from mmcore.evaluation import suite_data
 from mmcore.evaluation.in_context import datasets, suite
 from mmcore.evaluation.in_context.prompts import FORMS, draw_shots, head, label_names, opened, terminator
 from mmcore.evaluation.intervals import wilson
@@ -98,21 +99,36 @@ class Reader:
 def test_an_oracle_scores_100_and_a_guesser_chance(tmp_path, animals, kind):
     with Journal(tmp_path) as journal:
         oracle = Reader(True)
-        row = suite.measure(animals, kind, 2, 12, oracle, journal, "oracle")
+        (row,) = suite.measure(animals, kind, [2], 12, oracle, journal, "oracle")
         assert row["mean"] == row["best"]["score"] == 100.0 and row["items"] == 12 and row["chance"] == 25.0
         assert len(row["forms"]) == 4 and row["mean_interval"] == row["best"]["interval"]
         assert oracle.asked == 48 and len(oracle.held) == 4  # the examples are read once a form
-        guesser = suite.measure(animals, kind, 2, 12, Reader(False), journal, "guesser")
+        (guesser,) = suite.measure(animals, kind, [2], 12, Reader(False), journal, "guesser")
         assert 10 <= guesser["mean"] <= 45
         assert guesser["mean_interval"][0] < 25 < guesser["mean_interval"][1]
         again = Reader(True)
-        assert suite.measure(animals, kind, 2, 12, again, journal, "oracle") == row and again.asked == 0
+        assert suite.measure(animals, kind, [2], 12, again, journal, "oracle") == [row] and again.asked == 0
 
 
 def test_without_shots_there_are_two_forms(tmp_path, animals):
     with Journal(tmp_path) as journal:
-        row = suite.measure(animals, "semantic", 0, 4, Reader(False), journal, "m")
-    assert [form["form"] for form in row["forms"]] == ["newline, in order", "space, in order"]
+        none, one = suite.measure(animals, "semantic", [0, 1], 4, Reader(False), journal, "m")
+    assert [form["form"] for form in none["forms"]] == ["newline, in order", "space, in order"]
+    assert (none["shots"], one["shots"], len(one["forms"])) == (0, 1, 4)
+
+
+def test_prompts_with_more_shots_go_on_from_those_with_fewer(tmp_path, animals):
+    """1, 2 and 4 shots take little more reading than 4 shots alone."""
+    def read(shots):
+        reader = ModelReader(tiny(vocab_size=258), Bytes())
+        with Journal(tmp_path / str(shots)) as journal:
+            suite.measure(animals, "semantic", shots, 1, reader, journal, "m")
+        return reader.cursor.tokens_read
+
+    text = len(suite.head_text(animals, "semantic", 4))
+    alone, together = read([4]), read([1, 2, 4])
+    assert 4 * text < alone < together < alone + 4 * text
+    assert together < 1.4 * alone  # apart they would take 7 / 4 of it
 
 
 def test_queries_are_of_all_classes(animals):
@@ -127,8 +143,9 @@ def test_a_models_choice_is_that_of_whole_labels(tmp_path, animals):
     with Journal(tmp_path) as journal:
         queries = suite.pick_queries(animals, 3)
         suite.measure_form(animals, "semantic", 1, NEWLINE, queries, ModelReader(model, Bytes()), journal, "m")
-        records = list(journal.records.values())
+        kept, *records = journal.records.values()
     before = head(animals, draw_shots(animals, 1), label_names(animals, "semantic"), NEWLINE)
+    assert kept["head"] == before
     for query, record in zip(queries, records, strict=True):
         prompt = before + opened(query, NEWLINE)
         scores = {label: plainly(model, [BEGIN, *prompt.encode()], list(f" {label}\n".encode()))[0] for label in animals.labels}
@@ -151,6 +168,38 @@ def test_relations_have_tacreds_form(tmp_path):
     assert opened(example, NEWLINE) == f"Ann {n} Lee knows Bob .\nthe relation between Ann {n} Lee and Bob is:"
     assert opened(example, SPACE) == f"Ann {n} Lee knows Bob . the relation between Ann {n} Lee and Bob is:"
     assert terminator(task, draw_shots(task, 1), SPACE) == " Ann"
+
+
+def test_tacred_as_released(tmp_path):
+    """Ends of spans are included; no_relation is no class."""
+    def row(n, relation):
+        return {"id": n, "token": ["Ann", "Lee", str(n), "works", "for", "the", "Times", "."], "subj_start": 0, "subj_end": 1,
+                "obj_start": 6, "obj_end": 6, "relation": relation}
+
+    (tmp_path / "tacred" / "data" / "json").mkdir(parents=True)
+    for part, start in (("train", 0), ("dev", 50), ("test", 100)):
+        rows = [row(start + n, ("per:employee_of", "no_relation", "org:founded")[n % 3]) for n in range(9)]
+        (tmp_path / "tacred" / "data" / "json" / f"{part}.json").write_text(json.dumps(rows))
+    task = datasets.tacred(tmp_path / "tacred")
+    assert task.labels == ("org:founded", "per:employee_of") and len(task.shown) == len(task.asked) == 6
+    assert opened(task.asked[0], NEWLINE) == "Ann Lee 100 works for the Times .\nthe relation between Ann Lee and Times is:"
+    (found,) = suite_data.gather(["in-context"], [tmp_path], ["relations"]).classifications
+    assert found == task
+    (tmp_path / "tacred" / "data" / "json" / "test.json").write_text('[{"relation": "x"}]')
+    with pytest.raises(DataError, match="departs from Tacred's layout"):
+        datasets.tacred(tmp_path / "tacred")
+
+
+@pytest.mark.parametrize("names", [("train.txt", "test.txt"), ("train_5500.label", "TREC_10.label")])
+def test_trec(tmp_path, names):
+    for name in names:
+        (tmp_path / name).write_bytes("NUM:date When was café opened ?\nHUM:ind Who was it ?\n".encode("latin-1"))
+    task = datasets.trec(tmp_path)
+    assert task.labels == ("human", "number")
+    assert opened(task.asked[0], NEWLINE) == "question: When was café opened ?\nasks for:"
+    (tmp_path / names[1]).write_text("WHAT is this\n")
+    with pytest.raises(DataError, match="line 1 of .* is no question behind its class"):
+        datasets.trec(tmp_path)
 
 
 @pytest.mark.parametrize(("content", "complaint"), [
@@ -200,5 +249,7 @@ def test_real_files():
     assert len(emotions.labels) == 28
     relations = datasets.fewrel(folder / "fewrel" / "val_wiki.json")
     assert len(relations.labels) == 16 and len(relations.asked) == 16 * 175 and "mother" in relations.labels
-    for task in (banking, emotions, relations):
+    trec = datasets.trec(folder / "trec")
+    assert len(trec.labels) == 6 and len(trec.shown) == 5_452 and len(trec.asked) == 500
+    for task in (banking, emotions, relations, trec):
         assert len(draw_shots(task, 16)) == 16

@@ -64,6 +64,28 @@ def test_a_long_context_stays_where_it_is():
     assert all(a is b for a, b in zip(stores, now, strict=True))
 
 
+@pytest.mark.parametrize("kind", ["memory_mosaics_v2", "long_short_transformer"])
+def test_rows_that_are_shorter_than_the_delay_copy_no_long_term_pair(kind):
+    model = tiny(kind, long_term_delay=20, long_term_delay_range=(20, 30))
+    cursor = Cursor(model, chunk=64, copies_bytes=1 << 20)
+    head = random_tokens(600, seed=4).tolist()
+    cursor.seek(head)
+    groups, read = [], model.advance
+
+    def advance(tokens, state, last_only=True):
+        if len(tokens) > 1:
+            groups.append([memory.store.keys.stride(0) for name, memory in state.memories.items() if name.endswith("long_term")])
+        return read(tokens, state, last_only=last_only)
+
+    model.advance = advance
+    labels = [random_tokens(length, seed=length).tolist() for length in (9, 8, 30, 29, 5)]
+    found = cursor.score(head, labels)
+    del model.advance
+    assert [all(stride == 0 for stride in group) for group in groups] == [False, True]  # 30 and 29 tokens; 9, 8 and 5
+    for one, label in zip(found, labels, strict=True):
+        assert one.logprob == pytest.approx(plainly(model, head, label)[0], rel=1e-5)
+
+
 def test_the_compiled_step_can_be_rewound():
     """One token at a time, through the step that writes in place."""
     model = tiny(vocab_size=61)
@@ -126,13 +148,15 @@ def test_completion_is_greedy_and_ends_with_the_text():
             ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
     written = ids[10:]
     written = written[: written.index(257)] if 257 in written else written
-    assert reader.complete("once upon", 6) == Bytes().decode(written)
+    text = Bytes().decode(written)
+    assert reader.complete("once upon", 6) == text
+    assert reader.complete("once upon", 6, lambda said: len(said) >= 2) == Bytes().decode(written[:2]) and len(text) > 2
 
 
 @needs_data("tokenizers/llama3")
 @pytest.mark.parametrize("which", ["llama3/tokenizer.json", "llama2/tokenizer.model"])
 def test_extending_an_encoding_equals_encoding_the_whole(which):
-    from mmcore.data.tokenizer import load_tokenizer
+    from mmcore.data.tokenizer_files import load_tokenizer
 
     tokenizer = load_tokenizer(DATA / "tokenizers" / which)
     book = (DATA / "lmtext/books_children/L_Frank_Baum__The_Wonderful_Wizard_of_Oz.txt").read_text()[5000:9000]

@@ -243,7 +243,7 @@ class Oracle:
     def count(self, text):
         return count(text)
 
-    def complete(self, prompt, max_new_tokens):
+    def complete(self, prompt, max_new_tokens, enough):
         self.asked += 1
         if not self.knows:
             return " 0000000"
@@ -272,10 +272,10 @@ def test_an_interrupted_measurement_goes_on(tmp_path, squad):
     sources = Sources({"qa_1": squad})
 
     class Interrupted(Oracle):
-        def complete(self, prompt, max_new_tokens):
+        def complete(self, prompt, max_new_tokens, enough):
             if self.asked == 4:
                 raise KeyboardInterrupt
-            return super().complete(prompt, max_new_tokens)
+            return super().complete(prompt, max_new_tokens, enough)
 
     with Journal(tmp_path) as journal, pytest.raises(KeyboardInterrupt):
         measure("qa_1", 300, 10, sources, Interrupted(), journal, "m")

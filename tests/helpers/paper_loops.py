@@ -47,8 +47,11 @@ def memory(part: dict[str, Tensor], kind: str, y: list[Tensor], documents: list[
         kbar = None
         for t in range(T):  # (8)
             raw = w["key_proj.weight"][rows] @ y[t]
-            g = torch.exp(w["gate_proj.weight"][h] @ y[t])
-            lam = torch.exp(-torch.abs(w["decay_proj.weight"][h] @ y[t]))
+            if "key_decay" in w:  # keys without gates: the same average at every token
+                g, lam = torch.ones((), dtype=torch.float64), torch.exp(-torch.abs(w["key_decay"][h]))
+            else:
+                g = torch.exp(w["gate_proj.weight"][h] @ y[t])
+                lam = torch.exp(-torch.abs(w["decay_proj.weight"][h] @ y[t]))
             fresh = t == 0 or documents[t] != documents[t - 1]
             kbar = g * raw if fresh else g * raw + lam * kbar
             keys.append(kbar / torch.sqrt((kbar * kbar).sum()))

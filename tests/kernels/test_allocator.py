@@ -4,6 +4,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from mmcore.kernels import allocator
 
 CODE = """
 import resource, torch
@@ -34,8 +37,30 @@ def test_freed_memory_is_used_again():
 
 
 def test_pages_can_be_given_back_at_any_time():
-    from mmcore.kernels.allocator import give_back_pages
-
     held = bytearray(10_000_000)
-    give_back_pages()
+    allocator.give_back_pages()
     assert len(held) == 10_000_000
+
+
+def test_large_tensors_are_whole_and_writable():
+    for shape in ((), (0, 3), (5, 7), (3, 1 << 20)):
+        x = allocator.empty(shape, torch.float16)
+        assert x.shape == shape and x.dtype == torch.float16 and x.is_contiguous()
+        x.fill_(2)
+        assert (x == 2).all()
+
+
+def test_a_module_moves_with_its_numbers_ties_and_gradients():
+    first, second = torch.nn.Linear(1024, 2048), torch.nn.Linear(1024, 2048).bfloat16()
+    tied = torch.nn.Linear(1024, 2048)
+    tied.weight = first.weight
+    first.register_buffer("steps", torch.arange(9))
+    module = torch.nn.ModuleList([first, second, tied])
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    places = first.weight.data_ptr()
+    allocator.move_to_huge_pages(module)
+    assert first.weight.data_ptr() != places and tied.weight is first.weight
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, before[name]) and tensor.dtype == before[name].dtype, name
+    first(torch.ones(1, 1024)).sum().backward()
+    assert torch.equal(first.weight.grad, torch.ones(2048, 1024))

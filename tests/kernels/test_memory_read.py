@@ -296,6 +296,24 @@ def test_slices_of_a_store_are_read_in_place(form, queries, layout):
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("queries", [1, 4, 50])
+@pytest.mark.parametrize("size", [5, 16, 40, 64])
+def test_pairs_in_fp16_are_widened(form, queries, size):
+    """Exactly: the result is that of the same numbers in fp32."""
+    case = Case(queries, 77, offset=77 - queries + 1, heads=3, batch=2, size=size)
+    inputs, _ = case.tensors()
+    q, k, v, *bandwidths = [t.float() for t in inputs]
+    k, v = k.half(), v.half()
+    expected = loop(inputs[0], k.double(), v.double(), *inputs[3:], **case.place())
+    with torch.no_grad():
+        out = memory_read(q, k, v, *bandwidths, **case.place(), implementation=form)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ConfigError, match="one dtype"):
+        memory_read(q.requires_grad_(), k, v, *bandwidths, **case.place(), implementation=form)
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_chunks_equal_the_whole(form):
     """Reading in chunks with an offset, or one by one, gives what one call over the whole text gives."""
     case = Case(90, window=33, delay=2, size=32)

@@ -3,10 +3,12 @@
 import pytest
 import torch
 from torch.library import opcheck
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from mmcore.kernels import registry
 from mmcore.kernels.gated_scan import gated_scan
+from mmcore.kernels.linear import linear
 from mmcore.kernels.linear_cross_entropy import linear_cross_entropy
 from mmcore.kernels.look_ahead import look_ahead
 from mmcore.kernels.memory_read import memory_read
@@ -74,7 +76,7 @@ class Recorded(torch.utils._python_dispatch.TorchDispatchMode):
 
 
 def first_tensor(result):
-    return result[0] if isinstance(result, tuple) else result
+    return result[0] if isinstance(result, (tuple, list)) else result
 
 
 def opcheck_everything(work):
@@ -91,11 +93,9 @@ def opcheck_everything(work):
         CHECKED.add((func, optional))
         # below autograd no tensor asks for gradients: ask again where the operator has them
         wanted = func in registry.operators(func.__name__.partition(".")[0].rsplit("_", 1)[0])
-        args = tuple(
-            a.detach().clone().requires_grad_(wanted and a.is_floating_point()) if isinstance(a, torch.Tensor) else a
-            for a in args
-        )
-        opcheck(func, args)
+        opcheck(func, tree_map_only(
+            torch.Tensor, lambda a, wanted=wanted: a.detach().clone().requires_grad_(wanted and a.is_floating_point()), args
+        ))
     return {func.__name__.removesuffix(".default") for func, _ in seen.calls}
 
 
@@ -108,6 +108,13 @@ def test_opcheck(form):
     wanted = {f"{kernel}_{form}{part}" for kernel in kernels for part in ("", "_backward")}
     wanted |= {f"linear_cross_entropy_{part}" for part in ("total", "rows", "rows_backward")}
     assert seen == wanted
+
+
+@needs_compiler
+def test_opcheck_of_linear():
+    x, weights = draw(B, T, 6), [draw(5, 6), draw(2, 6)]
+    seen = opcheck_everything(lambda: torch.cat(linear(x, weights, implementation="cpu"), -1))
+    assert seen == {"linear_cpu", "linear_cpu_backward"}
 
 
 @needs_compiler

@@ -29,12 +29,14 @@ TINY = {
 
 def _name(config):
     banks = f"-{config.v1.persistent_banks}" if config.v1 else ""
-    return f"{config.model_type}-{'tied' if config.tie_word_embeddings else 'untied'}-{config.kv_heads}{banks}"
+    ablated = "" if config.gated_keys else "-no-gates"
+    return f"{config.model_type}{ablated}-{'tied' if config.tie_word_embeddings else 'untied'}-{config.kv_heads}{banks}"
 
 
 def tiny_variants():
     for model_type, tied in itertools.product(ARCHITECTURES, (False, True)):
         yield ModelConfig(model_type=model_type, tie_word_embeddings=tied, **TINY)
+    yield ModelConfig(gated_keys=False, **TINY)
     yield ModelConfig(model_type="llama", num_key_value_heads=2, head_dim=8, **TINY)
     yield ModelConfig(model_type="memory_mosaics_v1", v1=V1Config(bias=True, persistent_banks=3), **TINY)
     yield ModelConfig(model_type="memory_mosaics_v1", v1=V1Config(persistent_banks=0, key_taps=2, value_taps=3), **TINY)

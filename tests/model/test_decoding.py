@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mmcore.model.mosaic import MosaicBlock
 from tests.helpers.models import random_tokens, tiny
 
 TYPES = ["memory_mosaics_v2", "llama", "long_short_transformer"]
@@ -117,9 +118,43 @@ def in_format(dtype, **sizes):
     return model, exact.double()
 
 
+@pytest.fixture
+def exact_pairs(monkeypatch):
+    """Pairs are kept as they were computed, whatever the weights' format."""
+    monkeypatch.setattr(MosaicBlock, "pair_dtype", staticmethod(lambda model: None))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_pairs_are_kept_in_fp16_where_weights_are_narrow(dtype):
+    """Right to rounding: with pairs rounded as stored, the layers one by one give what the compiled step gives."""
+    model, _ = in_format(dtype)
+    tokens = random_tokens(2, 70)
+    state, layers = model.new_state(2), model.new_state(2)
+    layers.whole_step = False
+    got, want = (feed(model, s, tokens, [10] + [1] * 60) for s in (state, layers))
+    assert state.whole_step
+    for memory in (*state.memories.values(), *layers.memories.values()):
+        assert memory.store.keys.dtype == memory.store.values.dtype == torch.float16
+    assert torch.allclose(got, want, atol=2e-3)  # a rounding here and there falls to the other side
+    saved = state.tensors()
+    again = model.new_state(2)
+    again.load(saved)
+    following = random_tokens(2, 5, seed=3)
+    assert torch.equal(feed(model, again, following, [1] * 5), feed(model, state, following, [1] * 5))
+
+
+def test_values_too_large_for_fp16_are_kept_as_they_are():
+    model = tiny().bfloat16()
+    model.model.layers[0].long_term.value_log_scale.data.fill_(12)
+    state = model.new_state(1)
+    assert model.advance(random_tokens(1, 20), state).isfinite().all()
+    assert {memory.store.keys.dtype for memory in state.memories.values()} == {torch.float32}
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("sizes", ODD_SIZES)
+@pytest.mark.usefixtures("exact_pairs")
 def test_the_compiled_step_equals_the_equations(threads, dtype, sizes):
     """Few rows, one token at a time, past the window and the delay, against the float64 reference over the whole."""
     model, exact = in_format(dtype, **sizes)
@@ -139,6 +174,7 @@ def test_the_compiled_step_equals_the_equations(threads, dtype, sizes):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.usefixtures("exact_pairs")
 def test_the_compiled_step_knows_where_padded_rows_begin(dtype):
     """Rows that begin at every place before, at and after the first piece; the shortest begins within the steps."""
     model, exact = in_format(dtype)
@@ -185,6 +221,7 @@ def test_the_compiled_step_and_the_layers_one_by_one_share_a_state():
     assert torch.allclose(torch.cat([first, middle, last], 1), whole, atol=3e-5)
 
 
+@pytest.mark.usefixtures("exact_pairs")
 def test_int8_of_tied_weights_leaves_the_embedding_alone():
     model = tiny(tie_word_embeddings=True)
     embedding, text = model.model.embed_tokens.weight.detach().clone(), random_tokens(1, 12)

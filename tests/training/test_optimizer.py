@@ -92,3 +92,12 @@ def test_a_state_of_another_shape_is_refused():
     saved["exp_avg_sq.1.weight"] = torch.zeros(2, 2)
     with pytest.raises(CheckpointError, match=r"exp_avg_sq.1.weight has shape \[2, 2\] where the model has \[3, 4\]"):
         load_optimizer(model, build_optimizer(model, SETTINGS), saved, {"*": 1})
+
+
+def test_going_back_to_before_the_first_update_forgets_the_moments():
+    model = small_model()
+    optimizer = build_optimizer(model, SETTINGS)
+    before = optimizer_steps(model, optimizer)
+    train(model, optimizer, 2)
+    load_optimizer(model, optimizer, {}, before)
+    assert before == optimizer_steps(model, optimizer) == {"*": 0} and not optimizer_tensors(model, optimizer)

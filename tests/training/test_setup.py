@@ -124,7 +124,7 @@ def test_pretraining_leaves_the_chat_template_out_and_conversations_bring_it(tmp
 
 def test_bits_per_byte_count_the_bytes_behind_the_labels(tmp_path):
     trainer = prepare_trainer(changed(tmp_path))
-    from mmcore.data.tokenizer import load_tokenizer
+    from mmcore.data.tokenizer_files import load_tokenizer
 
     tokenizer = load_tokenizer(tmp_path / "run" / "tokenizer")
     labels = [label for batch in trainer.job.validation for label in batch.labels[batch.labels != IGNORED].tolist()]

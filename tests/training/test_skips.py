@@ -96,9 +96,29 @@ def test_a_resumed_run_skips_the_same_and_ends_the_same(shared, tmp_path):
     assert all(torch.equal(weights(resumed)[name], tensor) for name, tensor in weights(unbroken).items())
 
 
+def test_a_run_whose_first_steps_are_all_skipped_can_be_resumed(shared, tmp_path):
+    """Its checkpoint has no moments, as one of the model alone has none; here there were none to leave out."""
+    one, two = (recipe(tmp_path / name, shared, on_nonfinite="skip", steps=4) for name in ("one", "two"))
+    unbroken = poisoned(one, {1, 2}, [])
+    unbroken.fit()
+
+    def crash(event):
+        if isinstance(event, events.StepDone):
+            raise RuntimeError("pulled the plug")
+
+    broken = poisoned(two, {1, 2}, [])
+    broken.listeners.append(crash)
+    with pytest.raises(RuntimeError, match="plug"):
+        broken.fit()
+    resumed = poisoned(two, set(), [], Start(resume=True))
+    assert resumed.step == 2
+    resumed.fit()
+    assert all(torch.equal(weights(resumed)[name], tensor) for name, tensor in weights(unbroken).items())
+
+
 def test_too_many_in_a_row_stop_the_run(shared, tmp_path):
     trainer = poisoned(recipe(tmp_path, shared, on_nonfinite="skip", max_skipped_steps=3), {2, 3, 4, 5}, [])
-    with pytest.raises(NonFiniteError, match="step 4 stopped before its update: the loss is nan .* the 3th such step in a row"):
+    with pytest.raises(NonFiniteError, match="step 4 stopped before its update: the loss is nan .*, 3 such steps in a row"):
         trainer.fit()
     assert trainer.step == 3
 

@@ -308,3 +308,24 @@ def test_too_little_memory_is_one_sentence(tmp_path, error):
 def test_other_runtime_errors_pass(tmp_path):
     with pytest.raises(RuntimeError, match="shapes"), explain_memory(tiny_recipe(tmp_path)):
         raise RuntimeError("shapes do not match")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["memory_mosaics_v2", "llama", "long_short_transformer"])
+def test_deterministic_mode_finds_nothing_to_refuse_and_changes_no_bit_on_a_cpu(tmp_path, kind):
+    """PyTorch raises where an operation has no form that always gives the same bits."""
+    ends = []
+    for run, deterministic in (("one", True), ("two", True), ("plain", False)):
+        values = tiny_values(tmp_path, steps=3, validation_every=1)
+        values["model"]["model_type"] = kind
+        values["checkpoint"]["folder"] = str(tmp_path / run)
+        values["distributed"] = {"deterministic": deterministic}
+        try:
+            trainer = prepare_trainer(build_recipe(values))
+            assert torch.are_deterministic_algorithms_enabled() == deterministic
+            trainer.fit()
+        finally:
+            torch.use_deterministic_algorithms(False)
+        ends.append(weights(trainer))
+    for end in ends[1:]:
+        assert all(torch.equal(end[name], tensor) for name, tensor in ends[0].items())

@@ -146,6 +146,7 @@ def config_json(config: ModelConfig, dtype: torch.dtype, bos_token_id: int | Non
     else:
         values |= {key: getattr(config, key) for key in _TWO_MEMORIES}
         values["long_term_delay_range"] = list(config.long_term_delay_range)
+        values |= {key: False for key in ("adaptive_bandwidth", "gated_keys") if not getattr(config, key)}
     if config.model_type in ("llama", "long_short_transformer"):
         # transformers 4 reads these two; transformers 5 turns them into its rope_parameters
         values |= {"rope_theta": config.rope_theta, "rope_scaling": config.rope_scaling}

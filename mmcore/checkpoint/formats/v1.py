@@ -363,7 +363,7 @@ def _read(tensors: Mapping[str, Tensor], sources: list[str], shape: tuple[int, .
 
 def _find_tokenizer(folder: Path) -> Path | None:
     """A tokenizer beside the checkpoint: GPT-2's two files, or one of the usual names."""
-    from mmcore.data.tokenizer import GPT2_FILES
+    from mmcore.data.tokenizer_files import GPT2_FILES
 
     pairs = (folder / first for first, second in GPT2_FILES if (folder / second).is_file())
     usual = (folder / name for name in ("tokenizer.json", "tokenizer.model"))

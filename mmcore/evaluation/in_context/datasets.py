@@ -1,4 +1,4 @@
-"""Texts with one label each: Banking77, GoEmotions, FewRel in Tacred's prompt form, or any CSV of text and label."""
+"""Texts with one label each: Banking77, GoEmotions, Tacred (or FewRel in its form), TREC, or any CSV of text and label."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from mmcore.errors import DataError
 
 TEXT_COLUMNS = ("text", "sentence", "query", "utterance", "comment", "review")
 LABEL_COLUMNS = ("label", "category", "intent", "class", "relation", "emotion")
+RELATION_INSTRUCTION = "Name the relation between the two entities of each sentence."
+TREC_LABELS = {"ABBR": "abbreviation", "DESC": "description", "ENTY": "entity", "HUM": "human", "LOC": "location",
+               "NUM": "number"}
 TEST_SHARE = 0.25
 """Of a class's examples, where a file is not divided into examples to learn from and to be asked about."""
 
@@ -91,8 +94,7 @@ def goemotions(folder: Path) -> Classification:
 def fewrel(path: Path, seed: int = 0) -> Classification:
     """FewRel's JSON {relation: [{tokens, h, t}]}, with pid2name.json beside it where relations are numbers.
 
-    Prompts have Tacred's form: a sentence, then `the relation between A and B is:`. Real Tacred in the same layout
-    works as well.
+    Prompts have Tacred's form: a sentence, then `the relation between A and B is:`.
     """
     content = _bytes(path)
     names_file = path.with_name("pid2name.json")
@@ -101,15 +103,63 @@ def fewrel(path: Path, seed: int = 0) -> Classification:
         relations = json.loads(content)
         names = {pid: name for pid, (name, _) in json.loads(contents[1]).items()} if len(contents) > 1 else {}
         examples = [
-            Example((_flat(" ".join(one["tokens"])),
-                     f"the relation between {_entity(one, 'h')} and {_entity(one, 't')} is:"), names.get(relation, relation))
+            _related(one["tokens"], _entity(one, "h"), _entity(one, "t"), names.get(relation, relation))
             for relation, found in relations.items() for one in found
         ]
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise DataError(f"{path} departs from FewRel's layout ({type(error).__name__}: {error}): check the file") from None
     paths = [path] + ([names_file] if names_file.is_file() else [])
-    instruction = "Name the relation between the two entities of each sentence."
-    return build("relations", instruction, *divide(examples, seed), contents, paths)
+    return build("relations", RELATION_INSTRUCTION, *divide(examples, seed), contents, paths)
+
+
+def tacred(folder: Path) -> Classification:
+    """train.json and test.json, anywhere in the folder, in the layout of the Linguistic Data Consortium's release:
+    [{token, subj_start, subj_end, obj_start, obj_end, relation}], ends included; no_relation is left out, as in the
+    paper: 41 classes."""
+    parts, contents, paths = [], [], []
+    for name in ("train.json", "test.json"):
+        path = next(iter(sorted(folder.rglob(name))), folder / name)
+        paths.append(path)
+        contents.append(_bytes(path))
+        try:
+            rows = [row for row in json.loads(contents[-1]) if row["relation"] != "no_relation"]
+            parts.append([_related(row["token"], _span(row, "subj"), _span(row, "obj"), row["relation"]) for row in rows])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            fault = f"{type(error).__name__}: {error}"
+            raise DataError(f"{path} departs from Tacred's layout ({fault}): check the file") from None
+    return build("relations", RELATION_INSTRUCTION, *parts, contents, paths)
+
+
+def _span(row: dict, side: str) -> list[str]:
+    return row["token"][row[f"{side}_start"] : row[f"{side}_end"] + 1]
+
+
+def _related(tokens: list[str], one: list[str], other: list[str], label: str) -> Example:
+    """A sentence and the question of Tacred's prompt form."""
+    return Example((_flat(" ".join(tokens)),
+                    f"the relation between {_flat(' '.join(one))} and {_flat(' '.join(other))} is:"), label)
+
+
+def trec(folder: Path) -> Classification:
+    """train.txt and test.txt (or under their first names) with lines `COARSE:fine question`; the six coarse classes."""
+    parts, contents, paths = [], [], []
+    for names in (("train.txt", "train_5500.label"), ("test.txt", "TREC_10.label")):
+        path = next((folder / name for name in names if (folder / name).is_file()), folder / names[0])
+        paths.append(path)
+        contents.append(_bytes(path))
+        part = []
+        try:
+            text = contents[-1].decode("utf-8")
+        except UnicodeDecodeError:
+            text = contents[-1].decode("latin-1")  # as first published
+        for number, line in enumerate(text.splitlines(), start=1):
+            kind, _, question = line.partition(" ")
+            label = TREC_LABELS.get(kind.partition(":")[0])
+            if label is None or not question.strip():
+                raise DataError(f"line {number} of {path} is no question behind its class, as 'NUM:date When ...' is")
+            part.append(Example((f"question: {_flat(question)}", "asks for:"), label))
+        parts.append(part)
+    return build("trec", "Say what kind of thing each question asks for.", *parts, contents, paths)
 
 
 def from_csv(path: Path, seed: int = 0) -> Classification:
@@ -191,9 +241,9 @@ def prefixes(labels: Iterable[str]) -> list[tuple[str, str]]:
     return found
 
 
-def _entity(one: dict, side: str) -> str:
+def _entity(one: dict, side: str) -> list[str]:
     """An entity as the sentence spells it (the first place where it stands)."""
-    return _flat(" ".join(one["tokens"][place] for place in one[side][2][0]))
+    return [one["tokens"][place] for place in one[side][2][0]]
 
 
 def _flat(text: str) -> str:

@@ -8,7 +8,7 @@ the number of tokens instead would favour long labels whose last tokens follow f
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from mmcore.evaluation.in_context.datasets import Classification, Example
@@ -49,6 +49,10 @@ def measure_form(
     before = head(task, drawn, names, form, seed)
     end = terminator(task, drawn, form)
     endings = [f" {names[label]}{end}" for label in task.labels]
+    head_key = key_of(before)
+    if journal.get(head_key) is None:  # once for all queries and models: it may be long
+        journal.put(head_key, {"suite": "in-context", "task": task.name, "labels": kind, "shots": shots, "form": form.name,
+                               "head": before})
     held, right = False, []
     for number, query in enumerate(queries, start=1):
         prompt = before + opened(query, form)
@@ -63,7 +67,7 @@ def measure_form(
             gold = task.labels.index(query.label)
             record = journal.put(key, {
                 "suite": "in-context", "model": identity, "task": task.name, "labels": kind, "shots": shots,
-                "form": form.name, "query": opened(query, form), "head_sha256": key_of(before), "end": end,
+                "form": form.name, "query": opened(query, form), "head": head_key, "end": end,
                 "answer": names[query.label], "prediction": names[task.labels[best]],
                 "logprob_answer": scores[gold], "logprob_prediction": scores[best], "score": float(best == gold),
             })
@@ -74,28 +78,38 @@ def measure_form(
 
 
 def measure(
-    task: Classification, kind: str, shots: int, most: int, reader: Reader, journal: Journal, identity: Any,
+    task: Classification, kind: str, shots: Sequence[int], most: int, reader: Reader, journal: Journal, identity: Any,
     seed: int = 0, tick: Tick | None = None,
-) -> dict[str, Any]:
-    """Accuracy in percent with so many shots, as a row of plain values: each form, their mean, and the best form, with
-    Wilson's intervals. That of the mean counts a query once, whatever the number of forms; that of the best takes no
+) -> list[dict[str, Any]]:
+    """Accuracy in percent with each number of shots, as rows of plain values: each form, their mean, and the best form,
+    with Wilson's intervals. That of the mean counts a query once, whatever the number of forms; that of the best takes no
     account of its having been chosen."""
     queries = pick_queries(task, most, seed)
-    rows: list[list[bool]] = []
+    # A form's prompts with more shots begin with those with fewer, which are then read already.
+    steps = [(form, count) for form in FORMS for count in sorted(shots) if form in forms_of(count)]
+    right: dict[int, dict[Form, list[bool]]] = {count: {} for count in shots}
+    for number, (form, count) in enumerate(steps):
+        report = tick and (lambda share, number=number: tick((number + share) / len(steps)))
+        right[count][form] = measure_form(task, kind, count, form, queries, reader, journal, identity, seed, report)
+    return [_row(task, kind, count, right[count], reader, seed) for count in shots]
+
+
+def _row(
+    task: Classification, kind: str, shots: int, right: dict[Form, list[bool]], reader: Reader, seed: int
+) -> dict[str, Any]:
+    """Of one number of shots; `right`: whether each query was answered right, by form."""
     forms = []
-    for number, form in enumerate(forms_of(shots)):
-        report = tick and (lambda share, number=number: tick((number + share) / len(forms_of(shots))))
-        right = measure_form(task, kind, shots, form, queries, reader, journal, identity, seed, report)
-        rows.append(right)
-        low, high = wilson(sum(right), len(right))
-        forms.append({"form": form.name, "score": 100 * sum(right) / len(right), "interval": [100 * low, 100 * high]})
-    best = max(forms, key=lambda form: form["score"])
-    low, high = wilson(sum(map(sum, zip(*rows, strict=True))) / len(rows), len(queries))
+    for form, answered in right.items():
+        low, high = wilson(sum(answered), len(answered))
+        forms.append({"form": form.name, "score": 100 * sum(answered) / len(answered), "interval": [100 * low, 100 * high]})
+    items = len(next(iter(right.values())))
     mean = sum(form["score"] for form in forms) / len(forms)
+    low, high = wilson(sum(map(sum, right.values())) / len(forms), items)
     return {
-        "task": task.name, "labels": kind, "shots": shots, "classes": len(task.labels), "items": len(queries),
-        "chance": 100 / len(task.labels), "best": best, "mean": mean, "mean_interval": [100 * low, 100 * high],
-        "forms": forms, "head_tokens": reader.count(head_text(task, kind, shots, seed)),
+        "task": task.name, "labels": kind, "shots": shots, "classes": len(task.labels), "items": items,
+        "chance": 100 / len(task.labels), "best": max(forms, key=lambda form: form["score"]), "mean": mean,
+        "mean_interval": [100 * low, 100 * high], "forms": forms,
+        "head_tokens": reader.count(head_text(task, kind, shots, seed)),
         "example": head_text(task, kind, min(1, shots), seed)[:1500],
     }
 

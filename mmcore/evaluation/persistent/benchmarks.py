@@ -6,7 +6,7 @@ long-term memories are removed, and 6 that read or reason over a context, whose 
 
 from __future__ import annotations
 
-import json
+import hashlib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -15,17 +15,20 @@ from typing import Any
 
 from mmcore.checkpoint.disk import hash_file
 from mmcore.errors import DataError
+from mmcore.evaluation.persistent import task_files
+from mmcore.evaluation.persistent.local import LocalTask, Rows, read_rows
 
-PERSISTENT, CONTEXTUAL, OWN = "persistent", "contextual", "own"
-"""Groups: the paper's 13, its other 6, and tasks that a user defines."""
+PERSISTENT, CONTEXTUAL = "persistent", "contextual"
+"""Groups besides OWN: the paper's 13, and its other 6."""
 
 HARNESS_TASKS = {
     "openbookqa": "openbookqa", "arc_easy": "arc_easy", "arc_challenge": "arc_challenge", "winogrande": "winogrande",
     "piqa": "piqa", "boolq": "boolq", "hellaswag": "hellaswag", "nq_open": "nq_open", "siqa": "social_iqa",
     "triviaqa": "triviaqa", "gsm8k": "gsm8k", "mmlu": "mmlu", "humaneval_plus": "humaneval_plus",
-    "squad": "squadv2", "bbh": "bbh", "math": "hendrycks_math", "mbpp": "mbpp", "race_high": "race",
+    "squad": "squadv2", "bbh": "bbh", "math": "hendrycks_math", "mbpp": "mbpp", "race_middle": None, "race_high": "race",
 }
-"""Ours -> lm-evaluation-harness's own definition, in the paper's order. (It has none of race-middle.)"""
+"""Ours -> lm-evaluation-harness's own definition, in the paper's order. It has none of race_middle, which is read from
+files alone."""
 CODE_TASKS = ("humaneval_plus", "mbpp")
 """Tasks that run the programs a model writes; the harness wants HF_ALLOW_CODE_EVAL=1 for them."""
 
@@ -46,21 +49,6 @@ _SHORT_ANSWER = {
     "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True, "ignore_case": True,
                      "ignore_punctuation": True, "regexes_to_ignore": [r"\b(?:The |the |An |A |The |a |an )"]}],
 }
-
-Rows = list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class LocalTask:
-    """A task whose items were read from a file; the harness's settings for it are plain values."""
-
-    name: str
-    group: str
-    settings: dict[str, Any]
-    rows: Rows
-    path: str
-    sha256: str
-
 
 @dataclass(frozen=True)
 class Tasks:
@@ -135,6 +123,25 @@ def _from_instruction(text: str, where: str) -> tuple[str, list[str]]:
     return match[1].strip(), [part.strip() for part in re.split(r"\s*Answer\d+: ", match[2])[1:]]
 
 
+def _race(path: Path) -> Rows:
+    """A folder of RACE as first published, a passage with its questions in each file. As in the harness, a passage is one
+    item: its last question is asked, with the others and their answers before it."""
+    rows = []
+    for file in sorted(path.glob("*.txt"), key=lambda file: (len(file.stem), file.stem)):
+        (page,) = read_rows(file)
+        asked = list(zip(page["questions"], page["options"], page["answers"], strict=True))
+        text = f"Article: {page['article']}\n\n"
+        for question, options, answer in asked[:-1]:
+            said = options["ABCD".index(answer)]
+            blank = question.endswith("  _  .")
+            text += f"{question[:-5]}{said}\n" if blank else f"Question: {question}\nAnswer: {said}\n"
+        question, options, answer = asked[-1]
+        rows.append({"query": text + question, "choices": options, "gold": "ABCD".index(answer)})
+    if not rows:
+        raise DataError(f"{path} holds no passages (.txt files of JSON): get RACE anew")
+    return rows
+
+
 def _nq_open(path: Path) -> Rows:
     return [{"query": f"Q: {row['question']}?\nA:", "answers": list(row["answer"])} for row in read_rows(path)]
 
@@ -147,6 +154,8 @@ LOCAL = {
     "piqa": _Local(("piqa/valid.jsonl",), _piqa, _CHOICE),
     "hellaswag": _Local(("hellaswag_val.jsonl", "hellaswag_val*.jsonl"), _hellaswag, _CHOICE),
     "nq_open": _Local(("NQ-open.dev.jsonl", "NQ-open*.jsonl"), _nq_open, _SHORT_ANSWER),
+    "race_middle": _Local(("RACE/test/middle", "test/middle"), _race, _CHOICE | {"metric_list": _ACCURACY[:1]}),
+    "race_high": _Local(("RACE/test/high", "test/high"), _race, _CHOICE | {"metric_list": _ACCURACY[:1]}),
 }
 """Benchmarks that are read from files, with the wording and the metrics of the harness's own definitions."""
 
@@ -158,8 +167,6 @@ def gather(given: Sequence[str | Path], only: Sequence[str] = (), online: bool =
     nothing is found or a task named in `only` is not. None where `only` names tasks of other suites alone, and no
     task file is given.
     """
-    from mmcore.evaluation.persistent import task_files
-
     places = [Path(path) for path in given]
     chosen = [name for name in NAMES if not only or name in only]
     local, remote, missing = [], [], []
@@ -167,7 +174,7 @@ def gather(given: Sequence[str | Path], only: Sequence[str] = (), online: bool =
         path = _find(LOCAL[name].files, places) if name in LOCAL else None
         if path is not None:
             local.append(_local(name, path))
-        elif not online:
+        elif not online or HARNESS_TASKS[name] is None:
             missing.append(name)
         else:
             remote.append(name)
@@ -191,26 +198,20 @@ def gather(given: Sequence[str | Path], only: Sequence[str] = (), online: bool =
                  {task.name: {"path": task.path, "sha256": task.sha256} for task in local})
 
 
-def read_rows(path: Path) -> Rows:
-    """The objects of a JSON list or of JSON lines. Raises DataError."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        lines = [text] if text.lstrip()[:1] == "[" else [line for line in text.splitlines() if line.strip()]
-        values = [json.loads(line) for line in lines]
-        values = values[0] if text.lstrip()[:1] == "[" else values
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as JSON ({error}): get it anew") from None
-    if not values or not all(isinstance(value, dict) for value in values):
-        raise DataError(f"{path} holds no items: it must be a list of JSON objects, or one a line")
-    return values
-
-
 def _local(name: str, path: Path) -> LocalTask:
     try:
         rows = LOCAL[name].read(path)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{path} departs from {name}'s layout ({type(error).__name__}: {error}): get it anew") from None
-    return LocalTask(name, GROUPS[name], LOCAL[name].settings, rows, str(path), hash_file(path).sha256)
+    return LocalTask(name, GROUPS[name], LOCAL[name].settings, rows, str(path), _hash(path))
+
+
+def _hash(path: Path) -> str:
+    """SHA-256 of a file, or of the names and hashes of a folder's files."""
+    if path.is_file():
+        return hash_file(path).sha256
+    found = "".join(f"{file.name} {hash_file(file).sha256}\n" for file in sorted(path.glob("*.txt")))
+    return hashlib.sha256(found.encode()).hexdigest()
 
 
 def _find(patterns: Iterable[str], places: Sequence[Path]) -> Path | None:

@@ -26,7 +26,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 from mmcore.checkpoint.disk import hash_file
 from mmcore.errors import DataError
-from mmcore.evaluation.persistent.benchmarks import OWN, LocalTask, Rows, read_rows
+from mmcore.evaluation.persistent.local import OWN, LocalTask, Rows, read_rows
 
 OUTPUTS = ("multiple_choice", "generate_until", "loglikelihood", "loglikelihood_rolling")
 METRICS = ("acc", "acc_norm", "exact_match", "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")

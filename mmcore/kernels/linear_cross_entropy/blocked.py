@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mmcore.kernels import registry
+from mmcore.kernels.linear import cpu as products
 
 IGNORED = -100
 
@@ -73,6 +74,8 @@ class _Chunks:
     def __init__(self, hidden: Tensor, weight: Tensor, step: str) -> None:
         self.hidden, self.weight, self.step = hidden, weight, STEPS[step]
         self.widen = step not in TAKE_HALF
+        # the C products go with the C softmax
+        self.compiled = step == "cpu" and products.why_not(hidden, [weight], None) is None
         self.rows = min(chunk_rows(len(weight), hidden.device), max(1, len(hidden)))
         self.statistics = torch.promote_types(hidden.dtype, torch.float32)
         self.buffer = hidden.new_empty(self.rows, len(weight))
@@ -84,7 +87,11 @@ class _Chunks:
 
     def losses(self, labels: Tensor, start: int, stop: int, with_gradient: bool) -> tuple[Tensor, Tensor]:
         """Losses of the rows, and their logits turned into softmax - onehot (or scratch without the gradient)."""
-        logits = torch.mm(self.hidden[start:stop], self.weight.T, out=self.buffer[: stop - start])
+        logits = self.buffer[: stop - start]
+        if self.compiled:
+            products.products(self.hidden[start:stop], [self.weight], out=logits)
+        else:
+            torch.mm(self.hidden[start:stop], self.weight.T, out=logits)
         if self.widen:
             logits = logits.to(self.statistics)  # the buffer itself, unless the inputs are half precision
         return self.step(logits, labels[start:stop], with_gradient), logits
@@ -92,7 +99,11 @@ class _Chunks:
     def add_to_weight(self, grad_logits: Tensor, start: int, stop: int) -> None:
         """grad_weight += grad_logits^T hidden, summed in the dtype of the statistics."""
         hidden = self.hidden[start:stop]
-        if grad_logits.dtype == self.statistics:
+        if self.compiled:
+            begins = self.grad_weight is None
+            self.grad_weight = torch.empty(self.weight.shape) if begins else self.grad_weight
+            products.weight_gradients([grad_logits], hidden, [self.grad_weight], add=not begins)
+        elif grad_logits.dtype == self.statistics:
             if self.grad_weight is None:
                 self.grad_weight = torch.mm(grad_logits.T, hidden)
             else:
@@ -100,6 +111,13 @@ class _Chunks:
         else:
             product = torch.mm(grad_logits.T, hidden).to(self.statistics)
             self.grad_weight = product if self.grad_weight is None else self.grad_weight.add_(product)
+
+    def hidden_gradient(self, grad_logits: Tensor, out: Tensor) -> None:
+        """out = grad_logits weight."""
+        if self.compiled:
+            products.input_gradient([grad_logits], [self.weight], out)
+        else:
+            torch.mm(grad_logits, self.weight, out=out)
 
     def weight_gradient(self, wanted: bool) -> Tensor:
         """The sum so far: zeros where there were no rows, nothing where it is not wanted."""
@@ -119,7 +137,7 @@ def _run_total(hidden, weight, labels, step, for_hidden: bool, for_weight: bool)
         total += losses.sum()
         grad_logits = grad_logits.to(hidden.dtype)
         if for_hidden:
-            torch.mm(grad_logits, weight, out=grad_hidden[start:stop])
+            chunks.hidden_gradient(grad_logits, grad_hidden[start:stop])
         if for_weight:
             chunks.add_to_weight(grad_logits, start, stop)
     return total, grad_hidden, chunks.weight_gradient(for_weight)
@@ -176,7 +194,7 @@ def _run_rows_backward(upstream, hidden, weight, labels, step, for_hidden: bool,
         _, grad_logits = chunks.losses(labels, start, stop, True)
         grad_logits = grad_logits.mul_(upstream[start:stop, None]).to(hidden.dtype)
         if for_hidden:
-            torch.mm(grad_logits, weight, out=grad_hidden[start:stop])
+            chunks.hidden_gradient(grad_logits, grad_hidden[start:stop])
         if for_weight:
             chunks.add_to_weight(grad_logits, start, stop)
     return grad_hidden, chunks.weight_gradient(for_weight).to(weight.dtype)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mmcore.errors import ConfigError
-from mmcore.kernels import dispatch
+from mmcore.kernels import dispatch, registry
 from mmcore.kernels.memory_read import blocked, cpu, reference
 
 
@@ -50,8 +50,9 @@ def memory_read(
 
     Args:
         queries: [B, Tq, H, D].
-        keys, values: [B, Tk, H, D], of the queries' dtype. Any strides: slices of a larger store are read in
-            place. `keys` may be the very tensor `queries`; both gradients then add up.
+        keys, values: [B, Tk, H, D], of the queries' dtype, or fp16 under fp32 queries without gradients (widened, for a
+            few queries on a CPU as they are read). Any strides: slices of a larger store are read in place. `keys` may
+            be the very tensor `queries`; both gradients then add up.
         bandwidth_base, bandwidth_slope, bandwidth_exponent: [H], beta_0, beta_1 and alpha of each head.
         starts: int32 [B, Tq], the first position that a query may read (the start of its document, or the
             number of padding positions on its left); None means 0.
@@ -77,7 +78,8 @@ def memory_read(
             f"memory_read got queries {tuple(queries.shape)}, keys {tuple(keys.shape)} and values "
             f"{tuple(values.shape)}: give [B, Tq, H, D] and twice [B, Tk, H, D]"
         )
-    if not queries.dtype == keys.dtype == values.dtype:
+    narrow = keys.dtype is torch.float16 and queries.dtype is torch.float32 and not torch.is_grad_enabled()
+    if not keys.dtype == values.dtype or not (narrow or queries.dtype == keys.dtype):
         raise ConfigError(
             f"memory_read got {queries.dtype} queries, {keys.dtype} keys and {values.dtype} values: "
             f"convert them to one dtype"
@@ -100,6 +102,8 @@ def memory_read(
     read = dispatch.choose("memory_read", forms, implementation, queries.device)
     if isinstance(offset, Tensor) and read is not _triton:
         offset = int(offset)
+    if narrow and not (read is cpu.memory_read and q_shape[1] <= cpu.FEW and registry.direct(queries)):
+        keys, values = keys.float(), values.float()
     return read(
         queries, keys, values, bandwidth_base, bandwidth_slope, bandwidth_exponent, starts, window, delay, offset
     )

@@ -1,4 +1,4 @@
-/* memory_read in fp32 for a few queries (decoding): one pass over the keys and values, at the pace of memory.
+/* memory_read in fp32 for a few queries (decoding): one pass over the keys and values, fp32 or fp16, at the pace of memory.
 
 Pairs are read in place, in strips of STRIP. The work is cut into shares of pairs, and by heads where each head's pairs
 lie side by side ([B, H, T, D] behind a transpose); in [B, T, H, D] a share takes all heads strip by strip, so that
@@ -8,6 +8,7 @@ query, and they are joined in the order of the shares: the result does not depen
 #include <float.h>
 #include <omp.h>
 
+#include "half.h"
 #include "memory_read_call.h"
 #include "memory_read_tiles.h"
 
@@ -22,23 +23,34 @@ static long record(long size) { return SUMS + (size + 15) / 16 * 16; } /* as in 
 static long smaller(long a, long b) { return a < b ? a : b; }
 static long larger(long a, long b) { return a > b ? a : b; }
 
+/* The next LANES numbers at number i of a pair, or as many as `left`, zeros beyond. */
+INLINE vec load_pair(const char *pair, long i, long left, const int narrow) {
+    const uint16_t *halves = (const uint16_t *)pair + i;
+    if (!narrow) return load_part((const float *)pair + i, left);
+    if (left >= LANES) return HALVES_TO_VECTOR(vec, halves);
+    vec x = {};
+    for (long n = 0; n < left; n++) x[n] = half_to_float(halves[n]);
+    return x;
+}
+
 /* scores[j] = scale * q . row j, j < count, rounded up to a multiple of LANES by repeating the last row. LANES rows at
 a time: a transposition sums all of them across their lanes. */
-static void score_rows(float *scores, const float *q, const float *rows, long row, float scale, long count, long size) {
+INLINE void score_rows(float *scores, const float *q, const char *rows, long row, float scale, long count, long size,
+                       const int narrow) {
     for (long j = 0; j < count; j += LANES) {
-        const float *k[LANES];
+        const char *k[LANES];
         vec s[LANES] = {}, total = {};
         for (int r = 0; r < LANES; r++) k[r] = rows + smaller(j + r, count - 1) * row;
         long d = 0;
         for (; d + LANES <= size; d += LANES) {
             vec x = load(q + d);
 #pragma GCC unroll 16
-            for (int r = 0; r < LANES; r++) s[r] += x * load(k[r] + d);
+            for (int r = 0; r < LANES; r++) s[r] += x * load_pair(k[r], d, LANES, narrow);
         }
         if (d < size) {
             vec x = load_part(q + d, size - d);
 #pragma GCC unroll 16
-            for (int r = 0; r < LANES; r++) s[r] += x * load_part(k[r] + d, size - d);
+            for (int r = 0; r < LANES; r++) s[r] += x * load_pair(k[r], d, size - d, narrow);
         }
         transpose(s);
 #pragma GCC unroll 16
@@ -47,40 +59,45 @@ static void score_rows(float *scores, const float *q, const float *rows, long ro
     }
 }
 
-/* sums = sums * shrink + sum over j of weights[j] * row j, for `columns` vectors from column d on. */
-INLINE void add_columns(float *sums, float shrink, const float *weights, const float *rows, long row, long count,
-                        const int columns) {
+/* sums = sums * shrink + sum over j of weights[j] * row j, for `columns` vectors from column d on, where sums begin. */
+INLINE void add_columns(float *sums, float shrink, const float *weights, const char *rows, long row, long count, long d,
+                        const int columns, const int narrow) {
     vec s[8];
 #pragma GCC unroll 8
     for (int i = 0; i < columns; i++) s[i] = load(sums + i * LANES) * shrink;
     for (long j = 0; j < count; j++) {
 #pragma GCC unroll 8
-        for (int i = 0; i < columns; i++) s[i] += weights[j] * load(rows + j * row + i * LANES);
+        for (int i = 0; i < columns; i++) s[i] += weights[j] * load_pair(rows + j * row, d + i * LANES, LANES, narrow);
     }
 #pragma GCC unroll 8
     for (int i = 0; i < columns; i++) store(sums + i * LANES, s[i]);
 }
 
-static void add_rows(float *sums, float shrink, const float *weights, const float *rows, long row, long count,
-                     long size) {
+INLINE void add_rows(float *sums, float shrink, const float *weights, const char *rows, long row, long count, long size,
+                     const int narrow) {
     long d = 0;
-    for (; d + 8 * LANES <= size; d += 8 * LANES) add_columns(sums + d, shrink, weights, rows + d, row, count, 8);
-    for (; d + 4 * LANES <= size; d += 4 * LANES) add_columns(sums + d, shrink, weights, rows + d, row, count, 4);
-    for (; d + LANES <= size; d += LANES) add_columns(sums + d, shrink, weights, rows + d, row, count, 1);
+    for (; d + 8 * LANES <= size; d += 8 * LANES) add_columns(sums + d, shrink, weights, rows, row, count, d, 8, narrow);
+    for (; d + 4 * LANES <= size; d += 4 * LANES) add_columns(sums + d, shrink, weights, rows, row, count, d, 4, narrow);
+    for (; d + LANES <= size; d += LANES) add_columns(sums + d, shrink, weights, rows, row, count, d, 1, narrow);
     if (d < size) {
         vec s = load(sums + d) * shrink;
-        for (long j = 0; j < count; j++) s += weights[j] * load_part(rows + j * row + d, size - d);
+        for (long j = 0; j < count; j++) s += weights[j] * load_pair(rows + j * row, d, size - d, narrow);
         store(sums + d, s);
     }
 }
 
+/* Pair `first` of a head of a row, in bytes. */
+static const char *pairs_of(const struct call *c, const float *pairs, const long *stride, long b, long first, long h) {
+    return (const char *)pairs + (b * stride[0] + first * stride[1] + h * stride[2]) * (c->narrow ? 2 : 4);
+}
+
 /* One query of one head meets the pairs [first, end), at most STRIP. */
-static void read_strip(const struct call *c, float *state, const float *q, long b, long h, long first, long end) {
+INLINE void read_strip(const struct call *c, float *state, const float *q, long b, long h, long first, long end,
+                       const int narrow) {
     float scores[STRIP];
-    long count = end - first;
-    const float *k = c->k + b * c->k_stride[0] + first * c->k_stride[1] + h * c->k_stride[2];
-    const float *v = c->v + b * c->v_stride[0] + first * c->v_stride[1] + h * c->v_stride[2];
-    score_rows(scores, q, k, c->k_stride[1], state[SCALE], count, c->size);
+    long count = end - first, bytes = narrow ? 2 : 4;
+    const char *k = pairs_of(c, c->k, c->k_stride, b, first, h), *v = pairs_of(c, c->v, c->v_stride, b, first, h);
+    score_rows(scores, q, k, c->k_stride[1] * bytes, state[SCALE], count, c->size, narrow);
     vec tops = splat(state[LARGEST]), sum = {};
     for (long j = 0; j < count; j += LANES) tops = maximum(load(scores + j), tops);
     float top = tops[0];
@@ -94,7 +111,7 @@ static void read_strip(const struct call *c, float *state, const float *q, long 
     float shrink = state[LARGEST] == -FLT_MAX ? 0 : exp2_of(splat(state[LARGEST] - top))[0];
     state[LARGEST] = top;
     state[TOTAL] = state[TOTAL] * shrink + sum_of(sum);
-    add_rows(state + SUMS, shrink, scores, v, c->v_stride[1], count, c->size);
+    add_rows(state + SUMS, shrink, scores, v, c->v_stride[1] * bytes, count, c->size, narrow);
 }
 
 /* The pairs [first, end) for the heads [head, heads_end) of row b. `states` is the share's [B, H, Tq] records. */
@@ -116,7 +133,10 @@ static void read_share(const struct call *c, float *states, long b, long head, l
                 if (n == 0 || from >= to) continue;
                 const float *q = c->q + b * c->q_stride[0] + i * c->q_stride[1] + h * c->q_stride[2];
                 float *state = states + ((b * c->heads + h) * c->queries + i) * each;
-                read_strip(c, state, q, b, h, from, to);
+                if (c->narrow)
+                    read_strip(c, state, q, b, h, from, to, 1);
+                else
+                    read_strip(c, state, q, b, h, from, to, 0);
             }
         }
     }

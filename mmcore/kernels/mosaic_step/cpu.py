@@ -1,4 +1,4 @@
-"""The compiled step: addresses of weights once, of states at every token (some 20 us a token at 8 layers)."""
+"""The compiled step: addresses of weights once, of states when they move."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _Memory = _structure(
     **dict.fromkeys(("key", "value", "gate", "decay"), _Matrix),
     **dict.fromkeys(("mix", "scale", "base", "slope", "exponent", "vector", "log_scale", "pending_key", "pending_raw",
                      "keys", "values"), _ADDRESS),
-    **dict.fromkeys(("capacity", "used", "first", "window", "delay"), _INT),
+    **dict.fromkeys(("narrow", "capacity", "used", "first", "window", "delay"), _INT),
 )
 _Layer = _structure(
     "Layer", memory_norm=_ADDRESS, persistent_norm=_ADDRESS, **dict.fromkeys(("out", "gate", "up", "down"), _Matrix),
@@ -59,6 +59,7 @@ class Step:
         self._shape = _Shape(len(layers), width, heads, inner, vocabulary, eps, FORMATS[classifier.weight.dtype])
         self._layers = (_Layer * len(layers))(*map(self._layer, layers))
         self._memories = [memory for layer in self._layers for memory in layer.memories]
+        self._bound: list[tuple[Tensor | None, ...]] = [(None,) * 6] * len(self._memories)  # whose addresses are in place
         self._scratch: dict[tuple[int, int], Tensor] = {}
 
     def __call__(self, x: Tensor, memories: Sequence[Any], position: int, padding: Tensor | None = None) -> Tensor:
@@ -66,14 +67,13 @@ class Step:
         if (rows, threads) not in self._scratch:
             size = _C.mm_mosaic_step_scratch(ctypes.byref(self._shape), rows, threads)
             self._scratch[rows, threads] = torch.empty(size)
-        for memory, fields in zip(memories, self._memories, strict=True):
+        for number, (memory, fields) in enumerate(zip(memories, self._memories, strict=True)):
             store = memory.store
             store.reserve(1, memory.pending_key)
-            vector, log_scale = memory.scan
-            fields.vector, fields.log_scale = vector.data_ptr(), log_scale.data_ptr()
-            fields.pending_key, fields.pending_raw = memory.pending_key.data_ptr(), memory.pending_raw.data_ptr()
-            fields.keys, fields.values = store.keys.data_ptr(), store.values.data_ptr()
-            fields.capacity, fields.used, fields.first = store.keys.shape[1], store.used, store.first
+            tensors = (*memory.scan, memory.pending_key, memory.pending_raw, store.keys, store.values)
+            if any(new is not old for new, old in zip(tensors, self._bound[number], strict=True)):
+                self._bind(number, tensors)
+            fields.used, fields.first = store.used, store.first
             store.used += 1
         logits = torch.empty(rows, self._shape.vocabulary)
         _C.mm_mosaic_step(
@@ -82,6 +82,16 @@ class Step:
             threads,
         )
         return logits
+
+    def _bind(self, number: int, tensors: tuple[Tensor, ...]) -> None:
+        """Take the addresses of a memory's tensors, which stay where they are from token to token, but for a growth of the
+        store or a rewind."""
+        self._bound[number], fields = tensors, self._memories[number]
+        fields.vector, fields.log_scale, fields.pending_key, fields.pending_raw, fields.keys, fields.values = (
+            tensor.data_ptr() for tensor in tensors
+        )
+        keys = tensors[4]
+        fields.narrow, fields.capacity = keys.dtype is torch.float16, keys.shape[1]
 
     def _layer(self, layer: LayerWeights) -> ctypes.Structure:
         memories = (_Memory * 2)(self._memory(layer.short_term), self._memory(layer.long_term))

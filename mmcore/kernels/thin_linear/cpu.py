@@ -23,7 +23,7 @@ MOST_ROWS = 16
 """Rows of x up to which the compiled kernel is used; a library's matrix product is better with more."""
 
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
-"""As in thin_rows.h."""
+"""As in weight_formats.h."""
 
 
 def why_not(x: Tensor, weight: Tensor, scale: Tensor | None) -> str | None:

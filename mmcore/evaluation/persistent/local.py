@@ -1,0 +1,41 @@
+"""A benchmark whose items were read from a file of the user's."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmcore.errors import DataError
+
+OWN = "own"
+"""The group of the tasks that a user defines."""
+
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class LocalTask:
+    """The harness's settings for it are plain values."""
+
+    name: str
+    group: str
+    settings: dict[str, Any]
+    rows: Rows
+    path: str
+    sha256: str
+
+
+def read_rows(path: Path) -> Rows:
+    """The objects of a JSON list or of JSON lines. Raises DataError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        lines = [text] if text.lstrip()[:1] == "[" else [line for line in text.splitlines() if line.strip()]
+        values = [json.loads(line) for line in lines]
+        values = values[0] if text.lstrip()[:1] == "[" else values
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as JSON ({error}): get it anew") from None
+    if not values or not all(isinstance(value, dict) for value in values):
+        raise DataError(f"{path} holds no items: it must be a list of JSON objects, or one a line")
+    return values

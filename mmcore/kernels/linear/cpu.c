@@ -1,0 +1,351 @@
+/* Products of x with several weight matrices in fp32: Y_i = X W_i^T, dX = sum of dY_i W_i, dW_i = dY_i^T X.
+
+In the middle is a block of BLOCK_ROWS x 2 vectors of the result: with AVX-512 28 registers gather sums, 2 hold what comes
+from B and 1 the number of A that meets it. Both operands are copied first into the order in which the block reads them:
+a panel of B is DEPTH x COLUMNS numbers, and the panels of a round stay in the second-level cache; a tile of A is BLOCK_ROWS
+deep rows. A block alone reached 102 GFLOP/s on a Zen 4 core where the library's product reached 91.
+
+The matrices of a list count as one, with its outputs side by side: four heads' gates fill no panel of their own, X is
+copied once for all, and no sum of dX over the matrices is left to others.
+
+Every sum has an order of its own that depends on the shapes alone: neither timing nor the number of threads shows. */
+
+#include <omp.h>
+#include <stdint.h>
+
+#include "memory_read_tiles.h"
+#include "weight_formats.h"
+
+#if LANES == 16
+#define BLOCK_ROWS 14
+#define TILE_STEP 16 /* of a tile that lies depth first */
+#else
+#define BLOCK_ROWS 6
+#define TILE_STEP 8
+#endif
+#define COLUMNS (2 * LANES)
+#define PANEL_FLOATS (DEPTH * COLUMNS)
+#define DEPTH 512
+#define PANELS 8
+#define BACK_DEPTH 256 /* rows of X that meet in a round of dW, with twice as many panels */
+#define GROUP 16       /* tiles of A that a thread packs at once there: dY is read in runs */
+#define TILE_ROW (DEPTH + 16) /* not a power of two: 14 rows would share a cache set */
+#define EVEN_TILES 8          /* for each thread: with fewer, one more or less would leave another waiting */
+
+typedef int64_t whole;
+static whole least(whole a, whole b) { return a < b ? a : b; }
+static whole parts_of(whole n, whole size) { return (n + size - 1) / size; }
+
+/* W [out, in] of `format`, scale [out] for int8; y [rows, out] the product or its gradient, y_row floats from row to row;
+   grad [out, in] is dW. */
+struct matrix {
+    const char *weight;
+    const float *scale;
+    float *y, *grad;
+    whole out, y_row;
+};
+
+/* A list of matrices, and X [rows, in]. Threads share `panels`, and each has a `tile` of its own. */
+struct call {
+    const struct matrix *list;
+    const float *x;
+    float *dx;
+    whole count, total, rows, in, x_row;
+    int format;
+    float *panels, *tiles;
+};
+
+/* The matrix that holds output `n` of all, and the number that it has there. */
+static const struct matrix *holder(const struct call *c, whole *n) {
+    const struct matrix *m = c->list;
+    while (*n >= m->out) *n -= m++->out;
+    return m;
+}
+
+/* acc[r][2] += sum over k < depth of a[r * a_row + k * a_step] * panel[k][COLUMNS]. */
+INLINE void gather(vec *acc, const int rows, whole depth, const float *a, const int a_row, const int a_step,
+                   const float *panel) {
+    for (whole k = 0; k < depth; k++, a += a_step, panel += COLUMNS) {
+        vec first = load(panel), second = load(panel + LANES);
+        IN_REGISTER(first);
+        IN_REGISTER(second);
+        for (int i = 0; i < COLUMNS; i += 16) __builtin_prefetch(panel + 16 * COLUMNS + i);
+#pragma GCC unroll 14
+        for (int r = 0; r < rows; r++) {
+            acc[2 * r] += a[r * a_row] * first;
+            acc[2 * r + 1] += a[r * a_row] * second;
+        }
+    }
+}
+
+/* c = (add ? c : 0) + tile * panel, for `rows` rows of whole COLUMNS. */
+INLINE void few_rows(float *c, whole c_row, const int rows, int add, whole depth, const float *a, const int a_row,
+                     const int a_step, const float *panel) {
+    vec acc[2 * 14];
+#pragma GCC unroll 28
+    for (int i = 0; i < 2 * rows; i++) acc[i] = (vec){};
+    gather(acc, rows, depth, a, a_row, a_step, panel);
+#pragma GCC unroll 14
+    for (int r = 0; r < rows; r++) {
+        float *to = c + r * c_row;
+        store(to, add ? acc[2 * r] + load(to) : acc[2 * r]);
+        store(to + LANES, add ? acc[2 * r + 1] + load(to + LANES) : acc[2 * r + 1]);
+    }
+}
+
+/* The same for a number of rows that is known at run time; a tile lies row after row, or depth first. */
+#define BLOCK(name, a_row, a_step)                                                                                     \
+    NOINLINE static void name(float *c, whole c_row, whole rows, int add, whole depth, const float *a,                \
+                              const float *panel) {                                                                    \
+        if (rows == BLOCK_ROWS) {                                                                                      \
+            few_rows(c, c_row, BLOCK_ROWS, add, depth, a, a_row, a_step, panel);                                       \
+            return;                                                                                                    \
+        }                                                                                                              \
+        for (; BLOCK_ROWS > 8 && rows >= 8; rows -= 8, c += 8 * c_row, a += 8 * a_row)                                 \
+            few_rows(c, c_row, 8, add, depth, a, a_row, a_step, panel);                                                \
+        for (; rows >= 4; rows -= 4, c += 4 * c_row, a += 4 * a_row)                                                   \
+            few_rows(c, c_row, 4, add, depth, a, a_row, a_step, panel);                                                \
+        for (; rows > 0; rows--, c += c_row, a += a_row)                                                               \
+            few_rows(c, c_row, 1, add, depth, a, a_row, a_step, panel);                                                \
+    }
+BLOCK(block_by_row, TILE_ROW, 1)
+BLOCK(block_by_depth, 1, TILE_STEP)
+
+/* panel[k][COLUMNS] from `count` rows of x, which are its columns; zeros beyond. */
+static void pack_turned(float *panel, const float *const *x, whole count, whole depth) {
+    for (whole i = 0; i < COLUMNS; i += LANES)
+        for (whole k = 0; k < depth; k += LANES) {
+            vec v[LANES];
+#pragma GCC unroll 16
+            for (int r = 0; r < LANES; r++) v[r] = i + r < count ? load_part(x[i + r] + k, depth - k) : (vec){};
+            transpose(v);
+            for (int r = 0; r < least(LANES, depth - k); r++) store(panel + (k + r) * COLUMNS + i, v[r]);
+        }
+}
+
+/* panel[k][COLUMNS] from rows of x that lie as the panel does; zeros beyond `count`. */
+static void pack_straight(float *panel, const float *x, whole x_row, whole count, whole depth) {
+    for (whole k = 0; k < depth; k++)
+        for (whole i = 0; i < COLUMNS; i += LANES)
+            store(panel + k * COLUMNS + i, load_part(x + k * x_row + i, count - i));
+}
+
+/* Columns [n, n + count) of all Y, from a block that fills no panel of one matrix. */
+static void scatter(const struct call *c, const float *from, whole row, whole rows, whole n, whole count) {
+    for (whole i = 0; i < count; i++) {
+        whole at = n + i;
+        const struct matrix *m = holder(c, &at);
+        for (whole r = 0; r < rows; r++) m->y[(row + r) * m->y_row + at] = from[r * COLUMNS + i];
+    }
+}
+
+static void fetch_back(const struct call *c, float *to, whole row, whole rows, whole n, whole count) {
+    for (whole i = 0; i < count; i++) {
+        whole at = n + i;
+        const struct matrix *m = holder(c, &at);
+        for (whole r = 0; r < rows; r++) to[r * COLUMNS + i] = m->y[(row + r) * m->y_row + at];
+    }
+}
+
+/* One block of Y: rows of X in `tile`, outputs [n, n + COLUMNS) in `panel`. */
+static void forward_block(const struct call *c, whole row, whole rows, whole n, int add, whole depth, const float *tile,
+                          const float *panel) {
+    whole at = n, count = least(COLUMNS, c->total - n);
+    const struct matrix *m = holder(c, &at);
+    if (at + COLUMNS <= m->out) {
+        block_by_row(m->y + row * m->y_row + at, m->y_row, rows, add, depth, tile, panel);
+        return;
+    }
+    float mixed[BLOCK_ROWS * COLUMNS];
+    if (add) fetch_back(c, mixed, row, rows, n, count);
+    block_by_row(mixed, COLUMNS, rows, add, depth, tile, panel);
+    scatter(c, mixed, row, rows, n, count);
+}
+
+/* The tiles of rows, BLOCK_ROWS each, that are this thread's. */
+static void my_tiles(whole rows, whole *first, whole *end) {
+    whole tiles = parts_of(rows, BLOCK_ROWS), thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    *first = tiles * thread / threads, *end = tiles * (thread + 1) / threads;
+}
+
+/* Outputs [n, n + COLUMNS) of all, steps [k, k + depth), as a panel. */
+static void pack_weights(const struct call *c, float *panel, whole n, whole k, whole depth) {
+    const float *rows[COLUMNS];
+    float wide[COLUMNS * TILE_ROW];
+    whole count = least(COLUMNS, c->total - n);
+    for (whole i = 0; i < count; i++) {
+        whole at = n + i;
+        const struct matrix *m = holder(c, &at);
+        const char *w = m->weight + (at * c->in + k) * bytes_of(c->format);
+        rows[i] = c->format == FP32 ? (const float *)w : wide + i * TILE_ROW;
+        if (c->format == FP32) continue;
+        widen(wide + i * TILE_ROW, w, depth, c->format);
+        if (m->scale) for (whole j = 0; j < depth; j++) wide[i * TILE_ROW + j] *= m->scale[at];
+    }
+    pack_turned(panel, rows, count, depth);
+}
+
+/* Tiles of rows [first, end) meet `held` panels, outputs from n on. */
+static void forward_round(const struct call *c, whole first, whole end, whole n, whole held, whole k, whole depth,
+                          const float *panels, float *tile) {
+    for (whole t = first; t < end; t++) {
+        whole row = t * BLOCK_ROWS, rows = least(BLOCK_ROWS, c->rows - row);
+        for (whole r = 0; r < rows; r++) memcpy(tile + r * TILE_ROW, c->x + (row + r) * c->x_row + k, depth * sizeof *tile);
+        for (whole p = 0; p < held; p++)
+            forward_block(c, row, rows, n + p * COLUMNS, k > 0, depth, tile, panels + p * PANEL_FLOATS);
+    }
+}
+
+/* Y where there are many rows: threads share the panels, and each takes rows of its own. */
+static void forward(const struct call *c, float *tile) {
+    whole first, end;
+    my_tiles(c->rows, &first, &end);
+    for (whole k = 0; k < c->in; k += DEPTH)
+        for (whole n = 0; n < c->total; n += PANELS * COLUMNS) {
+            whole depth = least(DEPTH, c->in - k), held = least(PANELS, parts_of(c->total - n, COLUMNS));
+#pragma omp for schedule(static, 1)
+            for (whole p = 0; p < held; p++) pack_weights(c, c->panels + p * PANEL_FLOATS, n + p * COLUMNS, k, depth);
+            forward_round(c, first, end, n, held, k, depth, c->panels, tile);
+#pragma omp barrier
+        }
+}
+
+/* Y where there are few: each thread takes panels of its own, and all rows. */
+static void forward_columns(const struct call *c, float *panels, float *tile) {
+    whole all = parts_of(c->total, COLUMNS), thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    whole first = all * thread / threads, end = all * (thread + 1) / threads, tiles = parts_of(c->rows, BLOCK_ROWS);
+    for (whole k = 0; k < c->in; k += DEPTH)
+        for (whole p = first; p < end; p += PANELS) {
+            whole depth = least(DEPTH, c->in - k), held = least(PANELS, end - p);
+            for (whole i = 0; i < held; i++) pack_weights(c, panels + i * PANEL_FLOATS, (p + i) * COLUMNS, k, depth);
+            forward_round(c, 0, tiles, p * COLUMNS, held, k, depth, panels, tile);
+        }
+}
+
+/* Rows of dY, outputs [n, n + depth) of all, side by side. */
+static void tile_of_gradients(const struct call *c, float *tile, whole row, whole rows, whole n, whole depth) {
+    for (whole k = 0; k < depth;) {
+        whole at = n + k;
+        const struct matrix *m = holder(c, &at);
+        whole count = least(depth - k, m->out - at);
+        for (whole r = 0; r < rows; r++)
+            memcpy(tile + r * TILE_ROW + k, m->y + (row + r) * m->y_row + at, count * sizeof *tile);
+        k += count;
+    }
+}
+
+/* c [rows, columns] += tile * panel where `columns` may end inside the panel. */
+static void partial(void (*block)(float *, whole, whole, int, whole, const float *, const float *), float *to, whole row,
+                    whole rows, whole columns, int add, whole depth, const float *tile, const float *panel) {
+    if (columns >= COLUMNS) {
+        block(to, row, rows, add, depth, tile, panel);
+        return;
+    }
+    float whole_block[BLOCK_ROWS * COLUMNS];
+    for (whole r = 0; add && r < rows; r++) memcpy(whole_block + r * COLUMNS, to + r * row, columns * sizeof *to);
+    block(whole_block, COLUMNS, rows, add, depth, tile, panel);
+    for (whole r = 0; r < rows; r++) memcpy(to + r * row, whole_block + r * COLUMNS, columns * sizeof *to);
+}
+
+static void backward_input(const struct call *c, float *tile) {
+    whole first, end, in = c->in;
+    my_tiles(c->rows, &first, &end);
+    for (whole n = 0; n < c->total; n += DEPTH)
+        for (whole from = 0; from < in; from += PANELS * COLUMNS) {
+            whole depth = least(DEPTH, c->total - n), held = least(PANELS, parts_of(in - from, COLUMNS));
+#pragma omp for schedule(static, 1)
+            for (whole p = 0; p < held; p++) {
+                whole column = from + p * COLUMNS;
+                for (whole k = 0; k < depth;) {
+                    whole at = n + k;
+                    const struct matrix *m = holder(c, &at);
+                    whole count = least(depth - k, m->out - at);
+                    pack_straight(c->panels + p * PANEL_FLOATS + k * COLUMNS, (const float *)m->weight + at * in + column, in,
+                                  in - column, count);
+                    k += count;
+                }
+            }
+            for (whole t = first; t < end; t++) {
+                whole row = t * BLOCK_ROWS, rows = least(BLOCK_ROWS, c->rows - row);
+                tile_of_gradients(c, tile, row, rows, n, depth);
+                for (whole p = 0; p < held; p++) {
+                    whole column = from + p * COLUMNS;
+                    partial(block_by_row, c->dx + row * in + column, in, rows, in - column, n > 0, depth, tile,
+                            c->panels + p * PANEL_FLOATS);
+                }
+            }
+#pragma omp barrier
+        }
+}
+
+/* Tiles of dY^T, outputs [n, n + BLOCK_ROWS) and on, depth first: rows [k, k + depth) of dY. */
+static void tiles_of_gradients(const struct matrix *m, float *tiles, whole count, whole n, whole k, whole depth) {
+    for (whole j = 0; j < depth; j++) {
+        const float *y = m->y + (k + j) * m->y_row + n;
+        for (whole q = 0; q < count; q++) {
+            float *to = tiles + (q * BACK_DEPTH + j) * TILE_STEP;
+            for (whole i = 0; i < TILE_STEP; i += LANES)
+                store(to + i, load_part(y + q * BLOCK_ROWS + i, m->out - n - q * BLOCK_ROWS - i));
+        }
+    }
+}
+
+static void backward_weights(const struct call *c, int add, float *tiles) {
+    whole in = c->in, each = BACK_DEPTH * COLUMNS;
+    for (whole k = 0; k < c->rows; k += BACK_DEPTH)
+        for (whole from = 0; from < in; from += 2 * PANELS * COLUMNS) {
+            whole depth = least(BACK_DEPTH, c->rows - k), held = least(2 * PANELS, parts_of(in - from, COLUMNS));
+#pragma omp for schedule(static, 1)
+            for (whole p = 0; p < held; p++) {
+                whole column = from + p * COLUMNS;
+                pack_straight(c->panels + p * each, c->x + k * c->x_row + column, c->x_row, in - column, depth);
+            }
+            for (whole i = 0; i < c->count; i++) {
+                const struct matrix *m = &c->list[i];
+                whole first, end;
+                my_tiles(m->out, &first, &end);
+                for (whole t = first; t < end; t += GROUP) {
+                    whole count = least(GROUP, end - t);
+                    tiles_of_gradients(m, tiles, count, t * BLOCK_ROWS, k, depth);
+                    for (whole q = 0; q < count; q++) {
+                        whole row = (t + q) * BLOCK_ROWS;
+                        for (whole p = 0; p < held; p++) {
+                            whole column = from + p * COLUMNS;
+                            partial(block_by_depth, m->grad + row * in + column, in, least(BLOCK_ROWS, m->out - row),
+                                    in - column, add || k > 0, depth, tiles + q * BACK_DEPTH * TILE_STEP,
+                                    c->panels + p * each);
+                        }
+                    }
+                }
+            }
+#pragma omp barrier
+        }
+}
+
+enum { TILE_FLOATS = GROUP * BACK_DEPTH * TILE_STEP > BLOCK_ROWS * TILE_ROW ? GROUP * BACK_DEPTH * TILE_STEP
+                                                                           : BLOCK_ROWS * TILE_ROW };
+
+enum work { FORWARD, INPUT, WEIGHTS, MORE_WEIGHTS };
+
+/* Floats of scratch for any of them. */
+whole mm_linear_scratch(int threads) { return threads * (whole)(PANELS * PANEL_FLOATS + TILE_FLOATS); }
+
+/* `work` on matrices of `format`, which is fp32 in all but FORWARD. MORE_WEIGHTS adds to what `grad` holds. */
+void mm_linear(int work, const struct matrix *list, whole count, int format, const float *x, float *dx, whole rows, whole in,
+               whole x_row, float *scratch, int threads) {
+    whole total = 0;
+    for (whole i = 0; i < count; i++) total += list[i].out;
+    struct call c = {.list = list, .x = x, .dx = dx, .count = count, .total = total, .rows = rows, .in = in,
+                     .x_row = x_row, .format = format, .panels = scratch};
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        whole thread = omp_get_thread_num(), team = omp_get_num_threads();
+        float *tile = scratch + threads * (whole)(PANELS * PANEL_FLOATS) + thread * TILE_FLOATS;
+        if (work == FORWARD && parts_of(rows, BLOCK_ROWS) < EVEN_TILES * team)
+            forward_columns(&c, scratch + thread * (whole)(PANELS * PANEL_FLOATS), tile);
+        else if (work == FORWARD)
+            forward(&c, tile);
+        if (work == INPUT) backward_input(&c, tile);
+        if (work >= WEIGHTS) backward_weights(&c, work == MORE_WEIGHTS, tile);
+    }
+}

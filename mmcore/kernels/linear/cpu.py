@@ -1,0 +1,174 @@
+"""linear in C: products of many rows, forward and backward, fp32."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from mmcore.kernels import native, registry
+from mmcore.kernels.layout import rows_of
+from mmcore.kernels.thin_linear.cpu import FORMATS
+
+_ADDRESS, _INT = ctypes.c_void_p, ctypes.c_int64
+_C = native.functions(
+    Path(__file__).with_name("cpu.c"),
+    mm_linear=[ctypes.c_int, ctypes.c_char_p, _INT, ctypes.c_int] + [_ADDRESS] * 2 + [_INT] * 3 + [_ADDRESS, ctypes.c_int],
+    mm_linear_scratch=(_INT, [ctypes.c_int]),
+)
+_MATRIX = struct.Struct("4P2q").pack
+"""struct matrix of cpu.c: weight, scale, y, grad, out, y_row."""
+
+_FORWARD, _INPUT, _WEIGHTS, _MORE_WEIGHTS = range(4)
+
+_FLOPS_OF_A_THREAD = 1 << 19
+"""Multiply-adds below which a second thread costs more than it brings."""
+
+
+def why_not(x: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor] | None) -> str | None:
+    """The reason why the C products cannot take these tensors, or None."""
+    kind = weights[0].dtype
+    if x.dtype is not torch.float32 or kind not in FORMATS or any(weight.dtype is not kind for weight in weights):
+        return f"x is {x.dtype} and a weight {kind}; it takes torch.float32 and weights of one of its formats"
+    if (scales is not None) != (kind is torch.int8):
+        return "int8 weights, and no others, have scales"
+    if kind is not torch.float32 and (torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad)):
+        return f"gradients and traced calls want weights of torch.float32, and these are {kind}"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast is on, and products are to be in its dtype"
+    return None
+
+
+def _threads(rows: int, total: int, inside: int) -> int:
+    return max(1, min(torch.get_num_threads(), rows * total * inside // _FLOPS_OF_A_THREAD))
+
+
+def _call(work: int, list_: bytes, outs: int, x: Tensor | None, dx: Tensor | None, rows: int, inside: int, total: int,
+          weight_format: int = 0) -> None:  # fmt: skip
+    threads = _threads(rows, total, inside)
+    scratch = torch.empty(_C.mm_linear_scratch(threads))
+    row = inside if x is None else x.stride(0)
+    _C.mm_linear(
+        work, list_, outs, weight_format, None if x is None else x.data_ptr(), None if dx is None else dx.data_ptr(), rows,
+        inside, row, scratch.data_ptr(), threads,
+    )
+
+
+def _list(weights: Sequence[Tensor | None], scales: Sequence[Tensor | None], ys: Sequence[tuple[int, int]],
+          grads: Sequence[Tensor | None], outs: Sequence[int]) -> bytes:  # fmt: skip
+    """struct matrix for each weight; `ys` are addresses and distances from row to row. The tensors must outlive it."""
+    at = [[0 if t is None else t.data_ptr() for t in tensors] for tensors in (weights, scales, grads)]
+    places = zip(*at, ys, outs, strict=True)
+    return b"".join(_MATRIX(weight, scale, y, grad, out, row) for weight, scale, grad, (y, row), out in places)
+
+
+def products(
+    x: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor] | None = None, out: Tensor | None = None
+) -> list[Tensor]:
+    """y_i [..., out_i] = x W_i^T without gradients: x [..., in] fp32, weights contiguous and all of one of FORMATS, int8
+    with `scales` [out_i]. `out`, contiguous, takes the product of a single weight."""
+    flat = _flat(x)
+    rows, inside = flat.shape
+    ys = [x.new_empty(*x.shape[:-1], len(weight)) for weight in weights] if out is None else [out]
+    if flat.numel() == 0:
+        return [y.zero_() for y in ys]
+    weights, outs = [weight.contiguous() for weight in weights], [len(weight) for weight in weights]
+    none = [None] * len(weights)
+    places = [(y.data_ptr(), len(w)) for y, w in zip(ys, weights, strict=True)]
+    list_ = _list(weights, none if scales is None else scales, places, none, outs)
+    _call(_FORWARD, list_, len(weights), flat, None, rows, inside, sum(outs), FORMATS[weights[0].dtype])
+    return ys
+
+
+def input_gradient(grads: Sequence[Tensor], weights: Sequence[Tensor], out: Tensor) -> Tensor:
+    """out [rows, in], contiguous, becomes the sum of dY_i W_i; each dY [rows, out_i] with rows of its own distance."""
+    weights, none = [weight.contiguous() for weight in weights], [None] * len(weights)
+    list_ = _list(weights, none, [(g.data_ptr(), g.stride(0)) for g in grads], none, [len(w) for w in weights])
+    total = sum(len(w) for w in weights)
+    _call(_INPUT, list_, len(weights), None, out, *out.shape, total)
+    return out
+
+
+def weight_gradients(grads: Sequence[Tensor], x: Tensor, outs: Sequence[Tensor], add: bool = False) -> Sequence[Tensor]:
+    """outs [out_i, in], contiguous, become dY_i^T x, or have it added to them. x [..., in]."""
+    x, none = _flat(x), [None] * len(outs)
+    list_ = _list(none, none, [(g.data_ptr(), g.stride(0)) for g in grads], outs, [len(out) for out in outs])
+    total = sum(len(out) for out in outs)
+    _call(_MORE_WEIGHTS if add else _WEIGHTS, list_, len(outs), x, None, *x.shape, total)
+    return outs
+
+
+def _flat(x: Tensor) -> Tensor:
+    """[..., n] as [rows, n], rows evenly spaced."""
+    x, row = rows_of(x)
+    return x.as_strided((x.numel() // max(1, x.shape[-1]), x.shape[-1]), (row, 1))
+
+
+def _fake(x, weights):
+    return [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights]
+
+
+def _keep(ctx, inputs, output):
+    x, weights = inputs
+    ctx.save_for_backward(x, *weights)
+
+
+def _gradients(ctx, grads):
+    x, *weights = ctx.saved_tensors
+    grads = [x.new_zeros(*x.shape[:-1], len(w)) if g is None else g for g, w in zip(grads, weights, strict=True)]
+    for_x, for_weights = ctx.needs_input_grad
+    grad_x, grad_weights = _linear_backward(grads, x, weights, for_x, any(for_weights))
+    grad_weights = grad_weights or [None] * len(weights)
+    return grad_x if for_x else None, [g if need else None for g, need in zip(grad_weights, for_weights, strict=True)]
+
+
+def _run_backward(grads, x, weights, for_x: bool, for_weights: bool):
+    grad_x = torch.empty(x.shape if for_x else 0)
+    grad_weights = [torch.empty(w.shape) for w in weights] if for_weights else []
+    if x.numel() == 0:
+        return grad_x, [g.zero_() for g in grad_weights]
+    grads = [_flat(g) for g in grads]
+    if for_x:
+        input_gradient(grads, weights, grad_x.view(-1, x.shape[-1]))
+    if for_weights:
+        weight_gradients(grads, x, grad_weights)
+    return grad_x, grad_weights
+
+
+def _fake_backward(grads, x, weights, for_x, for_weights):
+    return x.new_empty(x.shape if for_x else 0), [w.new_empty(w.shape) for w in weights] if for_weights else []
+
+
+_linear = registry.operator(
+    "linear_cpu(Tensor x, Tensor[] weights) -> Tensor[]", products, _fake, keep=_keep, backward=_gradients
+)
+_linear_backward = registry.operator(
+    "linear_cpu_backward(Tensor[] grads, Tensor x, Tensor[] weights, bool for_x, bool for_weights) -> (Tensor, Tensor[])",
+    _run_backward, _fake_backward,
+)  # fmt: skip
+
+
+def _forward_flops(x_shape, weight_shapes, *_, **__) -> int:
+    """For torch's FlopCounterMode, which knows the library's products alone."""
+    return 2 * math.prod(x_shape[:-1]) * sum(math.prod(shape) for shape in weight_shapes)
+
+
+def _backward_flops(_, x_shape, weight_shapes, for_x: bool, for_weights: bool, **__) -> int:
+    return (for_x + for_weights) * _forward_flops(x_shape, weight_shapes)
+
+
+register_flop_formula(torch.ops.mm.linear_cpu)(_forward_flops)
+register_flop_formula(torch.ops.mm.linear_cpu_backward)(_backward_flops)
+
+
+def linear(x: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor] | None = None) -> list[Tensor]:
+    """See `mmcore.kernels.linear.linear`."""
+    if registry.direct(x) or weights[0].dtype is not torch.float32:
+        return products(x, weights, scales)
+    return _linear(x, list(weights))

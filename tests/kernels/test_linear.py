@@ -1,0 +1,135 @@
+"""linear against products in float64, forward and backward."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmcore.errors import HardwareError
+from mmcore.kernels.linear import cpu, linear
+from tests.helpers.forms import CPU, needs_compiler
+from tests.helpers.poison import poisoned_memory  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+FORMS = ["auto", "blocked", "reference", CPU]
+
+
+def error(got, expected, rounding):
+    """The largest error over the sum of absolute products, which is the scale of rounding in fp32."""
+    assert got.shape == expected.shape and got.dtype == torch.float32
+    return float(((got.double() - expected).abs() / rounding.clamp(min=1e-30)).max()) if got.numel() else 0.0
+
+
+def check(form, x, weights):
+    """Outputs and all gradients, for random upstream gradients."""
+    leaves = [t.detach().requires_grad_() for t in (x, *weights)]
+    ys = linear(leaves[0], leaves[1:], implementation=form)
+    ups = [torch.randn(y.shape) for y in ys]
+    grad_x, *grad_weights = torch.autograd.grad(ys, leaves, ups)
+    x, weights, ups = x.double(), [w.double() for w in weights], [u.double() for u in ups]
+    flat = x.reshape(-1, x.shape[-1])
+    for y, weight, up, grad in zip((y.detach() for y in ys), weights, ups, grad_weights, strict=True):
+        assert error(y, x @ weight.T, x.abs() @ weight.abs().T) < 1e-6
+        up = up.reshape(-1, up.shape[-1])
+        assert error(grad, up.T @ flat, up.abs().T @ flat.abs()) < 1e-6
+    total = sum(up @ weight for up, weight in zip(ups, weights, strict=True))
+    assert error(grad_x, total, sum(u.abs() @ w.abs() for u, w in zip(ups, weights, strict=True))) < 1e-6
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("rows", [1, 3, 14, 15, 63, 64, 65, 300])
+@pytest.mark.parametrize("outs", [(1,), (32,), (5, 40), (64, 8, 8, 70)], ids=str)
+@pytest.mark.parametrize("inside", [1, 37, 64])
+def test_sizes(form, rows, outs, inside):
+    check(form, torch.randn(rows, inside), [torch.randn(out, inside) for out in outs])
+
+
+@pytest.mark.parametrize("form", ["blocked", CPU])
+@pytest.mark.parametrize("rows, outs, inside", [(600, (300, 8, 8), 520), (1000, (33,), 1100), (257, (600, 600), 513)])
+def test_more_than_a_round_of_panels(form, rows, outs, inside):
+    check(form, torch.randn(rows, inside), [torch.randn(out, inside) for out in outs])
+
+
+@needs_compiler
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_number_of_threads_changes_nothing(threads):
+    x, weights, ups = torch.randn(500, 300), [torch.randn(out, 300) for out in (400, 9)], None
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, threads):
+            torch.set_num_threads(count)
+            ys = cpu.products(x, weights)
+            ups = ups or [torch.randn(y.shape) for y in ys]
+            grads = cpu.weight_gradients(ups, x, [torch.empty(w.shape) for w in weights])
+            found.append([*ys, cpu.input_gradient(ups, weights, torch.empty(x.shape)), *grads])
+    finally:
+        torch.set_num_threads(before)
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("form", ["blocked", CPU])
+def test_strides_leading_axes_and_emptiness(form):
+    for x in (torch.randn(2, 5, 24), torch.randn(3, 4, 48)[..., ::2], torch.randn(24, 7).T, torch.randn(6, 48)[:, 24:],
+              torch.randn(0, 24), torch.randn(24)):  # fmt: skip
+        check(form, x, [torch.randn(10, 24), torch.randn(24, 3).T])
+
+
+@needs_compiler
+@pytest.mark.parametrize("rows", [1, 17, 100, 400])
+def test_narrow_weights_without_gradients(rows):
+    x = torch.randn(rows, 530)
+    halves = [torch.randn(out, 530).bfloat16() for out in (40, 7)]
+    bytes_ = [torch.randint(-127, 128, (out, 530)).to(torch.int8) for out in (40, 7)]
+    scales = [torch.rand(out) + 0.1 for out in (40, 7)]
+    with torch.no_grad():
+        for got, weights in (
+            (linear(x, halves, implementation="cpu"), [w.double() for w in halves]),
+            (linear(x, bytes_, scales, implementation="cpu"),
+             [w.double() * s.double()[:, None] for w, s in zip(bytes_, scales, strict=True)]),
+        ):  # fmt: skip
+            for y, weight in zip(got, weights, strict=True):
+                assert error(y, x.double() @ weight.T, x.double().abs() @ weight.abs().T) < 1e-6
+
+
+@needs_compiler
+def test_what_needs_no_gradient_gets_none():
+    x, weights = torch.randn(20, 6), [torch.randn(5, 6, requires_grad=True), torch.randn(3, 6)]
+    first, second = linear(x, weights, implementation="cpu")
+    (grad,) = torch.autograd.grad(first.sum(), weights[0])
+    torch.testing.assert_close(grad, x.sum(0).expand(5, 6))
+    x.requires_grad_()
+    _, second = linear(x, weights, implementation="cpu")
+    (grad,) = torch.autograd.grad(second.sum(), x)
+    torch.testing.assert_close(grad, weights[1].sum(0).expand(20, 6))
+
+
+@needs_compiler
+def test_torchs_counter_sees_the_products():
+    x, weights = torch.randn(2, 20, 6, requires_grad=True), [torch.randn(5, 6, requires_grad=True) for _ in range(2)]
+    with FlopCounterMode(display=False) as counter:
+        first, second = linear(x, weights, implementation="cpu")
+        (first.sum() + second.sum()).backward()
+    assert counter.get_total_flops() == 3 * 2 * 40 * 6 * 10
+
+
+def test_autocast_and_other_dtypes_take_the_library():
+    x, weight = torch.randn(20, 8, requires_grad=True), torch.randn(3, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert linear(x, [weight])[0].dtype == torch.bfloat16
+    assert linear(x.double(), [weight.double()])[0].dtype == torch.float64
+
+
+@needs_compiler
+def test_misuse_is_named():
+    x = torch.randn(20, 8)
+    with pytest.raises(ValueError, match=r"x is \[20, 8\] and a weight \[3, 7\]: give \[out, 8\]"):
+        linear(x, [torch.randn(3, 7)])
+    for bad, weight, scales, reason in (
+        (x.double(), torch.randn(3, 8), None, "x is torch.float64"),
+        (x, torch.randn(3, 8).half(), None, "a weight torch.float16"),
+        (x, torch.ones(3, 8, dtype=torch.int8), None, "have scales"),
+        (x.clone().requires_grad_(), torch.randn(3, 8).bfloat16(), None, "want weights of torch.float32"),
+    ):
+        with pytest.raises(HardwareError, match=reason):
+            linear(bad, [weight], scales, implementation="cpu")
