@@ -28,7 +28,7 @@ def equal_loss(runs: Mapping[str, Task]) -> str:
         ahead, behind = (MOSAIC, TRANSFORMER) if gap < 0 else (TRANSFORMER, MOSAIC)
         verdict = (
             f"{NOT} The losses are not equal: the {ahead}'s is {abs(gap):.1%} lower than the {behind}'s. So few tokens "
-            f"measure how fast a model learns to use its context; the paper's claim is about models that have long learned to."
+            f"measure how fast a model learns to use its context; the paper's claim is about models that long have."
         )
     rows = [
         [model, f"{found[0]['parameters']:,}", f"{found[0]['flops_per_token'] / 1e6:.2f}",
