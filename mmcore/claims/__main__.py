@@ -49,6 +49,15 @@ def _minutes(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
+def _processor() -> str:
+    """Its name where Linux tells it, else its kind."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m mmcore.claims", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("docs/claims"), help="folder of the report")
@@ -87,8 +96,8 @@ def _run(asked: argparse.Namespace, settings: dict[str, list[str]]) -> None:
     rates = plan.best_rates(results)
     results |= _all(plan.final(asked.recipes, settings, rates), asked, clock)
     about = {
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "time": f"{sum(found['seconds'] for found in results.values()) / 60:.0f} minutes of one core",
+        "machine": f"an {_processor()} with {os.cpu_count()}",
+        "time": f"{sum(found['seconds'] for found in results.values()) / 60:.0f} minutes",
         "trials": str(len(results)),
     }
     page = report.write(results, rates, about, asked.out)

@@ -6,11 +6,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmcore.claims.plan import FIXED_BANDWIDTH, FIXED_DELAY, LONG_SHORT, MOSAIC, NO_GATES, TASKS, TRANSFORMER
+from mmcore.claims.plan import (
+    FIXED_BANDWIDTH,
+    FIXED_DELAY,
+    LONG_SHORT,
+    MOSAIC,
+    NO_GATES,
+    PATIENT,
+    TASKS,
+    TRANSFORMER,
+)
 from mmcore.evaluation.report import COLOURS
 
-ORDER = (MOSAIC, TRANSFORMER, LONG_SHORT, FIXED_DELAY, FIXED_BANDWIDTH, NO_GATES)
-"""A model has its colour in every figure."""
+ORDER = (MOSAIC, TRANSFORMER, LONG_SHORT, FIXED_DELAY, FIXED_BANDWIDTH, NO_GATES, PATIENT)
+"""A model has its colour in every figure (the last two stand in none together with the first two that have theirs)."""
 
 Found = Sequence[Mapping[str, Any]]
 
@@ -58,7 +67,7 @@ def _recall(recall: Mapping[str, Found], folder: Path) -> None:
 def _shots(found: Mapping[str, Found], name: str, word: str, chance: float, trained: int, folder: Path) -> None:
     figure, (axis,) = _panels(1)
     sizes = TASKS[name].sizes
-    for model in (MOSAIC, TRANSFORMER):
+    for model in (MOSAIC, TRANSFORMER, PATIENT):
         _band(axis, model, sizes, [_by(run["accuracy"], sizes) for run in found[model]])
     axis.axhline(chance, color="#888888", linestyle=":", linewidth=1)
     axis.axvline(trained, color="#888888", linestyle="--", linewidth=1)
@@ -107,9 +116,11 @@ def _panels(count: int) -> tuple[Any, Any]:
 
 
 def _band(axis: Any, model: str, x: Sequence[float], rows: Sequence[Sequence[float]]) -> None:
-    colour = COLOURS[ORDER.index(model)]
+    colour = COLOURS[ORDER.index(model) % len(COLOURS)]
     columns = list(zip(*rows, strict=True))
-    axis.plot(x, [sum(column) / len(column) for column in columns], marker="o", markersize=3.5, color=colour, label=model)
+    line = "--" if model.startswith(f"{MOSAIC},") else "-"  # ablations often lie upon the mosaic
+    means = [sum(column) / len(column) for column in columns]
+    axis.plot(x, means, line, marker="o", markersize=3.5, color=colour, label=model)
     axis.fill_between(x, [min(column) for column in columns], [max(column) for column in columns], color=colour, alpha=0.15,
                       linewidth=0)
 

@@ -11,6 +11,8 @@ from mmcore.claims.trial import Task, Trial
 
 MOSAIC, TRANSFORMER, LONG_SHORT = "mosaic", "transformer", "long-short transformer"
 FIXED_DELAY, FIXED_BANDWIDTH, NO_GATES = "mosaic, fixed delay", "mosaic, fixed bandwidth", "mosaic, keys without gates"
+PATIENT = "transformer, 5,000 steps"
+"""The twin where it has not learned a task in the steps that the mosaic needs, trained for five to eight times as many."""
 
 SEEDS = (1, 2, 3)
 """The first is the sweep's too."""
@@ -34,6 +36,7 @@ RATES = (2e-3, 5e-3, 1e-2, 2e-2)
 _VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
     MOSAIC: ("", ()),
     TRANSFORMER: ("-transformer", ()),
+    PATIENT: ("-transformer", ("training.steps=5000",)),
     LONG_SHORT: ("", ("model.model_type=long_short_transformer",)),
     FIXED_DELAY: ("", ("model.long_term_delay_range=[4, 4]",)),
     FIXED_BANDWIDTH: ("", ("model.adaptive_bandwidth=false",)),
@@ -46,7 +49,8 @@ SWEPT = (MOSAIC, TRANSFORMER)
 
 INHERITED = {
     "recall": {LONG_SHORT: TRANSFORMER, FIXED_DELAY: MOSAIC, FIXED_BANDWIDTH: MOSAIC, NO_GATES: MOSAIC},
-    "classes": {FIXED_BANDWIDTH: MOSAIC, NO_GATES: MOSAIC},
+    "classes": {FIXED_BANDWIDTH: MOSAIC, NO_GATES: MOSAIC, PATIENT: TRANSFORMER},
+    "automata": {PATIENT: TRANSFORMER},
 }
 """Task -> ablation -> the model whose best rate it is trained at."""
 

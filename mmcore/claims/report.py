@@ -47,22 +47,17 @@ def _head(about: Mapping[str, str]) -> str:
     return "\n\n".join([
         "# The claims, on one laptop",
         paragraph(
-            "*Memory Mosaics at scale* trains 10 billion parameters on a trillion tokens. This page asks which of",
-            "its claims",
-            f"can be seen with a hundred thousand, in {about['time']} on {about['machine']}. It is made by `make",
-            "claims`, which",
-            f"trains {about['trials']} models from the recipes in `recipes/claims/` and writes every table, figure",
-            "and verdict",
-            "below from their results (`results.json`).",
+            "*Memory Mosaics at scale* trains 10 billion parameters on a trillion tokens. This page asks which of its",
+            f"claims can be seen with a hundred thousand, in trials that took {about['time']} in all, each on one core of",
+            f"{about['machine']}. It is made by `make claims`, which trains {about['trials']} models from the recipes in",
+            "`recipes/claims/` and writes every table, figure and verdict below from their results (`results.json`).",
         ),
         paragraph(
-            f"Numbers are means over {len(SEEDS)} seeds, with the least and the greatest in brackets. The",
-            "transformer twin of a",
-            "mosaic is a Llama trained by the same code on the same samples for as many steps, with its feed-forward layers",
-            f"widened until both have as many parameters. The learning rate of either is the best of {rates} (the",
-            "last for real",
-            f"text only) by held-out loss in the training distribution, seed {SEEDS[0]}; ablations of the mosaic take the",
-            "mosaic's, the long-short transformer the twin's.",
+            f"Numbers are means over {len(SEEDS)} seeds, with the least and the greatest in brackets. The transformer twin",
+            "of a mosaic is a Llama trained by the same code on the same samples for as many steps, with its feed-forward",
+            "layers widened until both have as many parameters. The learning rate of either is the best of",
+            f"{rates} (the last for real text only) by held-out loss in the training distribution, seed {SEEDS[0]};",
+            "ablations of the mosaic take the mosaic's, other transformers the twin's.",
         ),
     ])  # fmt: skip
 

@@ -5,7 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from mmcore.claims.plan import FIXED_BANDWIDTH, FIXED_DELAY, LONG_SHORT, MOSAIC, NO_GATES, TASKS, TRANSFORMER
+from mmcore.claims.plan import (
+    FIXED_BANDWIDTH,
+    FIXED_DELAY,
+    LONG_SHORT,
+    MOSAIC,
+    NO_GATES,
+    PATIENT,
+    TASKS,
+    TRANSFORMER,
+)
 from mmcore.claims.tables import Found, at, by_size, mean, mean_at, paragraph, section, spread, table
 
 EQUAL_LOSS = 0.02
@@ -119,7 +128,7 @@ def in_context(runs: Mapping[str, Task]) -> str:
             f"{language.shots}",
             f"shots. Accuracy, where one guess in {language.classes} among the episode's labels is right:",
         ),
-        by_size(classes, [MOSAIC, TRANSFORMER], TASKS["classes"].sizes, "shots"),
+        by_size(classes, [MOSAIC, TRANSFORMER, PATIENT], TASKS["classes"].sizes, "shots"),
         "![Accuracy over shots](classes.svg)",
         paragraph(_growth(classes, "classes", "shots")),
         paragraph(
@@ -131,7 +140,7 @@ def in_context(runs: Mapping[str, Task]) -> str:
             "one that the",
             f"automaton allows (a guess: {walks.edges / walks.symbols:.2f}):",
         ),
-        by_size(automata, [MOSAIC, TRANSFORMER], TASKS["automata"].sizes, "strings"),
+        by_size(automata, [MOSAIC, TRANSFORMER, PATIENT], TASKS["automata"].sizes, "strings"),
         "![Legal symbols over strings read](automata.svg)",
         paragraph(
             _growth(automata, "automata", "strings"),
@@ -153,7 +162,9 @@ def _growth(found: Task, name: str, word: str) -> str:
     return (
         f"{SHOWS if shows else NOT} From {first} to {last} {word} the mosaic goes from {m_first:.2f} to {m_last:.2f}, the "
         f"transformer from {t_first:.2f} to {t_last:.2f}. Within the trained length, at {trained}, they are at "
-        f"{m_trained:.2f} and {t_trained:.2f}{behind}."
+        f"{m_trained:.2f} and {t_trained:.2f}{behind}. Trained for {found[PATIENT][0]['steps']:,} steps instead of "
+        f"{found[TRANSFORMER][0]['steps']:,} the transformer is at {mean_at(found[PATIENT], trained):.2f} there, and at "
+        f"{mean_at(found[PATIENT], last):.2f} after {last}."
     )
 
 

@@ -39,7 +39,7 @@ def by_size(
 ) -> str:
     """A row a model, a column a size."""
     rows = [[model, *(spread(at(found[model], size, key)) for size in sizes)] for model in models]
-    return table(["model", *(f"{size} {word}" for size in sizes)], rows)
+    return table(["model", *(f"{size} {word.removesuffix('s') if size == 1 else word}" for size in sizes)], rows)
 
 
 def paragraph(*sentences: str) -> str:
