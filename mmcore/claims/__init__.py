@@ -5,5 +5,5 @@
     measure.py     accuracy at sizes that were never trained
     plan.py        which trials: learning rates, seeds, ablations
     work.py        many trials at a time, and none twice
-    report.py, figures.py   docs/claims
+    report.py, sections.py, tables.py, figures.py   docs/claims
 """

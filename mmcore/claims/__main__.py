@@ -52,11 +52,11 @@ def _minutes(seconds: float) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m mmcore.claims", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("docs/claims"), help="folder of the report")
-    parser.add_argument("--work", type=Path, default=Path("runs/claims"), help="folder of runs and results; goes on from there")
+    parser.add_argument("--work", type=Path, default=Path("runs/claims"), help="folder of runs; goes on from there")
     parser.add_argument("--recipes", type=Path, default=Path("recipes/claims"))
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="trials at a time, each on one thread")
     parser.add_argument("--set", action="append", default=[], metavar="TASK.SECTION.KEY=VALUE",
-                        help="over a task's recipes, such as text.data.sources=[{path: ~/texts}] or recall.training.steps=50")
+                        help="over a task's recipes: text.data.sources=[{path: ~/texts}], recall.training.steps=50")
     parser.add_argument("--trial", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.trial:

@@ -20,11 +20,12 @@ def draw_all(runs: Mapping[str, Mapping[str, Found]], folder: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams.update({"svg.hashsalt": "mm", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    bare = {"axes.spines.top": False, "axes.spines.right": False}
+    matplotlib.rcParams.update({"svg.hashsalt": "mm", "font.size": 9, **bare})
     _text(runs["text"], folder)
     _recall(runs["recall"], folder)
-    _shots(runs["classes"], "classes", "shots", 1 / TASKS["classes"].language.classes, TASKS["classes"].language.shots, folder)
-    automaton = TASKS["automata"].language
+    classes, automaton = TASKS["classes"].language, TASKS["automata"].language
+    _shots(runs["classes"], "classes", "shots", 1 / classes.classes, classes.shots, folder)
     _shots(runs["automata"], "automata", "strings", automaton.edges / automaton.symbols, automaton.strings, folder)
     _tuning(runs["recall"], folder)
     _ablations(runs, folder)
@@ -73,7 +74,8 @@ def _tuning(recall: Mapping[str, Found], folder: Path) -> None:
         _band(axis, model, task.tuned_steps, [_by(run["tuned"], task.tuned_steps) for run in recall[model]])
     axis.set_xscale("symlog", base=2, linthresh=1)
     axis.set_xticks(task.tuned_steps, [str(step) for step in task.tuned_steps])
-    axis.set(xlabel="steps of fine-tuning", ylabel=f"right at {task.trained_size * task.tuned_factor} facts", ylim=(-0.02, 1.02))
+    size = task.trained_size * task.tuned_factor
+    axis.set(xlabel="steps of fine-tuning", ylabel=f"right at {size} facts", ylim=(-0.02, 1.02))
     _finish(figure, axis, folder, "tuning")
 
 

@@ -22,7 +22,8 @@ TASKS = {
         Task("text", "text", None),
         Task("recall", "recall", Recall(words=128, key=1, value=1, most_facts=_FACTS, filler=4, questions=16),
              trained_size=_FACTS, sizes=tuple(_FACTS * n for n in (1, 2, 4, 8)), tuned_factor=8),
-        Task("classes", "classes", Classes(classes=4, typical=4, length=4, noise=0.2), trained_size=4, sizes=(1, 2, 4, 8, 16, 32), questions=4),
+        Task("classes", "classes", Classes(classes=4, typical=4, length=4, noise=0.2), trained_size=4,
+             sizes=(1, 2, 4, 8, 16, 32), questions=4),
         Task("automata", "automata", Automata(), trained_size=11, sizes=(1, 2, 4, 8, 16, 32), questions=10),
     )
 }  # fmt: skip

@@ -169,6 +169,7 @@ class MemoryMosaicCache(Cache):
 
     is_compileable = False
     is_croppable = False
+    is_linear = (False,)  # else generate() of 5.24 reads the whole text again behind a cache that it is given
 
     def __init__(self, config):
         super().__init__(layers=[])

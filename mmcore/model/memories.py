@@ -86,8 +86,8 @@ class ContextualMemory(nn.Module):
         return self._project(y_BTd)[1:3]
 
     def _project(self, y_BTd: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """k~ [B, T, H, D], log g = W_g x and log lam = -|W_lambda x| [B, T, H], and v~ [B, T, H, D]. Without gated keys log g
-        is 0 and log lam one number a head."""
+        """k~ [B, T, H, D], log g = W_g x and log lam = -|W_lambda x| [B, T, H], and v~ [B, T, H, D]. Without gated keys
+        log g is 0 and log lam one number a head."""
         if not self.gated_keys:
             keys, values = project(y_BTd, self.key_proj, self.value_proj)
             decays = (-self.key_decay.abs()).to(keys.dtype).expand(*keys.shape[:-1], -1)

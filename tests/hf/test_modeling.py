@@ -132,6 +132,13 @@ def test_either_name_of_a_cache_is_taken(models, name):
     same(models[1](tokens[:, 8:], **{name: first[CACHE]}).logits[:, 0], models[0](tokens)[:, 8])
 
 
+def test_generate_goes_on_from_a_cache(models):
+    theirs, tokens = models[1], random_tokens(1, 12)
+    how = {"max_new_tokens": 8, "do_sample": False}
+    expected = theirs.generate(tokens, **how)
+    assert torch.equal(theirs.generate(tokens, **how, **{CACHE: theirs(tokens[:, :9])[CACHE]}), expected)
+
+
 def test_generate_keeps_its_cache_while_checkpointing_is_on(models):
     theirs = copy.deepcopy(models[1]).float()
     expected = theirs.generate(random_tokens(1, 6), max_new_tokens=9, do_sample=False)
