@@ -269,7 +269,8 @@ def _notes(source: Checkpoint, to: str, optimizer: str | None, finite: bool) -> 
         notes.append(f"the source's config.json says {said}, but its weights are {dtype_name(source.dtype)}, which counts")
     if not finite:
         notes.append("the model's logits are not finite")
-    if to == "hf" and source.config.model_type not in ("llama", "memory_mosaics_v2"):
+    kind = {"model_type": source.config.model_type, "gated_keys": source.config.gated_keys}
+    if to == "hf" and source.config.model_type != "llama" and not hub.has_classes(kind):
         notes.append("transformers has no class for this kind of model: mm and mmcore.load_model read the result")
     if optimizer == "fresh":
         notes.append("the source has no optimizer: training begins at step 1 with fresh moments")

@@ -41,7 +41,7 @@ def hub_config(values: Mapping[str, Any], tokenizer: Tokenizer | None = None) ->
     """config.json with what transformers looks for laid over `values`: auto_map for a mosaic, and the begin and end
     tokens of `tokenizer` where `values` names none."""
     values = dict(values)
-    if _has_classes(values):
+    if has_classes(values):
         values["auto_map"] = dict(AUTO_MAP)
     if tokenizer is not None:
         ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
@@ -49,7 +49,7 @@ def hub_config(values: Mapping[str, Any], tokenizer: Tokenizer | None = None) ->
     return values
 
 
-def _has_classes(values: Mapping[str, Any]) -> bool:
+def has_classes(values: Mapping[str, Any]) -> bool:
     """Whether the modules of mmcore/hf know the model: a mosaic whose keys are gated."""
     return values.get("model_type") == _MOSAIC and values.get("gated_keys", True)
 
@@ -65,7 +65,7 @@ def hub_files(
     """
     given = dict(given or {})
     files: dict[str, bytes] = {}
-    if _has_classes(values):
+    if has_classes(values):
         folder = Path(__file__).parents[1] / "hf"
         files |= {name: (folder / name).read_bytes() for name in MODULES}
     known = {key: value for key, value in read_object(given, _GENERATION).items() if value is not None}

@@ -46,6 +46,8 @@ class MemoryMosaicConfig(PreTrainedConfig):
     ):
         if hidden_size % num_attention_heads:
             raise ValueError(f"hidden_size {hidden_size} does not divide into {num_attention_heads} heads")
+        if not kwargs.get("gated_keys", True):
+            raise ValueError("gated_keys is false, and these classes only know keys with gates: read the model with mmcore")
         if short_term_window < 1 or long_term_delay < 1:
             raise ValueError("short_term_window and long_term_delay must be at least 1")
         self.vocab_size = vocab_size

@@ -54,6 +54,17 @@ def test_config_and_names_go_there_and_back(changes):
     assert not {"gated_keys", "adaptive_bandwidth"} & set(config_json(tiny().config, torch.float32))
 
 
+def test_transformers_classes_refuse_keys_without_gates():
+    """They would draw the gates at random."""
+    pytest.importorskip("transformers")
+    from mmcore.hf.configuration_memory_mosaics import MemoryMosaicConfig
+
+    values = {"hidden_size": 32, "num_attention_heads": 4}
+    assert MemoryMosaicConfig(**values, gated_keys=True).hidden_size == 32
+    with pytest.raises(ValueError, match="gated_keys is false"):
+        MemoryMosaicConfig(**values, gated_keys=False)
+
+
 @pytest.mark.parametrize("key", ["gated_keys", "adaptive_bandwidth"])
 def test_only_a_mosaic_has_them(key):
     with pytest.raises(ConfigError, match=f"model.{key} is off for a llama"):
