@@ -96,7 +96,7 @@ def _run(asked: argparse.Namespace, settings: dict[str, list[str]]) -> None:
     rates = plan.best_rates(results)
     results |= _all(plan.final(asked.recipes, settings, rates), asked, clock)
     about = {
-        "machine": f"an {_processor()} with {os.cpu_count()}",
+        "machine": f"an {_processor()} with {os.cpu_count()} cores",
         "time": f"{sum(found['seconds'] for found in results.values()) / 60:.0f} minutes",
         "trials": str(len(results)),
     }

@@ -19,7 +19,8 @@ from mmcore.claims.plan import (
 from mmcore.evaluation.report import COLOURS
 
 ORDER = (MOSAIC, TRANSFORMER, LONG_SHORT, FIXED_DELAY, FIXED_BANDWIDTH, NO_GATES, PATIENT)
-"""A model has its colour in every figure (the last two stand in none together with the first two that have theirs)."""
+"""A model has its colour in every figure."""
+_COLOURS = (*COLOURS, "#e08a1e")
 
 Found = Sequence[Mapping[str, Any]]
 
@@ -116,7 +117,7 @@ def _panels(count: int) -> tuple[Any, Any]:
 
 
 def _band(axis: Any, model: str, x: Sequence[float], rows: Sequence[Sequence[float]]) -> None:
-    colour = COLOURS[ORDER.index(model) % len(COLOURS)]
+    colour = _COLOURS[ORDER.index(model)]
     columns = list(zip(*rows, strict=True))
     line = "--" if model.startswith(f"{MOSAIC},") else "-"  # ablations often lie upon the mosaic
     means = [sum(column) / len(column) for column in columns]
@@ -135,7 +136,8 @@ def _finish(figure: Any, axis: Any, folder: Path, stem: str) -> None:
     from matplotlib import pyplot
 
     handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
+    across = 3 if len(figure.axes) > 1 else 2
+    figure.legend(handles, labels, loc="outside upper center", ncols=across, frameon=False)
     for ending in ("svg", "png"):
         figure.savefig(folder / f"{stem}.{ending}", metadata={"Date": None} if ending == "svg" else None)
     pyplot.close(figure)

@@ -48,7 +48,7 @@ def _head(about: Mapping[str, str]) -> str:
         "# The claims, on one laptop",
         paragraph(
             "*Memory Mosaics at scale* trains 10 billion parameters on a trillion tokens. This page asks which of its",
-            f"claims can be seen with a hundred thousand, in trials that took {about['time']} in all, each on one core of",
+            f"claims can be seen with a hundred thousand, in trials that took {about['time']} in all, each on one thread of",
             f"{about['machine']}. It is made by `make claims`, which trains {about['trials']} models from the recipes in",
             "`recipes/claims/` and writes every table, figure and verdict below from their results (`results.json`).",
         ),
