@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +14,26 @@ from mmcore.claims import plan, report, work
 from mmcore.claims.plan import TASKS
 from mmcore.claims.trial import Trial
 from mmcore.errors import MMError
+from mmcore.training.run_folder import cpu_model
 
 
 class Clock:
     """Prints each result with the time left, from the trials that have been made and those to come."""
 
     def __init__(self, processes: int):
-        self.processes, self.began = processes, time.monotonic()
+        self.processes = processes
         self.seconds: dict[tuple[str, str], list[float]] = {}
-        self.waiting: list[Trial] = []
 
-    def __call__(self, trial: Trial, found: dict[str, Any]) -> None:
+    def __call__(self, trial: Trial, found: dict[str, Any], unfinished: Sequence[Trial]) -> None:
         self.seconds.setdefault((trial.task, trial.model), []).append(found["seconds"])
-        self.waiting = [other for other in self.waiting if other != trial]
         reached = f", accuracy {next(iter(found['accuracy'].values())):.2f}" if "accuracy" in found else ""
         print(
             f"{trial.name}: loss {found['loss']:.3f}{reached} in {_minutes(found['seconds'])}; "
-            f"{len(self.waiting)} to go, about {_minutes(self._left())}",
+            f"{len(unfinished)} to go, about {_minutes(self._left(unfinished))}",
             flush=True,
         )
 
-    def _left(self) -> float:
+    def _left(self, unfinished: Sequence[Trial]) -> float:
         known = [s for many in self.seconds.values() for s in many]
         usual = sum(known) / len(known)
 
@@ -42,20 +41,11 @@ class Clock:
             own = self.seconds.get((trial.task, trial.model))
             return sum(own) / len(own) if own else usual
 
-        return sum(map(expected, self.waiting)) / self.processes
+        return sum(map(expected, unfinished)) / self.processes
 
 
 def _minutes(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
-
-
-def _processor() -> str:
-    """Its name where Linux tells it, else its kind."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.machine()
 
 
 def main() -> int:
@@ -96,7 +86,7 @@ def _run(asked: argparse.Namespace, settings: dict[str, list[str]]) -> None:
     rates = plan.best_rates(results)
     results |= _all(plan.final(asked.recipes, settings, rates), asked, clock)
     about = {
-        "machine": f"an {_processor()} with {os.cpu_count()} cores",
+        "machine": f"an {cpu_model()} with {os.cpu_count()} cores",
         "time": f"{sum(found['seconds'] for found in results.values()) / 60:.0f} minutes",
         "trials": str(len(results)),
     }
@@ -105,7 +95,6 @@ def _run(asked: argparse.Namespace, settings: dict[str, list[str]]) -> None:
 
 
 def _all(trials: list[Trial], asked: argparse.Namespace, clock: Clock) -> dict[Trial, dict[str, Any]]:
-    clock.waiting = [t for t in trials if work.finished(asked.work, t, TASKS[t.task]) is None]
     return work.run_all([(t, TASKS[t.task]) for t in trials], asked.work, asked.processes, clock)
 
 

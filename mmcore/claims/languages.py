@@ -8,7 +8,7 @@ that no episode is ever seen twice and a run on any number of ranks sees the sam
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
@@ -54,6 +54,7 @@ class Recall:
     `ASK key... value...`.
     """
 
+    grows: ClassVar[str] = "most_facts"
     words: int = 64
     key: int = 2
     """Words of a key."""
@@ -75,10 +76,6 @@ class Recall:
     @property
     def answer(self) -> int:
         return self.value
-
-    @property
-    def grows(self) -> str:
-        return "most_facts"
 
     def training(self, random: np.random.Generator) -> Episode:
         facts = int(random.integers(1, self.most_facts + 1))
@@ -112,6 +109,8 @@ class Classes:
     episode. An example is `FACT word... IS label`. A shot is one example of every class, in an order of its own.
     """
 
+    answer: ClassVar[int] = 1
+    grows: ClassVar[str] = "shots"
     words: int = 64
     labels: int = 16
     classes: int = 8
@@ -123,14 +122,6 @@ class Classes:
     """Chance of a word that comes from anywhere instead."""
     shots: int = 5
     """In training."""
-
-    @property
-    def answer(self) -> int:
-        return 1
-
-    @property
-    def grows(self) -> str:
-        return "shots"
 
     @property
     def vocabulary(self) -> int:
@@ -167,6 +158,8 @@ class Automata:
     symbol...`, a walk from the first state.
     """
 
+    answer: ClassVar[int] = 1
+    grows: ClassVar[str] = "strings"
     symbols: int = 8
     states: int = 4
     edges: int = 2
@@ -175,14 +168,6 @@ class Automata:
     """Symbols of a string."""
     strings: int = 12
     """In training."""
-
-    @property
-    def answer(self) -> int:
-        return 1
-
-    @property
-    def grows(self) -> str:
-        return "strings"
 
     @property
     def vocabulary(self) -> int:

@@ -31,7 +31,7 @@ TASKS = {
 }  # fmt: skip
 
 RATES = (2e-3, 5e-3, 1e-2, 2e-2)
-"""Tried for real text; the generated languages, where the largest is too much for either model, take the first three."""
+"""Tried for real text, whose best is the third; the generated languages take the first three."""
 
 _VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
     MOSAIC: ("", ()),

@@ -167,8 +167,3 @@ def _train(
         precision=choose_precision(training.precision, device), config_json=config_json(recipe.model, torch.float32),
     )  # fmt: skip
     Trainer(job, [listen]).fit()
-
-
-def threads(count: int) -> None:
-    """Compute with so many threads."""
-    torch.set_num_threads(count)

@@ -11,11 +11,15 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from mmcore.claims.trial import Task, Trial, run, threads
+import torch
 
-Progress = Callable[[Trial, dict[str, Any]], None]
+from mmcore.claims.trial import Task, Trial, run
+from mmcore.training.run_folder import replace_text
+
+Progress = Callable[[Trial, dict[str, Any], Sequence[Trial]], None]
+"""Called with a trial that has ended, its result, and the trials that have not."""
 
 
 def result_file(folder: Path, trial: Trial) -> Path:
@@ -39,7 +43,7 @@ def finished(folder: Path, trial: Trial, task: Task) -> dict[str, Any] | None:
 
 
 def run_all(
-    trials: Sequence[tuple[Trial, Task]], folder: Path, processes: int, progress: Progress = lambda trial, result: None
+    trials: Sequence[tuple[Trial, Task]], folder: Path, processes: int, progress: Progress = lambda *_: None
 ) -> dict[Trial, dict[str, Any]]:
     """The result of every trial. `progress` hears of each that is new as it ends.
 
@@ -47,22 +51,23 @@ def run_all(
     """
     results = {trial: found for trial, task in trials if (found := finished(folder, trial, task)) is not None}
     waiting = [(trial, task) for trial, task in trials if trial not in results]
-    running: dict[subprocess.Popen, tuple[Trial, Task, Path]] = {}
+    running: dict[subprocess.Popen, tuple[Trial, Task, IO[bytes]]] = {}
     try:
         while waiting or running:
             while waiting and len(running) < processes:
                 trial, task = waiting.pop(0)
-                said = Path(tempfile.mkstemp(prefix="mm-claims-", suffix=".log")[1])
+                said = tempfile.TemporaryFile()
                 running[_start(trial, task, folder, said)] = (trial, task, said)
             for process in [p for p in running if p.poll() is not None]:
                 trial, task, said = running.pop(process)
                 found = finished(folder, trial, task) if process.returncode == 0 else None
-                words = said.read_text(encoding="utf-8", errors="replace")
-                said.unlink()
+                said.seek(0)
+                words = said.read().decode("utf-8", errors="replace")
+                said.close()
                 if found is None:
                     raise RuntimeError(f"the trial {trial.name} failed: {words[-2000:]}")
                 results[trial] = found
-                progress(trial, found)
+                progress(trial, found, [other for other, *_ in (*running.values(), *waiting)])
             time.sleep(0.2)
     finally:
         for process in running:
@@ -70,18 +75,17 @@ def run_all(
     return results
 
 
-def _start(trial: Trial, task: Task, folder: Path, said: Path) -> subprocess.Popen:
+def _start(trial: Trial, task: Task, folder: Path, said: IO[bytes]) -> subprocess.Popen:
     order = json.dumps({"trial": {**dataclasses.asdict(trial), "recipe": str(trial.recipe)}, "task": task.name})
-    with said.open("w") as out:
-        return subprocess.Popen(
-            [sys.executable, "-m", "mmcore.claims", "--trial", order, "--work", str(folder)],
-            stdout=out, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, "-m", "mmcore.claims", "--trial", order, "--work", str(folder)],
+        stdout=said, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
 
 
 def run_here(order: str, tasks: dict[str, Task], folder: Path) -> None:
     """Make one trial in this process and write its result, whole or not at all."""
-    threads(1)
+    torch.set_num_threads(1)
     asked = json.loads(order)
     values = asked["trial"]
     trial = Trial(**{**values, "recipe": Path(values["recipe"]), "settings": tuple(values["settings"])})
@@ -89,8 +93,4 @@ def run_here(order: str, tasks: dict[str, Task], folder: Path) -> None:
     found = {"identity": identity(trial, task), "result": run(trial, task, folder)}
     path = result_file(folder, trial)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.tmp")
-    part.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
-
-
+    replace_text(path, json.dumps(found, indent=1) + "\n")

@@ -147,14 +147,14 @@ class RunFolder:
         """Write recipe.yaml, environment.json and data.json; earlier environments are kept in the new one."""
         with disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            _replace(self.recipe, recipe_text(recipe))
-            _replace(self.path / "data.json", json.dumps(fingerprint, indent=2, sort_keys=True) + "\n")
+            replace_text(self.recipe, recipe_text(recipe))
+            replace_text(self.path / "data.json", json.dumps(fingerprint, indent=2, sort_keys=True) + "\n")
             here = self.path / "environment.json"
             current = environment()
             if here.exists():
                 last = json.loads(here.read_text(encoding="utf-8"))
                 current["earlier"] = [*last.pop("earlier", []), last]
-            _replace(here, json.dumps(current, indent=2) + "\n")
+            replace_text(here, json.dumps(current, indent=2) + "\n")
 
 
 def recipe_text(recipe: Recipe) -> str:
@@ -162,7 +162,8 @@ def recipe_text(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.as_dict(), sort_keys=False, allow_unicode=True)
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str) -> None:
+    """Write a file whole, or leave the one that is there."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
@@ -227,14 +228,15 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": versions,
         "system": platform.platform(),
-        "cpu": {"model": _cpu_model(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "cpu": {"model": cpu_model(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
         "memory_bytes": psutil.virtual_memory().total,
         "gpus": gpus,
         "cuda": torch.version.cuda,
     }
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """The processor's name where Linux tells it, else its kind."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

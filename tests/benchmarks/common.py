@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from mmcore.kernels import allocator
+from mmcore.training.run_folder import cpu_model
 
 SEED = 0
 
@@ -230,10 +231,6 @@ def limits() -> dict[str, float]:
 
 def environment() -> dict[str, Any]:
     """Where and with what the figures were taken."""
-    processor = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), processor)
     versions = {}
     for name in ("torch", "transformers", "litgpt"):
         try:
@@ -241,7 +238,7 @@ def environment() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
     return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "device": processor,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "device": cpu_model(),
         "cores": os.cpu_count(), "threads": torch.get_num_threads(), "python": platform.python_version(),
         "instructions": torch.backends.cpu.get_cpu_capability(), "versions": versions,
         "load_average_at_start": os.getloadavg()[0], "limits": limits(),

@@ -63,10 +63,10 @@ def test_a_trial_gives_what_the_page_needs(task, model, tmp_path):
 def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
     trial, task = plan.trial(RECIPES, "recall", MOSAIC, 3e-3, 1, SHORT), TASKS["recall"]
     heard = []
-    first = work.run_all([(trial, task)], tmp_path, 1, lambda t, found: heard.append(t))
-    assert heard == [trial]
-    again = work.run_all([(trial, task)], tmp_path, 1, lambda t, found: heard.append(t))
-    assert (again, heard) == (first, [trial])
+    first = work.run_all([(trial, task)], tmp_path, 1, lambda t, found, unfinished: heard.append((t, unfinished)))
+    assert heard == [(trial, [])]
+    again = work.run_all([(trial, task)], tmp_path, 1, lambda t, found, unfinished: heard.append((t, unfinished)))
+    assert (again, heard) == (first, [(trial, [])])
     changed = dataclasses.replace(trial, settings=("training.steps=2", "training.batch_size=4"))
     assert work.finished(tmp_path, changed, task) is None
     assert work.finished(tmp_path, trial, dataclasses.replace(task, episodes=3)) is None
