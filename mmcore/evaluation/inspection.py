@@ -99,7 +99,7 @@ def _query_and_keys(memory: Any, y: Tensor, count: int) -> tuple[Tensor, Tensor,
         queries, keys, _ = memory._project(y, 0)
         keys = keys.repeat_interleave(memory.heads // memory.kv_heads, dim=2)
         return queries[0, -1], keys[0], torch.full((memory.heads,), 1 / math.sqrt(memory.size), device=y.device)
-    keys, _ = memory.keys(y, None)
+    keys, _, _ = memory.keys(y, None)
     base, slope, exponent = memory.bandwidth()
     return keys[0, -1], keys[0], slope * max(1, count) ** exponent + base
 

@@ -77,13 +77,10 @@ class ContextualMemory(nn.Module):
         )
         return read.flatten(2)
 
-    def keys(self, y_BTd: Tensor, resets_BT: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """`_scan` of whole sequences."""
-        return self._scan(*self._project(y_BTd)[:3], resets_BT)
-
-    def log_gates(self, y_BTd: Tensor) -> tuple[Tensor, Tensor]:
-        """log g_t and log lam_t of equation (8), each [B, T, H]."""
-        return self._project(y_BTd)[1:3]
+    def keys(self, y_BTd: Tensor, resets_BT: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Equation (8) of whole sequences: keys [B, T, H, D], and the log g_t and log lam_t that made them, [B, T, H]."""
+        raw_keys, log_gates, log_decays, _ = self._project(y_BTd)
+        return self._scan(raw_keys, log_gates, log_decays, resets_BT)[0], log_gates, log_decays
 
     def _project(self, y_BTd: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """k~ [B, T, H, D], log g = W_g x and log lam = -|W_lambda x| [B, T, H], and v~ [B, T, H, D]. Without gated keys

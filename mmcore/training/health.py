@@ -75,10 +75,10 @@ def look(memory: ContextualMemory, y_BTd: Tensor, packing: Packing, delay: int) 
     y_1Td = y_BTd[:1]
     row = Packing(*(None if part is None else part[:1] for part in (packing.starts, packing.resets)))
     base, slope, exponent = memory.bandwidth()
-    keys_THD = memory.keys(y_1Td, row.resets)[0][0].float()
+    keys_1THD, log_gate_1TH, log_decay_1TH = memory.keys(y_1Td, row.resets)
+    keys_THD = keys_1THD[0].float()
     first_T, last_T = (part.expand(1, -1)[0] for part in _intervals(memory, row, delay, y_1Td))
     at = _positions(last_T - first_T + 1)
-    log_gate_1TH, log_decay_1TH = memory.log_gates(y_1Td)
     return {
         "bandwidth_base": base,
         "bandwidth_slope": slope,
