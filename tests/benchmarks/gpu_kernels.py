@@ -61,15 +61,27 @@ def _scan(place: Place, shape: tuple[int, int, int, int], dtype: torch.dtype, co
 
 
 def _fla_scan(place: Place, shape: tuple[int, int, int, int], dtype: torch.dtype) -> dict[str, Any]:
-    """flash-linear-attention's HGRN, the nearest recurrence of others: one gate a number, no norm."""
+    """flash-linear-attention's HGRN, the nearest recurrence of others: one gate a number, no norm. Its chunked form and
+    the recurrent one."""
     try:
-        from fla.ops.hgrn import fused_recurrent_hgrn
+        from fla.ops.hgrn import chunk_hgrn, fused_recurrent_hgrn
     except ImportError:
         return {"fla": "flash-linear-attention is not installed"}
     B, T, H, D = shape
-    x = torch.randn(B, T, H * D, device=place.device, dtype=dtype)
-    g = F.logsigmoid(torch.randn_like(x))
-    return {"fla_hgrn_forward_ms": seconds(place, lambda: fused_recurrent_hgrn(x, g)) * 1e3}
+    x = torch.randn(B, T, H * D, device=place.device, dtype=dtype).requires_grad_()
+    g = F.logsigmoid(torch.randn_like(x)).detach().requires_grad_()
+    found = {}
+    for name, form in (("chunk", chunk_hgrn), ("recurrent", fused_recurrent_hgrn)):
+
+        def both(form=form) -> dict[str, float]:
+            work = lambda: form(x, g)[0]  # noqa: E731
+            return {
+                "forward_ms": seconds(place, work) * 1e3,
+                "backward_ms": backward_seconds(place, work, (x, g), torch.randn_like(x)) * 1e3,
+            }
+
+        attempt(found, f"fla_hgrn_{name}", both)
+    return found
 
 
 def pairs_read(length: int, place: dict[str, int]) -> int:

@@ -17,7 +17,7 @@ from mmcore.config import DistributedConfig, ModelConfig, load_recipe
 from mmcore.distributed.float8 import use_float8
 from mmcore.distributed.parallelize import parallelize
 from mmcore.model import accounting, build_model
-from tests.benchmarks.gpu_timing import Place, attempt, copy_bandwidth
+from tests.benchmarks.gpu_timing import Place, attempt, copy_bandwidth, costliest
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 PEAK = 989e12  # bf16 products of an H100 without sparsity
@@ -26,18 +26,28 @@ TINY = ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidd
 
 
 def training(place: Place, report: dict[str, Any]) -> None:
-    """Steps of the recipes' models on one card, packed documents, bf16 autocast: tokens/s, MFU, memory."""
-    names = place.pick(["1.5b", "1.5b-transformer", "350m", "350m-transformer", "124m", "124m-transformer"], ["tiny"])
-    for name in names:
+    """Steps of the 1.5b recipe's model on one card, packed documents, bf16 autocast: tokens/s, MFU, memory."""
+    _training(place, report, ["1.5b", "1.5b-transformer"])
+
+
+def smaller_training(place: Place, report: dict[str, Any]) -> None:
+    """The same for the 350m and 124m recipes."""
+    _training(place, report, ["350m", "350m-transformer", "124m", "124m-transformer"])
+
+
+def _training(place: Place, report: dict[str, Any], names: list[str]) -> None:
+    for name in place.pick(names, ["tiny"]):
         config, length, batch, checkpointing = job(place, name)
-        for compiled in place.pick([True, False] if name == "1.5b" else [True], [False]):
+        for compiled in place.pick([True, False] if name.startswith("1.5b") else [True], [False]):
             label = f"{name}{' compiled' if compiled else ''}"
             work = functools.partial(train_until_it_fits, place, config, length, batch, checkpointing, compiled)
             attempt(report, label, work)
             place.free()
         if name.endswith("-transformer"):
-            attempt(report, f"{name} hf compiled", functools.partial(_train_hf, place, config, length, batch))
-            place.free()
+            for compiled in (True, False):
+                label = f"{name} Hugging Face{' compiled' if compiled else ''}"
+                attempt(report, label, functools.partial(_train_hf, place, config, length, batch, compiled))
+                place.free()
 
 
 def job(place: Place, name: str) -> tuple[ModelConfig, int, int, str]:
@@ -92,7 +102,7 @@ def _steps(place: Place, model: torch.nn.Module, loss, config: ModelConfig, leng
     tokens = torch.randint(0, config.vocab_size, (batch, length), device=place.device)
     documents = (torch.rand(batch, length, device=place.device) < 1 / 800).cumsum(1)  # of 800 tokens on average
     times, parts = [], []
-    for step in range(place.pick(12, 2)):
+    for step in range(2 if place.warm else place.pick(12, 2)):
         place.sync()
         marks = [time.perf_counter()]
         with torch.autocast(place.device.type, torch.bfloat16, enabled=place.gpu):
@@ -111,6 +121,11 @@ def _steps(place: Place, model: torch.nn.Module, loss, config: ModelConfig, leng
             print(f"  first step {marks[-1] - marks[0]:.1f} s, loss {float(value.detach()):.3f}", flush=True)
         times.append(marks[-1] - marks[0])
         parts.append([b - a for a, b in zip(marks, marks[1:], strict=False)])
+    peak = place.peak_bytes() / 1e9
+
+    def forward_and_backward() -> None:
+        with torch.autocast(place.device.type, torch.bfloat16, enabled=place.gpu):
+            loss(tokens, documents).backward()
     rate = batch * length / statistics.median(times[len(times) // 3 :])
     micro = batch * length / statistics.median(sum(p[:2]) for p in parts[len(parts) // 3 :])
     flops = accounting.training_flops_per_token(config, length)
@@ -119,18 +134,21 @@ def _steps(place: Place, model: torch.nn.Module, loss, config: ModelConfig, leng
     return {
         "tokens_per_second": rate, "mfu": rate * flops / PEAK, "batch": batch, "length": length,
         "tokens_per_second_without_update": micro, "mfu_without_update": micro * flops / PEAK,
-        **dict(zip(names, middle, strict=True)), "peak_gb": place.peak_bytes() / 1e9,
+        **dict(zip(names, middle, strict=True)), "peak_gb": peak,
+        "kernels_ms": costliest(place, forward_and_backward),
     }
 
 
-def _train_hf(place: Place, config: ModelConfig, length: int, batch: int) -> dict[str, Any]:
-    """Hugging Face's Llama of the same shape, compiled, the same step. Its logits are whole: smaller batches fit."""
+def _train_hf(place: Place, config: ModelConfig, length: int, batch: int, compiled: bool) -> dict[str, Any]:
+    """Hugging Face's Llama of the same shape, compiled layer by layer, the same step without documents (causal SDPA).
+    Its logits are whole: smaller batches fit."""
     while True:
         try:
             model = _llama(config, length).to(place.device)
-            call = torch.compile(model) if place.gpu else model
+            for layer in model.model.layers if compiled and place.gpu else ():
+                layer.compile()
             return _steps(
-                place, model, lambda tokens, documents: call(input_ids=tokens, labels=tokens, use_cache=False).loss,
+                place, model, lambda tokens, documents: model(input_ids=tokens, labels=tokens, use_cache=False).loss,
                 config, length, batch,
             )  # fmt: skip
         except torch.OutOfMemoryError:
@@ -162,13 +180,16 @@ def decoding(place: Place, report: dict[str, Any]) -> None:
     dtype = torch.float32 if place.tiny else torch.bfloat16
     model = model.to(device=place.device, dtype=dtype).eval()
     # 32 conversations of 32,768 tokens would hold 200 GB
-    for rows, context in place.pick([(1, 4096), (1, 32_768), (32, 4096), (8, 32_768)], [(1, 40), (2, 40)]):
+    contexts = [(1, 4096), (1, 32_768), (32, 4096), (8, 32_768)]
+    for rows, context in place.pick(contexts[: 1 if place.warm else None], [(1, 40), (2, 40)]):
         for graphs in (False, True) if place.gpu else (False,):
             work = functools.partial(_decode, place, model, rows, context, graphs, bandwidth)
             attempt(report, f"{rows} x {context}{' graphs' if graphs else ''}", work)
             place.free()
     del model
     place.free()
+    if place.warm:
+        return
     for rows, context in place.pick([(1, 4096), (32, 4096), (1, 32_768)], [(1, 40)]):
         attempt(report, f"hf {rows} x {context}", functools.partial(_decode_hf, place, config, dtype, rows, context))
         place.free()
@@ -193,13 +214,13 @@ def _decode(place: Place, model: Any, rows: int, context: int, graphs: bool, ban
             store.first += missing
     state.length = context - 2 * count
     times = []
-    for _ in range(2 * count):
+    for _ in range(4 if place.warm else 2 * count):
         place.sync()
         start = time.perf_counter()
         word = model.advance(word, state).argmax(-1, keepdim=True)
         place.sync()
         times.append(time.perf_counter() - start)
-    spent = statistics.median(times[count:])
+    spent = statistics.median(times[len(times) // 2 :])
     size = model.classifier_weight.element_size()
     weights = size * (accounting.parameters(config)["total"] - config.vocab_size * config.hidden_size)
     pairs = accounting.pairs_per_query(config, context, config.long_term_delay)
@@ -207,7 +228,8 @@ def _decode(place: Place, model: Any, rows: int, context: int, graphs: bool, ban
     pairs_bytes = rows * config.num_hidden_layers * 2 * config.hidden_size * size * read
     floor = (weights + pairs_bytes) / bandwidth
     return {"tokens_per_second": rows / spent, "ms": spent * 1e3, "floor_ms": floor * 1e3, "of_floor": floor / spent,
-            "peak_gb": place.peak_bytes() / 1e9}  # fmt: skip
+            "peak_gb": place.peak_bytes() / 1e9,
+            "kernels_ms": costliest(place, lambda: model.advance(word, state))}  # fmt: skip
 
 
 @torch.inference_mode()

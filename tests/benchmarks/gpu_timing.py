@@ -19,6 +19,10 @@ class Place:
 
     device: torch.device
     tiny: bool
+    warm: bool = False
+    """Everything once and untimed, for what the compilers then keep on disk: parts side by side fill all cores with it."""
+    share: tuple[int, int] = (0, 1)
+    """Which of how many processes this is, where several share a sweep."""
 
     @property
     def gpu(self) -> bool:
@@ -49,11 +53,12 @@ class Place:
         return torch.cuda.max_memory_allocated() if self.gpu else 0
 
 
-def seconds(place: Place, work: Callable[[], Any], budget: float = 1.0) -> float:
+def seconds(place: Place, work: Callable[[], Any], budget: float = 0.3) -> float:
     """Median seconds of `work`, with the level-2 cache cleared before each run; as many runs as take `budget` seconds."""
-    if not place.gpu:
+    if place.warm or not place.gpu:
         start = time.perf_counter()
         work()
+        place.sync()
         return time.perf_counter() - start
     work()
     place.sync()
@@ -84,6 +89,19 @@ def copy_bandwidth(place: Place) -> float:
     source = torch.empty(place.pick(2**30, 2**20), dtype=torch.int8, device=place.device)
     target = torch.empty_like(source)
     return 2 * source.numel() / seconds(place, lambda: target.copy_(source))
+
+
+def costliest(place: Place, work: Callable[[], Any], count: int = 25) -> dict[str, list[float]]:
+    """The kernels that `work` spends most of the device's time in: {name: [ms, launches]}, longest first."""
+    if place.warm or not place.gpu:
+        return {}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        work()
+        place.sync()
+    spent = sorted(((e.self_device_time_total / 1e3, e.count, e.key) for e in profile.key_averages()), reverse=True)
+    return {"all": [sum(ms for ms, _, _ in spent), sum(n for _, n, _ in spent)]} | {
+        name[:120]: [ms, n] for ms, n, name in spent[:count]
+    }
 
 
 def attempt(report: dict[str, Any], name: str, work: Callable[[], Any]) -> Any:

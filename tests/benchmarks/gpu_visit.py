@@ -1,6 +1,6 @@
 """One visit to a GPU: everything that only a card can answer, part by part, each with its own time.
 
-`python -m tests.benchmarks.gpu_visit [--parts abcdefghi] [--out FOLDER]` on the card, from the project's root;
+`python -m tests.benchmarks.gpu_visit [--parts bcdefghijsrq] [--out FOLDER]` on the card, from the project's root;
 `python -m tests.benchmarks.gpu_visit --tiny --device cpu` tries every part on toy shapes, with Triton's interpreter.
 What fails prints its traceback, and the rest goes on; the JSON, named after the device, is written after every part.
 """
@@ -8,56 +8,37 @@ What fails prints its traceback, and the rest goes on; the JSON, named after the
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import re
 import signal
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
-BUDGETS = {"a": 240, "b": 100, "c": 300, "d": 90, "e": 420, "f": 240, "g": 120, "h": 450, "i": 120}
-"""Seconds of each part; a to g together are what a lease of half an hour leaves after starting machines."""
-
-
-def tests(place: Any, report: dict[str, Any]) -> None:
-    """Part a: the kernels' tests on the card, by many processes: most of the time goes to compiling."""
-    command = [sys.executable, "-m", "pytest", "tests/kernels", "tests/model/test_graphed.py", "-k", "triton or on_a_gpu"]
-    command += ["-q", "--tb=short", "-rf"]
-    if place.tiny:
-        command.append("--co")
-    elif importlib.util.find_spec("xdist"):
-        command += ["-n", "12"]
-    with tempfile.TemporaryFile("w+") as log:
-        try:
-            report["exit"] = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT).returncode
-        finally:
-            log.seek(0)
-            text = log.read()
-            print(text[-12_000:], flush=True)
-            report["last"] = (text.strip().splitlines() or [""])[-1]
+BUDGETS = {"b": 100, "c": 300, "d": 90, "e": 420, "f": 240, "g": 120, "h": 450, "i": 120,
+           "j": 200, "s": 60, "r": 60, "q": 90}  # fmt: skip
+"""Seconds of each part at most."""
 
 
 def parts() -> dict[str, tuple[str, Callable]]:
-    from tests.benchmarks import gpu_kernels, gpu_models, gpu_scale
+    from tests.benchmarks import gpu_kernels, gpu_models, gpu_scale, gpu_sweep
 
     return {
-        "a": ("tests", tests),
         "b": ("gated_scan", gpu_kernels.scans),
         "c": ("memory_read", gpu_kernels.reads),
         "d": ("linear_cross_entropy", gpu_kernels.losses),
         "e": ("training", gpu_models.training),
+        "j": ("training of smaller models", gpu_models.smaller_training),
         "f": ("decoding", gpu_models.decoding),
         "g": ("growth", gpu_kernels.growth),
         "h": ("precisions", gpu_scale.precisions),
         "i": ("planned memory", gpu_scale.memory),
+        "s": ("configurations of gated_scan", gpu_sweep.scan),
+        "r": ("configurations of memory_read forward", gpu_sweep.read_forward),
+        "q": ("configurations of memory_read backward", gpu_sweep.read_backward),
     }
 
 
@@ -99,8 +80,10 @@ def run(names: str, place: Any, file: Path, report: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", default="abcdefghi", help="letters of the parts, in the order to run them")
+    parser.add_argument("--parts", default="bcdefghijsrq", help="letters of the parts, in the order to run them")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--warm", action="store_true", help="all once and untimed, to fill the compilers' caches")
+    parser.add_argument("--share", default="0/1", help="which of how many processes this is: sweeps are shared out")
     parser.add_argument("--tiny", action="store_true", help="toy shapes, to see that nothing is broken")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")), help="folder of the report")
     options = parser.parse_args()
@@ -114,7 +97,8 @@ def main() -> None:
 
     device = torch.device(options.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    place = Place(device, options.tiny)
+    share = tuple(int(word) for word in options.share.split("/"))
+    place = Place(device, options.tiny, options.warm, share)
     report: dict[str, Any] = {"environment": environment() | {"device": name}, "tiny": options.tiny, "parts": {}}
     try:
         import triton
@@ -124,7 +108,8 @@ def main() -> None:
         print("triton is not installed", flush=True)
     options.out.mkdir(parents=True, exist_ok=True)
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    run(options.parts, place, options.out / f"visit-{slug}-{options.parts}.json", report)
+    mark = f"-warm{share[0]}" if options.warm else ""
+    run(options.parts, place, options.out / f"visit-{slug}-{options.parts}{mark}.json", report)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,40 @@
 #!/usr/bin/env bash
-# One command of at most ten minutes for a lent GPU: gpu_visit.sh PARTS, say "ab", "cd", "e", "fg", "hi".
-# Needs python3 with torch, triton and pytest, and torchao for part h; writes its report and its log into $OUT (default: here).
+# One command of at most ten minutes for a lent GPU: gpu_visit.sh PARTS [SECONDS], say "srqb", "ce", "fd", "g", "hi".
+# First everything once, side by side on all cores, for at most WARM seconds (default 150), the kernels' tests among it
+# where PARTS has an "a": compiling takes longer than measuring. Then each part by itself.
+# Needs python3 with torch, triton and pytest; wheels of rivals and of torchao are taken from .whl where there are some.
+# Its report and its logs go into $OUT (default: here).
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
-parts="${1:-abcdefghi}"
-out="${OUT:-.}"
+parts="${1:?letters of the parts}" limit="${2:-590}" warm="${WARM:-150}" out="${OUT:-.}" logs="$(mktemp -d)"
+if compgen -G ".whl/*.whl" >/dev/null; then
+  python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$logs/site" .whl/*.whl
+  export PYTHONPATH="$logs/site:$PYTHONPATH"
+fi
 nvidia-smi --query-gpu=name,driver_version,clocks.sm,memory.used --format=csv,noheader || true
 python3 -c "import torch, triton; print('torch', torch.__version__, 'triton', triton.__version__)"
-timeout 590 python3 -m tests.benchmarks.gpu_visit --parts "$parts" --out "$out" 2>&1 | tee "$out/visit-$parts.log"
+
+once() { # once PART i/n: untimed, its log beside the others
+  timeout -s INT -k 5 "$warm" python3 -m tests.benchmarks.gpu_visit --warm --parts "$1" --share "$2" --out "$logs" \
+    >"$logs/warm-$1-${2%/*}.log" 2>&1 &
+}
+if [[ "$parts" == *a* ]]; then
+  timeout -s INT -k 10 "$warm" python3 -m pytest tests/kernels tests/model/test_graphed.py -k "triton or on_a_gpu" \
+    -q --tb=short -rf -n 7 >"$out/tests.log" 2>&1 &
+fi
+parts="${parts//a/}"
+for ((n = 0; n < ${#parts}; n++)); do
+  part="${parts:n:1}"
+  case "$part" in
+    [srq]) for i in 0 1 2; do once "$part" "$i/3"; done ;;
+    *) once "$part" 0/1 ;;
+  esac
+done
+wait
+echo "== side by side: $SECONDS s"
+grep -E "error|Error" "$logs"/warm-*.log | sort | uniq -c | sort -rn | head -20
+cat "$logs"/warm-*.log >"$out/warm.log"
+tail -c 5000 "$out/tests.log" 2>/dev/null
+timeout -s INT -k 10 "$((limit - SECONDS))" python3 -m tests.benchmarks.gpu_visit --parts "$parts" --out "$out" 2>&1 |
+  tee "$out/visit-$parts.log"

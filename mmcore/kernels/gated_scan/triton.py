@@ -68,26 +68,46 @@ def _last(x, C: tl.constexpr):
 
 @triton.jit
 def _weights(gate, coarse, fine, document, top_in, C: tl.constexpr):
-    """Of a chunk entered at the log-scale top_in: M [C], the sums' logarithms S_ji + M_j - M_i in a triangle [i, j],
-    the weights of the own raw keys [C], and those of the entering state [C] as logarithms."""
+    """Of a chunk entered at the log-scale top_in: M [C], the logarithms S_ji of the decays between two steps in a
+    triangle [i, j] (-inf outside), and the weights of the entering state [C] as logarithms."""
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]
     open_ = (i >= j) & (document[:, None] == document[None, :])
     between = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
-    local = tl.max(tl.where(open_, gate[None, :] + between, float("-inf")), 1)
+    between = tl.where(open_, between, float("-inf"))
     carried = tl.where(document == 0, coarse + fine + top_in, float("-inf"))
-    top = tl.maximum(local, carried)
-    reach = tl.where(open_, between + (top[None, :] - top[:, None]), float("-inf"))
-    return top, reach, tl.exp(gate - top), carried - top
+    top = tl.maximum(tl.max(between + gate[None, :], 1), carried)
+    return top, between, carried - top
+
+
+@triton.jit
+def _product(weights, tile, PRECISION: tl.constexpr):
+    """weights [I, J] in fp32 times tile [J, D]. A 16-bit tile is multiplied as it is, with the weights in two parts of
+    its format: as exact as 2^-17 (bf16), from the tile's place in shared memory, on the fast tensor cores."""
+    if tile.dtype == tl.float32:
+        return tl.dot(weights, tile, input_precision=PRECISION)
+    high = weights.to(tile.dtype)
+    low = (weights - high.to(tl.float32)).to(tile.dtype)
+    return tl.dot(low, tile, tl.dot(high, tile))
+
+
+@triton.jit
+def _product_of_two(weights, direct, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """weights [I, J] times direct [J, D], both fp32: for bf16 in two parts each, without the smallest product."""
+    if dtype != tl.bfloat16:  # fp16 has not the range
+        return tl.dot(weights, direct, input_precision=PRECISION)
+    high = direct.to(dtype)
+    low = (direct - high.to(tl.float32)).to(dtype)
+    return tl.dot(weights.to(dtype), low, _product(weights, high, PRECISION))
 
 
 @triton.jit
 def _tile(base, t0, length, step, size, C: tl.constexpr, D: tl.constexpr):
-    """Rows t0 .. t0 + C - 1 of a head at `base`, [C, D] in fp32, zero outside."""
+    """Rows t0 .. t0 + C - 1 of a head at `base`, [C, D], zero outside."""
     rows = t0 + tl.arange(0, C)
     columns = tl.arange(0, D)
     inside = (rows < length)[:, None] & (columns < size)[None, :]
-    return tl.load(base + rows.to(tl.int64)[:, None] * step + columns[None, :], mask=inside, other=0).to(tl.float32)
+    return tl.load(base + rows.to(tl.int64)[:, None] * step + columns[None, :], mask=inside, other=0)
 
 
 @triton.jit
@@ -148,7 +168,7 @@ def _summary_kernel(
         logs = tl.where(document == end_document, gate + ((end_coarse - coarse) + (end_fine - fine)), float("-inf"))
         carried = tl.where(end_document == 0, end_coarse + end_fine + top_in, float("-inf"))
         top = tl.maximum(tl.max(logs, 0), carried)
-        tile = _tile(raw, t0, length, raw_step, size, C, D)
+        tile = _tile(raw, t0, length, raw_step, size, C, D).to(tl.float32)
         u = tl.sum(tile * tl.exp(logs - top)[:, None], 0) + u * tl.exp(carried - top)
         top_in = top
         total += end_coarse + end_fine
@@ -201,8 +221,8 @@ def _forward_kernel(
         gate, coarse, fine, document = _steps(
             gates, decays, resets, t0, length, gate_step, decay_step, reset_step, RESETS, C
         )
-        top, reach, own, carry = _weights(gate, coarse, fine, document, top_in, C)
-        u = tl.dot(tl.exp(reach) * own[None, :], tile, input_precision=PRECISION)
+        top, between, carry = _weights(gate, coarse, fine, document, top_in, C)
+        u = _product(tl.exp(between + (gate[None, :] - top[:, None])), tile, PRECISION)
         u += tl.exp(carry)[:, None] * u_in[None, :]
         norm = tl.sqrt(tl.sum(u * u, 1))
         inverse = tl.where(norm == 0, 0.0, 1.0 / tl.where(norm == 0, 1.0, norm))
@@ -259,19 +279,21 @@ def _backward_kernel(
         n = last - 1 - back
         t0 = n * C
         tile = _tile(raw, t0, length, raw_step, size, C, D)
-        upstream = _tile(grad, t0, length, grad_step, size, C, D)
+        upstream = _tile(grad, t0, length, grad_step, size, C, D).to(tl.float32)
         u_in = tl.load(entries + n * size + columns, mask=columns < size, other=0.0)
         top_in = tl.load(entry_tops + n)
         gate, coarse, fine, document = _steps(
             gates, decays, resets, t0, length, gate_step, decay_step, reset_step, RESETS, C
         )
-        _, reach, own, carry = _weights(gate, coarse, fine, document, top_in, C)
-        triangle = tl.exp(reach)
+        top, between, carry = _weights(gate, coarse, fine, document, top_in, C)
+        own = tl.exp(gate - top)
+        triangle = tl.exp(between + (top[None, :] - top[:, None]))
         below = tl.arange(0, C)[:, None] > tl.arange(0, C)[None, :]
         # u without the step's own raw key, which is added after: the decay's gradient needs the one without.
-        past = tl.dot(tl.where(below, triangle * own[None, :], 0.0), tile, input_precision=PRECISION)
+        past = _product(tl.where(below, triangle * own[None, :], 0.0), tile, PRECISION)
         past += tl.exp(carry)[:, None] * u_in[None, :]
-        u = past + own[:, None] * tile
+        tile_fp32 = tile.to(tl.float32)
+        u = past + own[:, None] * tile_fp32
         norm = tl.sqrt(tl.sum(u * u, 1))
         inverse = tl.where(norm == 0, 0.0, 1.0 / tl.where(norm == 0, 1.0, norm))
         key = u * inverse[:, None]
@@ -279,13 +301,13 @@ def _backward_kernel(
         if not SUMMARY:
             is_last = tl.arange(0, C) == C - 1
             to_end = tl.sum(tl.where(is_last[:, None], triangle, 0.0), 0)
-            grad_u = tl.dot(tl.trans(triangle), direct, input_precision=PRECISION) + to_end[:, None] * g[None, :]
+            grad_u = _product_of_two(tl.trans(triangle), direct, tile.dtype, PRECISION) + to_end[:, None] * g[None, :]
             steps = t0 + tl.arange(0, C)
             inside = steps < length
             weighted = own[:, None] * grad_u
             _store_tile(grad_raw, weighted, t0, length, heads * size, size, C, D)
             at_steps = steps.to(tl.int64) * heads
-            for_gate, for_decay = tl.sum(weighted * tile, 1), tl.sum(grad_u * past, 1)
+            for_gate, for_decay = tl.sum(weighted * tile_fp32, 1), tl.sum(grad_u * past, 1)
             tl.store(grad_gates + at_steps, for_gate.to(grad_gates.dtype.element_ty), mask=inside)
             tl.store(grad_decays + at_steps, for_decay.to(grad_decays.dtype.element_ty), mask=inside)
         whole = _last(carry, C)

@@ -27,10 +27,14 @@ EXTENT = 32 if tuning.INTERPRETED else 128
 
 @triton.jit
 def _prepare_kernel(
-    grad, out, starts, along, extents, count, heads, size, grad_row, grad_step, grad_head, STARTS: tl.constexpr,
-    D: tl.constexpr, EVEN: tl.constexpr, E: tl.constexpr,
+    grad, out, starts, base, slope, exponent, along, scales, extents, count, pairs, heads, size,
+    grad_row, grad_step, grad_head, window, delay, offset,
+    STARTS: tl.constexpr, WINDOW: tl.constexpr, D: tl.constexpr, EVEN: tl.constexpr, E: tl.constexpr,
 ):
-    """along = grad . out for E queries, and (least, greatest) of their starts."""
+    """Of E queries: along = grad . out, scales = beta log2(e), and (least, greatest) of their starts.
+
+    Computed again for each block of pairs, powers were half of the instructions of the backward pass.
+    """
     block = tl.program_id(0)
     row = tl.program_id(1)
     b, h = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
@@ -38,6 +42,10 @@ def _prepare_kernel(
     upstream = load_rows(grad + b * grad_row + h * grad_head, rows, grad_step, count, size, D, EVEN).to(tl.float32)
     read = load_rows(out + (b * count * heads + h) * size, rows, heads * size, count, size, D, EVEN).to(tl.float32)
     tl.store(along + row.to(tl.int64) * count + rows, tl.sum(upstream * read, 1), mask=rows < count)
+    first, last = interval(starts + b * count, rows, offset, count, pairs, window, delay, STARTS, WINDOW)
+    power, _ = count_power(first, last, tl.load(exponent + h))
+    beta = tl.load(slope + h) * power + tl.load(base + h)
+    tl.store(scales + row.to(tl.int64) * count + rows, beta * LOG2E, mask=rows < count)
     if STARTS:
         if h == 0:
             start = tl.load(starts + b * count + rows, mask=rows < count, other=2147483647)
@@ -48,29 +56,29 @@ def _prepare_kernel(
 
 @triton.jit
 def _key_span(
-    grad_key, grad_value, k, v, numbers, queries, grad, starts, statistics, along, base, slope, exponent,
+    grad_key, grad_value, k, v, numbers, queries, grad, starts, statistics, along, scales,
     query_step, grad_step, begin, end, count, pairs, size, window, delay, offset,
     MASKED: tl.constexpr, STARTS: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
     QB: tl.constexpr, D: tl.constexpr, EVEN: tl.constexpr,
 ):
-    """What the pairs `numbers` receive from the queries begin <= i < end. Scores are transposed: [pairs, queries]."""
+    """What the pairs `numbers` receive from the queries begin <= i < end, keys log2(e) times too much. Scores are
+    transposed: [pairs, queries]."""
     for i in range(begin, end, QB):
         rows = i + tl.arange(0, QB)
         q = load_rows(queries, rows, query_step, count, size, D, EVEN)
         upstream = load_rows(grad, rows, grad_step, count, size, D, EVEN)
         log_total = tl.load(statistics + rows, mask=rows < count, other=float("inf"))
-        level = tl.load(along + rows, mask=rows < count, other=0.0)
-        first, last = interval(starts, rows, offset, count, pairs, window, delay, STARTS, WINDOW)
-        power, _ = count_power(first, last, exponent)
-        beta = slope * power + base
+        scale = tl.load(scales + rows, mask=rows < count, other=0.0)
+        level = scale * tl.load(along + rows, mask=rows < count, other=0.0)
         products = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        weights = tl.exp2(products * (beta * LOG2E)[None, :] - log_total[None, :])
+        weights = tl.exp2(products * scale[None, :] - log_total[None, :])
         if MASKED:
+            first, last = interval(starts, rows, offset, count, pairs, window, delay, STARTS, WINDOW)
             open_ = (numbers[:, None] >= first[None, :]) & (numbers[:, None] <= last[None, :])
             weights = tl.where(open_, weights, 0.0)
         grad_value = tl.dot(weights.to(upstream.dtype), upstream, grad_value, input_precision=PRECISION)
         grad_weights = tl.dot(v, tl.trans(upstream), input_precision=PRECISION)
-        grad_scores = weights * (grad_weights - level[None, :]) * beta[None, :]
+        grad_scores = weights * (grad_weights * scale[None, :] - level[None, :])
         grad_key = tl.dot(grad_scores.to(q.dtype), q, grad_key, input_precision=PRECISION)
     return grad_key, grad_value
 
@@ -98,7 +106,7 @@ def _query_span(
 
 @triton.jit
 def _backward_kernel(
-    queries, keys, values, grad, starts, extents, statistics, along, base, slope, exponent,
+    queries, keys, values, grad, starts, extents, statistics, along, scales,
     grad_queries, grad_keys, grad_values, grad_betas, count, pairs, heads, size,
     query_row, query_step, query_head, key_row, key_step, key_head, value_row, value_step, value_head,
     grad_row, grad_step, grad_head, window, delay, offset, LENGTH,
@@ -119,7 +127,7 @@ def _backward_kernel(
     starts += b * count
     statistics += row.to(tl.int64) * count
     along += row.to(tl.int64) * count
-    base_h, slope_h, exponent_h = tl.load(base + h), tl.load(slope + h), tl.load(exponent + h)
+    scales += row.to(tl.int64) * count
     grad_key = tl.zeros([R, D], tl.float32)
     if AS_KEYS:
         k = load_rows(keys, rows, key_step, pairs, size, D, EVEN)
@@ -139,7 +147,7 @@ def _backward_kernel(
             end = tl.minimum(end, tl.max(tl.where(least <= highest, numbers + 1, 0), 0) * E)
         if WINDOW:
             grad_key, grad_value = _key_span(
-                grad_key, grad_value, k, v, rows, queries, grad, starts, statistics, along, base_h, slope_h, exponent_h,
+                grad_key, grad_value, k, v, rows, queries, grad, starts, statistics, along, scales,
                 query_step, grad_step, begin, end, count, pairs, size, window, delay, offset,
                 True, STARTS, WINDOW, PRECISION, QB, D, EVEN,
             )
@@ -154,21 +162,22 @@ def _backward_kernel(
             full = tl.minimum(full, tl.cdiv(tl.maximum(end, begin), QB) * QB)
             full_end = tl.maximum(full, full_end // QB * QB if STARTS else full_end)
             grad_key, grad_value = _key_span(
-                grad_key, grad_value, k, v, rows, queries, grad, starts, statistics, along, base_h, slope_h, exponent_h,
+                grad_key, grad_value, k, v, rows, queries, grad, starts, statistics, along, scales,
                 query_step, grad_step, begin, tl.minimum(full, end), count, pairs, size, window, delay, offset,
                 True, STARTS, WINDOW, PRECISION, QB, D, EVEN,
             )
             grad_key, grad_value = _key_span(
-                grad_key, grad_value, k, v, rows, queries, grad, starts, statistics, along, base_h, slope_h, exponent_h,
+                grad_key, grad_value, k, v, rows, queries, grad, starts, statistics, along, scales,
                 query_step, grad_step, full, full_end, count, pairs, size, window, delay, offset,
                 False, STARTS, WINDOW, PRECISION, QB, D, EVEN,
             )
             if STARTS:
                 grad_key, grad_value = _key_span(
-                    grad_key, grad_value, k, v, rows, queries, grad, starts, statistics, along, base_h, slope_h,
-                    exponent_h, query_step, grad_step, full_end, end, count, pairs, size, window, delay, offset,
+                    grad_key, grad_value, k, v, rows, queries, grad, starts, statistics, along, scales,
+                    query_step, grad_step, full_end, end, count, pairs, size, window, delay, offset,
                     True, STARTS, WINDOW, PRECISION, QB, D, EVEN,
                 )
+        grad_key *= 1 / LOG2E
         store_rows(grad_values + (b * pairs * heads + h) * size, grad_value, rows, heads * size, pairs, size, D)
         if not AS_QUERIES:
             store_rows(grad_keys + (b * pairs * heads + h) * size, grad_key, rows, heads * size, pairs, size, D)
@@ -178,9 +187,7 @@ def _backward_kernel(
         log_total = tl.load(statistics + rows, mask=rows < count, other=float("inf"))
         level = tl.load(along + rows, mask=rows < count, other=0.0)
         first, last = interval(starts, rows, offset, count, pairs, window, delay, STARTS, WINDOW)
-        power, _ = count_power(first, last, exponent_h)
-        beta = slope_h * power + base_h
-        scale = beta * LOG2E
+        scale = tl.load(scales + rows, mask=rows < count, other=0.0)
         grad_query = tl.zeros([R, D], tl.float32)
         begin, full, full_end, end = spans(first, last, rows < count, KB)
         if WINDOW:
@@ -203,7 +210,7 @@ def _backward_kernel(
                 full_end, end, end, size, True, PRECISION, KB, D, EVEN,
             )
         grad_beta = tl.sum(q.to(tl.float32) * grad_query, 1)
-        grad_query *= beta[:, None]
+        grad_query *= (scale / LOG2E)[:, None]
         if AS_KEYS:
             grad_query += grad_key
             store_rows(grad_keys + (b * pairs * heads + h) * size, grad_query, rows, heads * size, count, size, D)
@@ -240,7 +247,7 @@ def _backward_configs(width: int, narrow: bool) -> list[triton.Config]:
     elif width <= 64:
         table = "128 64 64 8 2\n128 32 32 4 3\n64 64 64 4 2"
     elif width <= 128:
-        table = "128 32 32 8 2\n64 64 64 4 2\n128 64 64 8 2"
+        table = "64 64 64 4 2\n128 64 64 8 3\n64 32 32 4 3"
     else:
         table = "64 32 32 8 2\n64 32 32 4 1"
     return configs("R QB KB", table)
@@ -271,12 +278,13 @@ def run_backward(grad, keys, values, base, slope, exponent, queries, starts, win
     settings = constants(queries, starts, window) | {"E": EXTENT, "BLOCKS": tuning.bucket(triton.cdiv(count, EXTENT))}
     width, gather = settings["D"], _gatherer(settings["D"], queries.element_size() == 2)
     blocks = triton.cdiv(count, EXTENT)
-    along = torch.empty(batch, heads, count, dtype=torch.float32, device=device)
+    along, scales = torch.empty(2, batch, heads, count, dtype=torch.float32, device=device)
     extents = torch.empty(batch, blocks, 2, dtype=torch.int32, device=device)
     marks = extents if starts is None else starts
     _PREPARE(
-        (blocks, batch * heads), grad, out, marks, along, extents, count, heads, size, *grad.stride()[:3], on=grad,
-        STARTS=starts is not None, D=width, EVEN=settings["EVEN"], E=EXTENT,
+        (blocks, batch * heads), grad, out, marks, base, slope, exponent, along, scales, extents, count, pairs, heads, size,
+        *grad.stride()[:3], window or 0, delay, offset, on=grad,
+        STARTS=starts is not None, WINDOW=window is not None, D=width, EVEN=settings["EVEN"], E=EXTENT,
     )  # fmt: skip
     grad_betas = torch.empty_like(along)
     for as_keys, as_queries in ((True, True),) if same else ((True, False), (False, True)):
@@ -284,7 +292,7 @@ def run_backward(grad, keys, values, base, slope, exponent, queries, starts, win
         if rows:
             gather(
                 lambda meta, rows=rows: (triton.cdiv(rows, meta["R"]), batch * heads),
-                queries, keys, values, grad, marks, extents, statistics, along, base, slope, exponent,
+                queries, keys, values, grad, marks, extents, statistics, along, scales,
                 grad_queries, grad_keys, grad_values, grad_betas, count, pairs, heads, size,
                 *queries.stride()[:3], *keys.stride()[:3], *values.stride()[:3], *grad.stride()[:3],
                 window or 0, delay, offset, tuning.bucket(pairs), on=keys, AS_KEYS=as_keys, AS_QUERIES=as_queries,

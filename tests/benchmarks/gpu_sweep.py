@@ -1,0 +1,118 @@
+"""Every configuration of the kernels that matter most, each timed by itself (parts s, r and q of a visit).
+
+What `Tuned` picks at run time comes from short lists; this is where the lists come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from mmcore.kernels import tuning
+from tests.benchmarks.gpu_timing import Place, attempt, seconds
+
+SCANS = {"whole heads": (8, 4096, 32, 128), "few heads": (3, 4096, 16, 128)}
+READ = (8, 4096, 32, 128)
+READS = {"causal": (None, 0), "window": (256, 1)}
+FORWARD = "128 64 8 3\n128 64 8 2\n128 128 8 2\n128 128 8 3\n64 64 4 3\n64 64 4 2\n128 64 4 3\n64 128 4 2\n128 32 4 3\n64 32 4 4"
+BACKWARD = ("128 32 32 8 2\n64 64 64 4 2\n128 64 64 8 2\n64 32 32 4 2\n64 32 32 4 3\n128 64 32 8 2\n128 64 64 8 1\n"
+            "64 64 64 8 2\n64 128 128 8 1\n128 32 32 4 2")  # fmt: skip
+
+
+def scan(place: Place, report: dict[str, Any]) -> None:
+    """gated_scan by chunk length, warps and stages; in ms."""
+    from mmcore.kernels.gated_scan import triton as kernel
+
+    def tuned(which: str, choice: tuple[int, int]) -> tuning.Tuned:
+        names = {"summary": kernel._summary_kernel, "forward": kernel._forward_kernel, "backward": kernel._backward_kernel}
+        warps, stages = choice
+        return tuning.Tuned(names[which], [triton.Config({}, num_warps=warps, num_stages=stages)], ())
+
+    before = kernel._tuned, kernel.CHUNK
+    choices = [(c, w, s) for c in (32, 64) for w, s in ((4, 2), (4, 3), (4, 4), (8, 2), (8, 3), (8, 4))]
+    for chunk, warps, stages in mine(place, place.pick(choices, [(32, 4, 1)])):
+        kernel.CHUNK = chunk
+        kernel._tuned = lambda which, width, choice=(warps, stages): tuned(which, choice)
+        for name, shape in place.pick(SCANS, {"few heads": (1, 40, 2, 16)}).items():
+
+            def times(shape=shape) -> dict[str, float]:
+                B, T, H, _ = shape
+                raw, upstream = (numbers(place, *shape) for _ in range(2))
+                gates, decays = numbers(place, B, T, H), -numbers(place, B, T, H).abs()
+                resets = torch.rand(B, T, device=place.device) < 1 / 800
+                inputs = (raw, gates, decays, resets)
+                kept = kernel._run(*inputs, None, None, True)[3:]
+                return {
+                    "forward_ms": 1e3 * seconds(place, lambda: kernel._run(*inputs, None, None, True)),
+                    "backward_ms": 1e3 * seconds(place, lambda: kernel._run_backward(upstream, *inputs, *kept)),
+                }
+
+            attempt(report, f"{name}: {chunk} steps, {warps} warps, {stages} stages", times)
+    kernel._tuned, kernel.CHUNK = before
+
+
+def read_forward(place: Place, report: dict[str, Any]) -> None:
+    """memory_read's forward pass by queries M, pairs N, warps and stages; in ms."""
+    from mmcore.kernels.memory_read import triton as kernel
+
+    before = kernel._reader
+    for line in mine(place, place.pick(FORWARD, "32 16 4 1").split("\n")):
+        one = tuning.Tuned(kernel._forward_kernel, kernel.configs("M N", line), ())
+        kernel._reader = lambda width, narrow, one=one: one
+        for name, (window, delay) in READS.items():
+            keys, values, scalars, _ = _read_inputs(place)
+            attempt(report, f"{name}: {line}", lambda window=window, delay=delay, keys=keys, values=values, scalars=scalars: {
+                "ms": 1e3 * seconds(place, lambda: kernel._run(keys, values, *scalars, None, None, window, delay, 0))
+            })  # fmt: skip
+    kernel._reader = before
+
+
+def read_backward(place: Place, report: dict[str, Any]) -> None:
+    """memory_read's backward pass by rows R, queries, pairs, warps and stages: keys and queries together, and apart."""
+    from mmcore.kernels.memory_read import triton as forward
+    from mmcore.kernels.memory_read import triton_backward as kernel
+
+    before = kernel._gatherer
+    for line in mine(place, place.pick(BACKWARD, "32 16 16 4 1").split("\n")):
+        one = tuning.Tuned(kernel._backward_kernel, kernel.configs("R QB KB", line), ())
+        for name, (window, delay) in READS.items():
+            keys, values, scalars, upstream = _read_inputs(place)
+            kept = forward._run(keys, values, *scalars, None, None, window, delay, 0)
+            for wanted in ((True, True), (True, False), (False, True)):
+                kernel._gatherer = lambda width, narrow, one=one, wanted=wanted: _only(one, wanted)
+                queries = None if all(wanted) else keys
+                arguments = (upstream, keys, values, *scalars, queries, None, window, delay, 0, *kept)
+                label = {(True, True): "both", (True, False): "as keys", (False, True): "as queries"}[wanted]
+                attempt(report, f"{name}, {label}: {line}", lambda arguments=arguments: {
+                    "ms": 1e3 * seconds(place, lambda: kernel.run_backward(*arguments))
+                })  # fmt: skip
+    kernel._gatherer = before
+
+
+def _only(one: Callable, wanted: tuple[bool, bool]) -> Callable:
+    def launch(*arguments, **constants) -> None:
+        if (constants["AS_KEYS"], constants["AS_QUERIES"]) == wanted:
+            one(*arguments, **constants)
+
+    return launch
+
+
+def mine(place: Place, choices: list[Any]) -> Iterator[Any]:
+    """The choices of this process, where several share them out."""
+    yield from choices[place.share[0] :: place.share[1]]
+
+
+def numbers(place: Place, *shape: int) -> Tensor:
+    return torch.randn(shape, device=place.device).to(torch.float32 if place.tiny else torch.bfloat16)
+
+
+def _read_inputs(place: Place) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
+    B, T, H, D = place.pick(READ, (1, 40, 1, 16))
+    keys = F.normalize(numbers(place, B, T, H, D), dim=-1)
+    scalars = [torch.full((H,), x, device=place.device) for x in (4.5, 4.5, 1 / 3)]
+    return keys, numbers(place, B, T, H, D), scalars, numbers(place, B, T, H, D)
