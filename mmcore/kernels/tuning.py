@@ -22,13 +22,13 @@ class Tuned:
 
     The first call with a new `key` (names of kernel arguments; dtypes count by themselves) times them all, later ones
     take the fastest. Timing may choose otherwise tomorrow, and another tile is another order of summation: under
-    torch.use_deterministic_algorithms the first configuration always runs.
+    torch.use_deterministic_algorithms, or with MM_AUTOTUNE=0, the first configuration always runs.
     """
 
     def __init__(self, kernel: Callable, configs: Sequence[triton.Config], key: Sequence[str]) -> None:
         self._kernel = kernel
         self._first = configs[0]
-        alone = INTERPRETED or len(configs) == 1
+        alone = INTERPRETED or len(configs) == 1 or os.environ.get("MM_AUTOTUNE") == "0"
         self._tuner = None if alone else triton.autotune(configs=list(configs), key=list(key))(kernel)
 
     def __call__(self, grid: tuple | Callable, *arguments, on: Tensor, **constants) -> None:

@@ -27,8 +27,8 @@ def gated_scan(dtype: torch.dtype) -> None:
     for batch, time, heads in ((B, T, H), (1, 32_768, 16)):
         raw, gates = empty(batch, time, heads, D, dtype=dtype), empty(batch, time, heads, dtype=dtype)
         resets = empty(batch, time, dtype=torch.bool)
-        keys, _, _, entries, tops = triton._run(raw, gates, gates, resets, None, None, True)
-        triton._run_backward(keys, raw, gates, gates, resets, entries, tops)
+        keys, _, _, *kept = triton._run(raw, gates, gates, resets, None, None, True)
+        triton._run_backward(keys, raw, gates, gates, *kept)
 
 
 def memory_read(dtype: torch.dtype) -> None:

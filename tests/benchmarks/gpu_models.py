@@ -8,6 +8,7 @@ import statistics
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from mmcore import planning
 from mmcore.config import DistributedConfig, ModelConfig, load_recipe
 from mmcore.distributed.float8 import use_float8
 from mmcore.distributed.parallelize import parallelize
-from mmcore.model import accounting, build_model
+from mmcore.model import accounting, build_model, layers
 from tests.benchmarks.gpu_timing import Place, attempt, copy_bandwidth, costliest
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -79,11 +80,9 @@ def train_until_it_fits(place: Place, config: ModelConfig, length: int, batch: i
 
 def _train(place: Place, config: ModelConfig, length: int, batch: int, checkpointing: str, compiled: bool,
            precision: str) -> dict[str, Any]:  # fmt: skip
-    with torch.device(place.device):
-        model = build_model(config, "triton" if place.tiny else "auto")
+    model = _built(place, config)
     if precision == "fp8":
         model = use_float8(model)
-    model.init_weights(0)
     parallelize(model, DistributedConfig(activation_checkpointing=checkpointing), compiled, precision=precision)
     delays = random.Random(0)
     low, high = config.long_term_delay_range
@@ -94,6 +93,14 @@ def _train(place: Place, config: ModelConfig, length: int, batch: int, checkpoin
 
     found = _steps(place, model, loss, config, length, batch)
     return found | {"checkpointing": checkpointing}
+
+
+def _built(place: Place, config: ModelConfig) -> Any:
+    """The model with weights as they are drawn, but by the device: the CPU's draw, the same everywhere, takes a minute."""
+    with torch.device(place.device), mock.patch.object(layers, "_draw", lambda name, weight, seed, fill: fill(weight, None)):
+        model = build_model(config, "triton" if place.tiny else "auto")
+        model.init_weights(0)
+    return model
 
 
 def _steps(place: Place, model: torch.nn.Module, loss, config: ModelConfig, length: int, batch: int) -> dict[str, Any]:
@@ -144,7 +151,7 @@ def _train_hf(place: Place, config: ModelConfig, length: int, batch: int, compil
     Its logits are whole: smaller batches fit."""
     while True:
         try:
-            model = _llama(config, length).to(place.device)
+            model = _llama(place, config, length)
             for layer in model.model.layers if compiled and place.gpu else ():
                 layer.compile()
             return _steps(
@@ -158,15 +165,17 @@ def _train_hf(place: Place, config: ModelConfig, length: int, batch: int, compil
         place.free()
 
 
-def _llama(config: ModelConfig, length: int) -> torch.nn.Module:
+def _llama(place: Place, config: ModelConfig, length: int) -> torch.nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return LlamaForCausalLM(LlamaConfig(
+    shape = LlamaConfig(
         vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
         num_hidden_layers=config.num_hidden_layers, num_attention_heads=config.num_attention_heads,
         num_key_value_heads=config.num_attention_heads, max_position_embeddings=max(length, 4096), rms_norm_eps=1e-5,
         tie_word_embeddings=False, attn_implementation="sdpa", pad_token_id=None, bos_token_id=1, eos_token_id=None,
-    ))  # fmt: skip
+    )  # fmt: skip
+    with torch.device(place.device):
+        return LlamaForCausalLM(shape)
 
 
 def decoding(place: Place, report: dict[str, Any]) -> None:
@@ -175,10 +184,9 @@ def decoding(place: Place, report: dict[str, Any]) -> None:
     config = TINY if place.tiny else load_recipe(RECIPES / "1.5b.yaml").model
     bandwidth = copy_bandwidth(place)
     report["copy_gb_s"] = bandwidth / 1e9
-    model = build_model(config, "triton" if place.tiny else "auto")
-    model.init_weights(0)
+    model = _built(place, config)
     dtype = torch.float32 if place.tiny else torch.bfloat16
-    model = model.to(device=place.device, dtype=dtype).eval()
+    model = model.to(dtype).eval()
     # 32 conversations of 32,768 tokens would hold 200 GB
     contexts = [(1, 4096), (1, 32_768), (32, 4096), (8, 32_768)]
     for rows, context in place.pick(contexts[: 1 if place.warm else None], [(1, 40), (2, 40)]):
@@ -235,7 +243,7 @@ def _decode(place: Place, model: Any, rows: int, context: int, graphs: bool, ban
 @torch.inference_mode()
 def _decode_hf(place: Place, config: ModelConfig, dtype: torch.dtype, rows: int, context: int) -> dict[str, Any]:
     """generate() of Hugging Face, its default cache: seconds of the last half of the new tokens."""
-    model = _llama(config, context + 256).to(device=place.device, dtype=dtype).eval()
+    model = _llama(place, config, context + 256).to(dtype).eval()
     prompt = torch.randint(2, config.vocab_size, (rows, context), device=place.device)
     times = {}
     for count in place.pick((8, 72), (2, 4)):

@@ -20,25 +20,26 @@ SCANS = {"whole heads": (8, 4096, 32, 128), "few heads": (3, 4096, 16, 128)}
 READ = (8, 4096, 32, 128)
 READS = {"causal": (None, 0), "window": (256, 1)}
 FORWARD = "128 64 8 3\n128 64 8 2\n128 128 8 2\n128 128 8 3\n64 64 4 3\n64 64 4 2\n128 64 4 3\n64 128 4 2\n128 32 4 3\n64 32 4 4"
-BACKWARD = ("128 32 32 8 2\n64 64 64 4 2\n128 64 64 8 2\n64 32 32 4 2\n64 32 32 4 3\n128 64 32 8 2\n128 64 64 8 1\n"
-            "64 64 64 8 2\n64 128 128 8 1\n128 32 32 4 2")  # fmt: skip
+BACKWARD = ("64 64 64 4 2\n64 64 64 4 3\n128 64 64 8 2\n128 64 64 8 3\n64 32 32 4 3\n64 32 64 4 3\n64 64 32 4 3\n"
+            "128 64 128 8 2\n128 32 64 8 3")  # fmt: skip
 
 
 def scan(place: Place, report: dict[str, Any]) -> None:
-    """gated_scan by chunk length, warps and stages; in ms."""
+    """gated_scan by warps, and for few heads by the programs of a multiprocessor that segments aim at; in ms."""
     from mmcore.kernels.gated_scan import triton as kernel
 
-    def tuned(which: str, choice: tuple[int, int]) -> tuning.Tuned:
-        names = {"summary": kernel._summary_kernel, "forward": kernel._forward_kernel, "backward": kernel._backward_kernel}
-        warps, stages = choice
-        return tuning.Tuned(names[which], [triton.Config({}, num_warps=warps, num_stages=stages)], ())
+    names = {"summary": kernel.summary_kernel, "forward": kernel.forward_kernel, "backward": kernel.backward_kernel}
+    before = kernel._tuned, kernel.PROGRAMS
+    choices = [(warps, programs) for warps in (1, 2, 4) for programs in (4, 8, 16)]
+    for warps, programs in mine(place, place.pick(choices, [(1, 4)])):
 
-    before = kernel._tuned, kernel.CHUNK
-    choices = [(c, w, s) for c in (32, 64) for w, s in ((4, 2), (4, 3), (4, 4), (8, 2), (8, 3), (8, 4))]
-    for chunk, warps, stages in mine(place, place.pick(choices, [(32, 4, 1)])):
-        kernel.CHUNK = chunk
-        kernel._tuned = lambda which, width, choice=(warps, stages): tuned(which, choice)
-        for name, shape in place.pick(SCANS, {"few heads": (1, 40, 2, 16)}).items():
+        def tuned(which: str, width: int, warps=warps) -> tuning.Tuned:
+            config = triton.Config({"V": max(1, width // (32 * warps))}, num_warps=warps, num_stages=1)
+            return tuning.Tuned(names[which], [config], ())
+
+        kernel._tuned, kernel.PROGRAMS = tuned, programs
+        shapes = place.pick(SCANS, {"few heads": (1, 40, 2, 16)})
+        for name, shape in shapes.items() if programs == 4 else [("few heads", shapes["few heads"])]:
 
             def times(shape=shape) -> dict[str, float]:
                 B, T, H, _ = shape
@@ -49,11 +50,12 @@ def scan(place: Place, report: dict[str, Any]) -> None:
                 kept = kernel._run(*inputs, None, None, True)[3:]
                 return {
                     "forward_ms": 1e3 * seconds(place, lambda: kernel._run(*inputs, None, None, True)),
-                    "backward_ms": 1e3 * seconds(place, lambda: kernel._run_backward(upstream, *inputs, *kept)),
+                    "prepare_ms": 1e3 * seconds(place, lambda: kernel._prepare(*inputs, None)),
+                    "backward_ms": 1e3 * seconds(place, lambda: kernel._run_backward(upstream, raw, gates, decays, *kept)),
                 }
 
-            attempt(report, f"{name}: {chunk} steps, {warps} warps, {stages} stages", times)
-    kernel._tuned, kernel.CHUNK = before
+            attempt(report, f"{name}: {warps} warps, {programs} programs", times)
+    kernel._tuned, kernel.PROGRAMS = before
 
 
 def read_forward(place: Place, report: dict[str, Any]) -> None:
@@ -83,7 +85,7 @@ def read_backward(place: Place, report: dict[str, Any]) -> None:
         for name, (window, delay) in READS.items():
             keys, values, scalars, upstream = _read_inputs(place)
             kept = forward._run(keys, values, *scalars, None, None, window, delay, 0)
-            for wanted in ((True, True), (True, False), (False, True)):
+            for wanted in place.pick([(True, True)], [(True, True), (True, False), (False, True)]):
                 kernel._gatherer = lambda width, narrow, one=one, wanted=wanted: _only(one, wanted)
                 queries = None if all(wanted) else keys
                 arguments = (upstream, keys, values, *scalars, queries, None, window, delay, 0, *kept)

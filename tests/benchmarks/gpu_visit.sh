@@ -20,8 +20,8 @@ once() { # once PART i/n: untimed, its log beside the others
     >"$logs/warm-$1-${2%/*}.log" 2>&1 &
 }
 if [[ "$parts" == *a* ]]; then
-  timeout -s INT -k 10 "$warm" python3 -m pytest tests/kernels tests/model/test_graphed.py -k "triton or on_a_gpu" \
-    -q --tb=short -rf -n 7 >"$out/tests.log" 2>&1 &
+  MM_AUTOTUNE=0 timeout -s INT -k 10 "$warm" python3 -m pytest tests/kernels tests/model/test_graphed.py \
+    -k "triton or on_a_gpu" -p tests.helpers.failures_at_once -q --tb=no -n "${TESTERS:-8}" >"$out/tests.log" 2>&1 &
 fi
 parts="${parts//a/}"
 for ((n = 0; n < ${#parts}; n++)); do
@@ -35,6 +35,6 @@ wait
 echo "== side by side: $SECONDS s"
 grep -E "error|Error" "$logs"/warm-*.log | sort | uniq -c | sort -rn | head -20
 cat "$logs"/warm-*.log >"$out/warm.log"
-tail -c 5000 "$out/tests.log" 2>/dev/null
+tail -c 4000 "$out/tests.log" 2>/dev/null
 timeout -s INT -k 10 "$((limit - SECONDS))" python3 -m tests.benchmarks.gpu_visit --parts "$parts" --out "$out" 2>&1 |
   tee "$out/visit-$parts.log"
