@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # One command of at most ten minutes for a lent GPU: gpu_visit.sh PARTS [SECONDS], say "srqb", "ce", "fd", "g", "hi".
 # First everything once, side by side on all cores, for at most WARM seconds (default 150), the kernels' tests among it
-# where PARTS has an "a": compiling takes longer than measuring. Then each part by itself.
+# where PARTS has an "a", and a real run of recipes/124m.yaml on the texts in .gpudata where it has a "p": compiling takes
+# longer than measuring. Then each part by itself.
 # Needs python3 with torch, triton and pytest; wheels of rivals and of torchao are taken from .whl where there are some.
 # Its report and its logs go into $OUT (default: here).
 set -uo pipefail
@@ -20,10 +21,18 @@ once() { # once PART i/n: untimed, its log beside the others
     >"$logs/warm-$1-${2%/*}.log" 2>&1 &
 }
 if [[ "$parts" == *a* ]]; then
-  MM_AUTOTUNE=0 timeout -s INT -k 10 "$warm" python3 -m pytest tests/kernels tests/model/test_graphed.py \
+  MM_AUTOTUNE=0 timeout -s INT -k 10 "$warm" python3 -W ignore -m pytest ${TESTS:-tests/kernels tests/model/test_graphed.py} \
     -k "triton or on_a_gpu" -p tests.helpers.failures_at_once -q --tb=no -n "${TESTERS:-8}" >"$out/tests.log" 2>&1 &
 fi
-parts="${parts//a/}"
+if [[ "$parts" == *p* ]]; then
+  (
+    timeout "$((warm + 20))" python3 -m mmcli pretrain recipes/124m.yaml --overwrite --set name=visit \
+      --set 'data.sources=[{path: .gpudata}]' --set tokenizer.train_megabytes=3 --set training.batch_size=16 \
+      --set training.tokens=2.5e6 --set training.compile=false --set training.warmup_steps=20 >"$out/pretrain.log" 2>&1
+    cp runs/visit/metrics.jsonl "$out/pretrain-metrics.jsonl"
+  ) &
+fi
+parts="${parts//[ap]/}"
 for ((n = 0; n < ${#parts}; n++)); do
   part="${parts:n:1}"
   case "$part" in

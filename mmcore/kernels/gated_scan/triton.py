@@ -59,8 +59,9 @@ def _plan(raw: Tensor) -> tuple[int, int, int, int]:
     batch, time, heads, size = raw.shape
     chunk = CHUNK
     chunks = triton.cdiv(time, chunk)
-    # Two warps for each multiprocessor keep up with its share of the memory's bandwidth; below that the second read pays.
-    if batch * heads * max(1, size // 128) >= 1.5 * tuning.processors(raw):
+    # One warp takes 150 cycles for the 50 instructions of a step; only others of its multiprocessor fill the gaps. On an
+    # H200 whole heads came to 1.7 TB/s with 2 warps a multiprocessor, segments to 3.5 with 8: the second read pays.
+    if batch * heads >= PROGRAMS * tuning.processors(raw):
         return chunk, chunks, chunks, 1
     wanted = min(MOST_SEGMENTS, triton.cdiv(PROGRAMS * tuning.processors(raw), batch * heads))
     each = max(1, triton.cdiv(chunks, wanted))
@@ -174,8 +175,8 @@ def _run_backward(grad, raw, gates, decays, entries, inverses, forgets, inputs):
         factors = torch.empty(rows, S, dtype=torch.float32, device=raw.device)
     for summary in (True, False) if segments > 1 else (False,):
         _tuned("backward", width)(
-            (segments, rows), grad, raw, forgets, inputs, entries, inverses, grad_raw, grad_gates, grad_decays, ends, factors,
-            *raw.shape[1:], *grad.stride()[:3], *raw.stride()[:3], each, tuning.bucket(time),
+            (segments, rows), grad, raw, forgets, inputs, entries, inverses, grad_raw, grad_gates, grad_decays, ends,
+            factors, *raw.shape[1:], *grad.stride()[:3], *raw.stride()[:3], each, tuning.bucket(time),
             on=raw, SUMMARY=summary, **constants,
         )  # fmt: skip
     return grad_raw, grad_gates, grad_decays

@@ -51,8 +51,9 @@ def linear_cross_entropy(
         return function(hidden, weight, labels, reduction)
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        hidden = hidden.to(torch.get_autocast_dtype(kind))
+        if reduction == "none":  # the others cast the weight themselves, and so have its gradient unrounded
+            weight = weight.to(hidden.dtype)
     elif hidden.dtype != weight.dtype:
         weight = weight.to(hidden.dtype)
     with torch.autocast(kind, enabled=False):

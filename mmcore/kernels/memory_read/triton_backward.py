@@ -247,7 +247,7 @@ def _backward_configs(width: int, narrow: bool) -> list[triton.Config]:
     elif width <= 64:
         table = "128 64 64 8 2\n128 32 32 4 3\n64 64 64 4 2"
     elif width <= 128:
-        table = "64 64 64 4 2\n128 64 64 8 3\n64 32 32 4 3"
+        table = "128 32 64 8 3\n64 32 32 4 3\n128 64 64 8 3"
     else:
         table = "64 32 32 8 2\n64 32 32 4 1"
     return configs("R QB KB", table)
