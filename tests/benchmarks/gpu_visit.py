@@ -1,6 +1,6 @@
 """One visit to a GPU: everything that only a card can answer, part by part, each with its own time.
 
-`python -m tests.benchmarks.gpu_visit [--parts bcdefghijsrq] [--out FOLDER]` on the card, from the project's root;
+`python -m tests.benchmarks.gpu_visit [--parts bcdefghijlsrq] [--out FOLDER]` on the card, from the project's root;
 `python -m tests.benchmarks.gpu_visit --tiny --device cpu` tries every part on toy shapes, with Triton's interpreter.
 What fails prints its traceback, and the rest goes on; the JSON, named after the device, is written after every part.
 """
@@ -19,7 +19,7 @@ from types import FrameType
 from typing import Any
 
 BUDGETS = {"b": 100, "c": 300, "d": 90, "e": 420, "f": 240, "g": 120, "h": 450, "i": 120,
-           "j": 200, "s": 60, "r": 60, "q": 90}  # fmt: skip
+           "j": 200, "l": 120, "s": 60, "r": 60, "q": 90}  # fmt: skip
 """Seconds of each part at most."""
 
 
@@ -36,6 +36,7 @@ def parts() -> dict[str, tuple[str, Callable]]:
         "g": ("growth", gpu_kernels.growth),
         "h": ("precisions", gpu_scale.precisions),
         "i": ("planned memory", gpu_scale.memory),
+        "l": ("rivals of gated_scan", gpu_kernels.scan_rivals),
         "s": ("configurations of gated_scan", gpu_sweep.scan),
         "r": ("configurations of memory_read forward", gpu_sweep.read_forward),
         "q": ("configurations of memory_read backward", gpu_sweep.read_backward),
@@ -80,7 +81,7 @@ def run(names: str, place: Any, file: Path, report: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", default="bcdefghijsrq", help="letters of the parts, in the order to run them")
+    parser.add_argument("--parts", default="bcdefghijlsrq", help="letters of the parts, in the order to run them")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--warm", action="store_true", help="all once and untimed, to fill the compilers' caches")
     parser.add_argument("--share", default="0/1", help="which of how many processes this is: sweeps are shared out")

@@ -81,11 +81,12 @@ def _compile(kernel, arguments, constants, config) -> Compiled:
     names = kernel.arg_names
     signature, values, attributes = {}, {}, {}
     for index, (name, value) in enumerate(zip(names, arguments, strict=False)):
-        if value is None or (isinstance(value, int) and value == 1):  # as the launcher specializes
+        moving = kernel.params[index].do_not_specialize
+        if value is None or (isinstance(value, int) and value == 1 and not moving):  # as the launcher specializes
             signature[name], values[(index,)] = "constexpr", value
             continue
         signature[name] = _type(value)
-        if isinstance(value, Tensor) or value % 16 == 0:
+        if isinstance(value, Tensor) or (value % 16 == 0 and not moving):
             attributes[(index,)] = [["tt.divisibility", 16]]
     for name, value in {**constants, **config.kwargs}.items():
         signature[name], values[(names.index(name),)] = "constexpr", value

@@ -30,6 +30,7 @@ from mmcore.kernels.memory_read import triton_few
 from mmcore.kernels.memory_read.triton_backward import run_backward
 from mmcore.kernels.memory_read.triton_parts import (
     LOG2E,
+    MOVING,
     configs,
     constants,
     count_power,
@@ -69,7 +70,7 @@ def _read_span(
     return acc, total, top
 
 
-@triton.jit
+@triton.jit(do_not_specialize=MOVING)
 def _forward_kernel(
     queries, keys, values, base, slope, exponent, starts, out, statistics, count, pairs, heads, size,
     query_row, query_step, query_head, key_row, key_step, key_head, value_row, value_step, value_head,

@@ -11,6 +11,7 @@ import triton.language as tl
 from mmcore.kernels import tuning
 from mmcore.kernels.memory_read.triton_parts import (
     LOG2E,
+    MOVING,
     configs,
     constants,
     count_power,
@@ -25,7 +26,7 @@ EXTENT = 32 if tuning.INTERPRETED else 128
 """Queries whose least and greatest start are kept together, for the backward pass to skip by. A multiple of QB."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=MOVING)
 def _prepare_kernel(
     grad, out, starts, base, slope, exponent, along, scales, extents, count, pairs, heads, size,
     grad_row, grad_step, grad_head, window, delay, offset,
@@ -104,7 +105,7 @@ def _query_span(
     return grad_query
 
 
-@triton.jit
+@triton.jit(do_not_specialize=MOVING)
 def _backward_kernel(
     queries, keys, values, grad, starts, extents, statistics, along, scales,
     grad_queries, grad_keys, grad_values, grad_betas, count, pairs, heads, size,
@@ -219,7 +220,7 @@ def _backward_kernel(
         tl.store(grad_betas + row.to(tl.int64) * count + rows, grad_beta, mask=rows < count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=MOVING)
 def _bandwidth_kernel(
     grad_betas, starts, slope, exponent, partial, count, pairs, heads, window, delay, offset,
     STARTS: tl.constexpr, WINDOW: tl.constexpr, E: tl.constexpr,

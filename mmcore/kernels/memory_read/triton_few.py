@@ -15,6 +15,7 @@ from torch import Tensor
 from mmcore.kernels import tuning
 from mmcore.kernels.memory_read.triton_parts import (
     LOG2E,
+    MOVING,
     constants,
     count_power,
     interval,
@@ -27,7 +28,7 @@ from mmcore.kernels.memory_read.triton_parts import (
 FEW = 16  # as many rows as a product on tensor cores has at least; FEW_ON_GPU of __init__.py
 
 
-@triton.jit
+@triton.jit(do_not_specialize=MOVING)
 def _share_kernel(
     queries, keys, values, base, slope, exponent, starts, place, sums, totals, tops, count, pairs, heads, size,
     query_row, query_step, query_head, key_row, key_step, key_head, value_row, value_step, value_head,

@@ -9,6 +9,10 @@ from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
+MOVING = ("delay", "offset")
+"""Numbers that change from call to call (training draws a delay for each step). Left to itself Triton compiles a kernel
+once for multiples of 16 and once for others: seconds in the middle of a run."""
+
 
 @triton.jit
 def interval(starts, rows, offset, queries, pairs, window, delay, STARTS: tl.constexpr, WINDOW: tl.constexpr):
