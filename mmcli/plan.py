@@ -67,6 +67,7 @@ def _memory_table(plan: dict):
                        + recomputed[plan["activation_checkpointing"]],
         "loss": "a chunk of logits, two gradients",
         "checkpoint_copy": "written while training goes on (checkpoint.asynchronous)",
+        "collectives": "copies in which gradients are summed over ranks",
         "heap": "holes between tensors, as measured",
         "program": "Python and torch",
     }

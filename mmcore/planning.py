@@ -193,7 +193,8 @@ def memory_per_device(recipe: Recipe, machine: Machine, micro_batch: int) -> dic
     the products on one GPU (autocast keeps them for the backward pass); on several, two gathered blocks with the fp32
     gradient of one, and the gathered embedding and classifier. `loss`: a chunk of logits, and the gradients of the
     hidden states and of the classifier, made in the forward pass. On a CPU `checkpoint_copy` is memory of the same kind
-    (a GPU has it in its host's), and the process itself counts: `program` (PROGRAM_BYTES) and `heap` (HEAP_SHARE).
+    (a GPU has it in its host's), and the process itself counts: `program` (PROGRAM_BYTES) and `heap` (HEAP_SHARE). Of
+    several, `collectives` are the copies that gloo reduces the largest group's gradient in.
     """
     model = recipe.model
     compute = accounting.FP32 if _precision(recipe, machine) == "fp32" else 2
@@ -215,6 +216,8 @@ def memory_per_device(recipe: Recipe, machine: Machine, micro_batch: int) -> dic
         parts["gradients"] += accounting.FP32 * accounting.parameters(model)["total"]
     if machine.is_cpu:
         parts["checkpoint_copy"] = checkpoint_copy(recipe, machine)
+        if machine.count > 1:
+            parts["collectives"] = _reduction_copies(recipe, machine, micro_batch)
         parts |= {"heap": round(HEAP_SHARE * sum(parts.values())), "program": PROGRAM_BYTES}
     return parts | {"total": sum(parts.values())}
 
@@ -263,6 +266,14 @@ def _working_copies(recipe: Recipe, machine: Machine, compute: int) -> int:
         return compute * products if compute != accounting.FP32 else 0
     block = parts["blocks"] // recipe.model.num_hidden_layers
     return (2 * compute + accounting.FP32) * block + compute * parts["embedding"]
+
+
+def _reduction_copies(recipe: Recipe, machine: Machine, micro_batch: int) -> int:
+    """FSDP2 reduces the gradients of embedding and classifier, the largest group, in a copy side by side, of which gloo
+    makes one of its own; where every micro-batch reduces, the gradient itself is there beside what was summed before."""
+    group = accounting.FP32 * accounting.parameters(recipe.model)["embedding"]
+    accumulated = recipe.training.batch_size > machine.count * micro_batch
+    return group * (3 if accumulated and recipe.distributed.gradient_reduction != "step" else 2)
 
 
 def _precision(recipe: Recipe, machine: Machine) -> str:

@@ -116,7 +116,7 @@ def main() -> None:
         more = f"  allocated {found['allocated_megabytes']:.0f}" if arguments.live else ""
         print(f"{name:<28} {found['planned_megabytes']:8.0f} {found['measured_megabytes']:8.0f} "
               f"{found['planned / measured']:6.2f}{more}", flush=True)
-    common.write(arguments.json, report)
+        common.write(arguments.json, report)  # a later case may fail
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ WORK = {
     "long-short": (Scenario(model={"model_type": "long_short_transformer"}), 2, 1),
     "selective": (Scenario(distributed={"activation_checkpointing": "selective"}), 3, 1),
     "full": (Scenario(distributed={"activation_checkpointing": "full"}, micro_batch=1), 3, 1),
+    "compiled": (Scenario(compile=True), 2, 1),
     "offloaded": (Scenario(distributed={"cpu_offload": True}, micro_batch=2), 3, 1),
     "bf16": (Scenario(precision="bf16", micro_batch=1), 3, 1),
 }  # fmt: skip
