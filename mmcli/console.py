@@ -327,7 +327,8 @@ def started_line(event: events.Started) -> str:
     words.append(length)
     if event.resumed_from is not None:
         words.append(f"from step {event.step:,} on")
-    return f"{', '.join(words)}\nrun folder: {event.run_folder}"
+    wait = "\nthe first step compiles kernels for this GPU: about a minute" if event.device.startswith("cuda") else ""
+    return f"{', '.join(words)}\nrun folder: {event.run_folder}{wait}"
 
 
 def ending(event: events.Ended, run_folder: Path | None, go_on: str) -> list[str]:

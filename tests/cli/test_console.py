@@ -1,5 +1,6 @@
 """What a run looks like: plain lines, and the live panel as recorded from a console."""
 
+import dataclasses
 import io
 import re
 from pathlib import Path
@@ -51,6 +52,10 @@ def test_plain_lines():
         "checkpoint: runs/tiny/checkpoints/step-000100",
         "next: mm eval runs/tiny --data FILE, or mm chat runs/tiny",
     ]
+
+
+def test_on_a_gpu_the_wait_before_the_first_step_is_explained():
+    assert plain(dataclasses.replace(STARTED, device="cuda:0"))[-1].startswith("the first step compiles kernels")
 
 
 def test_lines_of_steps_are_rare_but_the_last_is_shown():

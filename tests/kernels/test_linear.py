@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmcore.errors import HardwareError
-from mmcore.kernels.linear import cpu, linear
+from mmcore.kernels.linear import cpu, linear, reference
 from tests.helpers.forms import CPU, needs_compiler
 from tests.helpers.poison import poisoned_memory  # noqa: F401
 
@@ -118,6 +118,19 @@ def test_autocast_and_other_dtypes_take_the_library():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert linear(x, [weight])[0].dtype == torch.bfloat16
     assert linear(x.double(), [weight.double()])[0].dtype == torch.float64
+
+
+def test_thin_matrices_together_give_what_they_give_apart():
+    """As a GPU takes them: outputs in the order of the weights, gradients to each."""
+    x = torch.randn(2, 30, 8, dtype=torch.float64, requires_grad=True)
+    weights = [torch.randn(n, 8, dtype=torch.float64, requires_grad=True) for n in (reference.THIN, 100, 3, 1)]
+    upstream = [torch.randn(2, 30, len(weight), dtype=torch.float64) for weight in weights]
+    apart = [x @ weight.T for weight in weights]
+    together = reference.thin_together(x, weights)
+    for one, other in zip(together, apart, strict=True):
+        torch.testing.assert_close(one, other)
+    for one, other in zip(*(torch.autograd.grad(side, [x, *weights], upstream) for side in (together, apart)), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @needs_compiler

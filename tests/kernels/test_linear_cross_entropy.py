@@ -199,6 +199,7 @@ def test_autocast_takes_products_in_its_dtype_and_gradients_in_the_weights(imple
     loss.backward()
     expected = F.cross_entropy(hidden.bfloat16().double() @ weight.bfloat16().double().T, labels)
     assert loss.dtype == leaf_weight.grad.dtype == torch.float32 and abs(float(loss.detach() - expected)) < 1e-2
+    assert not torch.equal(leaf_weight.grad, leaf_weight.grad.bfloat16().float()), "the weight's gradient was rounded"
 
 
 class _Largest(TorchDispatchMode):
