@@ -58,7 +58,9 @@ def test_stopped_killed_and_frozen_it_ends_like_the_unbroken_run(unbroken, tmp_p
     run.signal(signal.SIGSTOP, rank=0)
     text = wait_for(run, r"mm: rank 1 ended with status 1: (rank 0 \(pid \d+ on .*\) does not answer.*)")
     assert time.monotonic() - frozen < TIMEOUT + 5  # the launcher tells what rank 1 found within the timeout
-    assert "its process is stopped" in text and re.search(rf"at step ({at}|{at + 1}|{at + 2}), ", text), text
+    # Ranks say where they are once a second, in which a step of a tenth of one gets ahead of what is known.
+    seen = int(re.search(r"at step (\d+), ", text)[1])
+    assert "its process is stopped" in text and at - 12 <= seen <= at + 2, text
     assert run.wait() == 0, run.said()
     assert "rank 1, step" in (tmp_path / "run/logs/rank-00001.stacks.txt").read_text()
     assert losses(tmp_path) == losses(unbroken)
