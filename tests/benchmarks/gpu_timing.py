@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 CLOCK = 2e9  # of a multiprocessor, about, in Hz
 
 

@@ -19,6 +19,8 @@ from mmcore.evaluation.reading import ModelReader
 from mmcore.evaluation.suite_tables import tables
 from tests.cli.test_evaluate import DOCUMENTS, export, tiny
 
+pytestmark = pytest.mark.slow
+
 NAMES = ["ann", "bob", "cid", "dora", "eve", "fay", "gus", "hal"]
 
 

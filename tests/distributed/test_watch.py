@@ -11,7 +11,10 @@ from mmcore.distributed.watch import Watch, _describe
 
 TIMEOUT = 2.0
 # The stand-in for os._exit ends a watching thread with SystemExit
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+pytestmark = [
+    pytest.mark.slow,  # what is watched for takes its time
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning"),
+]
 
 
 class Ranks:

@@ -23,6 +23,7 @@ print(reason if reason else faults())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc is Linux's")
 def test_freed_memory_is_used_again():
     def run(kept):

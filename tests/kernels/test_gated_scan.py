@@ -341,6 +341,7 @@ def test_triton_documents_do_not_mix(small_chunks, monkeypatch, lengths, cut_hea
     check("triton", *problem(2, 50, 1, 16, seed=3), resets=cut(2, 50, *lengths))
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("cut_heads", [False, True])
 def test_triton_carries_its_state(small_chunks, monkeypatch, cut_heads):

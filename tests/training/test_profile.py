@@ -14,6 +14,7 @@ from mmcore.training.setup import Start, prepare_trainer
 from tests.helpers.tiny_run import tiny_values
 
 
+@pytest.mark.slow
 def test_steps_are_traced_and_the_files_can_be_read(tmp_path):
     heard = []
     trainer = prepare_trainer(build_recipe(tiny_values(tmp_path, steps=6)), listeners=[heard.append], profile=(3, 4))

@@ -16,6 +16,8 @@ from mmcore.training.setup import Start, prepare_trainer
 from tests.helpers.tiny_run import tiny_values
 from tests.training.test_trainer import lines, weights
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
