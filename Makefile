@@ -1,7 +1,7 @@
 # make demo   pretrain a small Memory Mosaic on Python's own library, evaluate it, hear from it (at most 10 minutes on 2 cores)
 # make claims   the paper's claims at the size of a laptop: trains some sixty small models (under 2 hours on 2 cores), writes docs/claims
 # make test   every test
-# make test-quick   the tests of the inner loop (under 2 minutes)
+# make test-quick   the tests of the inner loop (about 2 minutes)
 
 VENV ?= .venv
 TORCH_VERSION ?= 2.13.0

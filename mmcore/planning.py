@@ -209,15 +209,17 @@ def memory_per_device(recipe: Recipe, machine: Machine, micro_batch: int) -> dic
         ),
         "loss": accounting.loss_bytes(model, tokens, compute, machine.is_cpu),
     }
-    if recipe.training.batch_size <= machine.count * micro_batch:
+    accumulated = recipe.training.batch_size > machine.count * micro_batch
+    once_a_step = recipe.distributed.gradient_reduction == "step"
+    if not accumulated:
         kept = accounting.kept_bytes(model, tokens, compute, recipe.distributed.activation_checkpointing)
         parts["gradients"] = max(0, parts["gradients"] - kept)
-    elif machine.count > 1 and recipe.distributed.gradient_reduction == "step":
+    elif machine.count > 1 and once_a_step:
         parts["gradients"] += accounting.FP32 * accounting.parameters(model)["total"]
     if machine.is_cpu:
         parts["checkpoint_copy"] = checkpoint_copy(recipe, machine)
         if machine.count > 1:
-            parts["collectives"] = _reduction_copies(recipe, machine, micro_batch)
+            parts["collectives"] = _reduction_copies(recipe, beside_sum=accumulated and not once_a_step)
         parts |= {"heap": round(HEAP_SHARE * sum(parts.values())), "program": PROGRAM_BYTES}
     return parts | {"total": sum(parts.values())}
 
@@ -268,12 +270,11 @@ def _working_copies(recipe: Recipe, machine: Machine, compute: int) -> int:
     return (2 * compute + accounting.FP32) * block + compute * parts["embedding"]
 
 
-def _reduction_copies(recipe: Recipe, machine: Machine, micro_batch: int) -> int:
+def _reduction_copies(recipe: Recipe, beside_sum: bool) -> int:
     """FSDP2 reduces the gradients of embedding and classifier, the largest group, in a copy side by side, of which gloo
-    makes one of its own; where every micro-batch reduces, the gradient itself is there beside what was summed before."""
-    group = accounting.FP32 * accounting.parameters(recipe.model)["embedding"]
-    accumulated = recipe.training.batch_size > machine.count * micro_batch
-    return group * (3 if accumulated and recipe.distributed.gradient_reduction != "step" else 2)
+    makes one of its own; `beside_sum`: where every micro-batch reduces, the gradient itself is there beside what was
+    summed before."""
+    return (3 if beside_sum else 2) * accounting.FP32 * accounting.parameters(recipe.model)["embedding"]
 
 
 def _precision(recipe: Recipe, machine: Machine) -> str:

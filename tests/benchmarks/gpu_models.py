@@ -40,16 +40,12 @@ def smaller_training(place: Place, report: dict[str, Any]) -> None:
 def _training(place: Place, report: dict[str, Any], names: list[str]) -> None:
     for name in place.pick(names, ["tiny"]):
         config, length, batch, checkpointing = job(place, name)
-        for compiled in place.pick([True], [False]):
-            label = f"{name}{' compiled' if compiled else ''}"
-            work = functools.partial(train_until_it_fits, place, config, length, batch, checkpointing, compiled)
-            attempt(report, label, work)
+        work = functools.partial(train_until_it_fits, place, config, length, batch, checkpointing, place.gpu)
+        attempt(report, f"{name} compiled", work)
+        place.free()
+        if name.endswith("-transformer") and not place.warm:
+            attempt(report, f"{name} Hugging Face compiled", functools.partial(_train_hf, place, config, length, batch))
             place.free()
-        if name.endswith("-transformer"):
-            for compiled in place.pick([] if place.warm else [True], [False]):
-                label = f"{name} Hugging Face{' compiled' if compiled else ''}"
-                attempt(report, label, functools.partial(_train_hf, place, config, length, batch, compiled))
-                place.free()
 
 
 def job(place: Place, name: str) -> tuple[ModelConfig, int, int, str]:
@@ -156,13 +152,13 @@ def _steps(place: Place, model: torch.nn.Module, loss, config: ModelConfig, leng
     }  # fmt: skip
 
 
-def _train_hf(place: Place, config: ModelConfig, length: int, batch: int, compiled: bool) -> dict[str, Any]:
+def _train_hf(place: Place, config: ModelConfig, length: int, batch: int) -> dict[str, Any]:
     """Hugging Face's Llama of the same shape, compiled layer by layer, the same step without documents (causal SDPA).
     Its logits are whole: smaller batches fit."""
     while True:
         try:
             model = _llama(place, config, length)
-            for layer in model.model.layers if compiled and place.gpu else ():
+            for layer in model.model.layers if place.gpu else ():
                 layer.compile()
             return _steps(
                 place, model, lambda tokens, documents: model(input_ids=tokens, labels=tokens, use_cache=False).loss,

@@ -5,7 +5,7 @@ What `Tuned` picks at run time comes from short lists; this is where the lists c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -50,7 +50,7 @@ def scan(place: Place, report: dict[str, Any]) -> None:
                 kept = kernel._run(*inputs, None, None, True)[3:]
                 return {
                     "forward_ms": 1e3 * seconds(place, lambda: kernel._run(*inputs, None, None, True)),
-                    "prepare_ms": 1e3 * seconds(place, lambda: kernel._prepare(*inputs, None)),
+                    "prepare_ms": 1e3 * seconds(place, lambda: kernel._prepare(*inputs[1:], None)),
                     "backward_ms": 1e3 * seconds(place, lambda: kernel._run_backward(upstream, raw, gates, decays, *kept)),
                 }
 
@@ -75,33 +75,22 @@ def read_forward(place: Place, report: dict[str, Any]) -> None:
 
 
 def read_backward(place: Place, report: dict[str, Any]) -> None:
-    """memory_read's backward pass by rows R, queries, pairs, warps and stages: keys and queries together, and apart."""
+    """memory_read's backward pass by rows R, queries, pairs, warps and stages; in ms."""
     from mmcore.kernels.memory_read import triton as forward
     from mmcore.kernels.memory_read import triton_backward as kernel
 
     before = kernel._gatherer
     for line in mine(place, place.pick(BACKWARD, "32 16 16 4 1").split("\n")):
         one = tuning.Tuned(kernel._backward_kernel, kernel.configs("R QB KB", line), ())
+        kernel._gatherer = lambda width, narrow, one=one: one
         for name, (window, delay) in READS.items():
             keys, values, scalars, upstream = _read_inputs(place)
             kept = forward._run(keys, values, *scalars, None, None, window, delay, 0)
-            for wanted in place.pick([(True, True)], [(True, True), (True, False), (False, True)]):
-                kernel._gatherer = lambda width, narrow, one=one, wanted=wanted: _only(one, wanted)
-                queries = None if all(wanted) else keys
-                arguments = (upstream, keys, values, *scalars, queries, None, window, delay, 0, *kept)
-                label = {(True, True): "both", (True, False): "as keys", (False, True): "as queries"}[wanted]
-                attempt(report, f"{name}, {label}: {line}", lambda arguments=arguments: {
-                    "ms": 1e3 * seconds(place, lambda: kernel.run_backward(*arguments))
-                })  # fmt: skip
+            arguments = (upstream, keys, values, *scalars, None, None, window, delay, 0, *kept)
+            attempt(report, f"{name}: {line}", lambda arguments=arguments: {
+                "ms": 1e3 * seconds(place, lambda: kernel.run_backward(*arguments))
+            })  # fmt: skip
     kernel._gatherer = before
-
-
-def _only(one: Callable, wanted: tuple[bool, bool]) -> Callable:
-    def launch(*arguments, **constants) -> None:
-        if (constants["AS_KEYS"], constants["AS_QUERIES"]) == wanted:
-            one(*arguments, **constants)
-
-    return launch
 
 
 def mine(place: Place, choices: list[Any]) -> Iterator[Any]:

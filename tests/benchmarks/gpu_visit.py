@@ -18,28 +18,25 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-BUDGETS = {"b": 100, "c": 300, "d": 90, "e": 420, "f": 240, "g": 120, "h": 450, "i": 120,
-           "j": 200, "l": 120, "s": 60, "r": 60, "q": 90}  # fmt: skip
-"""Seconds of each part at most."""
 
-
-def parts() -> dict[str, tuple[str, Callable]]:
+def parts() -> dict[str, tuple[str, int, Callable]]:
+    """By letter: what it is called, its seconds at most, what does it."""
     from tests.benchmarks import gpu_kernels, gpu_models, gpu_scale, gpu_sweep
 
     return {
-        "b": ("gated_scan", gpu_kernels.scans),
-        "c": ("memory_read", gpu_kernels.reads),
-        "d": ("linear_cross_entropy", gpu_kernels.losses),
-        "e": ("training", gpu_models.training),
-        "j": ("training of smaller models", gpu_models.smaller_training),
-        "f": ("decoding", gpu_models.decoding),
-        "g": ("growth", gpu_kernels.growth),
-        "h": ("precisions", gpu_scale.precisions),
-        "i": ("planned memory", gpu_scale.memory),
-        "l": ("rivals of gated_scan", gpu_kernels.scan_rivals),
-        "s": ("configurations of gated_scan", gpu_sweep.scan),
-        "r": ("configurations of memory_read forward", gpu_sweep.read_forward),
-        "q": ("configurations of memory_read backward", gpu_sweep.read_backward),
+        "b": ("gated_scan", 100, gpu_kernels.scans),
+        "c": ("memory_read", 300, gpu_kernels.reads),
+        "d": ("linear_cross_entropy", 90, gpu_kernels.losses),
+        "e": ("training", 420, gpu_models.training),
+        "j": ("training of smaller models", 200, gpu_models.smaller_training),
+        "f": ("decoding", 240, gpu_models.decoding),
+        "g": ("growth", 120, gpu_kernels.growth),
+        "h": ("precisions", 450, gpu_scale.precisions),
+        "i": ("planned memory", 120, gpu_scale.memory),
+        "l": ("rivals of gated_scan", 120, gpu_kernels.scan_rivals),
+        "s": ("configurations of gated_scan", 60, gpu_sweep.scan),
+        "r": ("configurations of memory_read forward", 60, gpu_sweep.read_forward),
+        "q": ("configurations of memory_read backward", 90, gpu_sweep.read_backward),
     }
 
 
@@ -57,8 +54,8 @@ def run(names: str, place: Any, file: Path, report: dict[str, Any]) -> None:
 
     signal.signal(signal.SIGALRM, _time_is_up)
     for name in names:
-        title, work = parts()[name]
-        budget = BUDGETS[name] * (5 if place.tiny else 1)  # the interpreter takes a tenth of a second a launch
+        title, budget, work = parts()[name]
+        budget *= 5 if place.tiny else 1  # the interpreter takes a tenth of a second a launch
         print(f"== {name}: {title} (at most {budget} s)", flush=True)
         found = report["parts"].setdefault(title, {})
         start = time.perf_counter()

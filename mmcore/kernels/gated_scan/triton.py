@@ -6,16 +6,16 @@ the running log-maxima M of all steps, and with u_t = exp(-M_t) kbar_t what is l
     u_t = forget_t u_{t-1} + input_t k~_t,    forget_t = exp(log_decay_t + M_{t-1} - M_t),  input_t = exp(log_gate_t - M_t)
 
 with both factors in [0, 1]. A program walks the steps of one head, all D of it (the norm needs them), C steps at a time,
-each column of which lies in one thread: a step is a multiply-add, and the norm 5 shuffles. Triangular
-products of whole chunks on tensor cores, as linear attention does it, were tried first: they took 94 instructions of a
-warp for a step where this takes 56, and 22 barriers a chunk (0.42 ms on an H200 at B=8, T=4096, H=32, D=128).
+each column of which lies in one thread: a step is a multiply-add, and the norm 5 shuffles. Triangular products of whole
+chunks on tensor cores, as linear attention does it, were tried first: they took 94 instructions of a warp for a step
+where this takes 50, and 22 barriers a chunk (0.42 ms on an H200 at B=8, T=4096, H=32, D=128).
 
 Traffic. With `segments` = 1 a program walks all of a head: k~ is read once, keys are written once, and the backward
 pass reads k~ and the upstream gradient once and writes one gradient. Beside them go gates and decays, the two factors in
-fp32, and the state that enters each chunk, kept for the backward pass (1 / 8 of bf16 keys); u and norms are
-computed again from k~, exactly, where rounded keys would spoil small gradients. Few heads, or a very long text, are cut
-in time into segments: a pass before sums up each segment (reads k~ once more, and in the backward pass the gradient too),
-and every program folds the sums of the segments before its own into the state that it starts from.
+fp32, and, kept for the backward pass, 1 / |u| of each step and the state that enters each chunk (1 / 8 of bf16 keys); u
+is computed again from k~, exactly, where rounded keys would spoil small gradients. Few heads are cut in time into
+segments: a pass before sums up each segment (reads k~ once more, and in the backward pass the gradient too), and every
+program folds the sums of the segments before its own into the state that it starts from.
 
 A NaN reaches every step after it in its text.
 """
@@ -43,10 +43,13 @@ _LANES = 32
 def _tuned(which: str, width: int) -> tuning.Tuned:
     """`which` kernel for heads of up to `width`. More warps leave each fewer columns, and add up norms through shared
     memory."""
-    kernel = {"summary": summary_kernel, "forward": forward_kernel, "backward": backward_kernel}[which]
+    kernel, variants = {
+        "summary": (summary_kernel, ()), "forward": (forward_kernel, ("SEGMENTS",)),
+        "backward": (backward_kernel, ("SEGMENTS", "SUMMARY")),
+    }[which]  # fmt: skip
     choices = (1,) if width < 2 * _LANES else (1, 2) if width < 256 and which != "backward" else (2, 1)
     configs = [triton.Config({"V": max(1, width // (_LANES * n))}, num_warps=n, num_stages=1) for n in choices]
-    return tuning.Tuned(kernel, configs, ("LENGTH", "D", "S"))
+    return tuning.Tuned(kernel, configs, ("LENGTH", "D", *variants))
 
 
 @functools.cache
@@ -54,26 +57,22 @@ def _preparer(warps: int) -> tuning.Tuned:
     return tuning.Tuned(prepare_kernel, [triton.Config({}, num_warps=warps, num_stages=1)], ())
 
 
-def _plan(raw: Tensor) -> tuple[int, int, int, int]:
-    """(C, chunks, chunks of a segment, segments)."""
-    batch, time, heads, size = raw.shape
-    chunk = CHUNK
-    chunks = triton.cdiv(time, chunk)
+def _plan(raw: Tensor) -> tuple[int, int, int]:
+    """(chunks, chunks of a segment, segments)."""
+    batch, time, heads, _ = raw.shape
+    chunks = triton.cdiv(time, CHUNK)
     # One warp takes 150 cycles for the 50 instructions of a step, and only others of its multiprocessor fill the gaps. On
     # an H200 256 heads (2 warps a multiprocessor) took 0.34 ms forward and 0.61 backward whole, 0.35 and 0.71 in segments.
     if batch * heads >= 1.5 * tuning.processors(raw):
-        return chunk, chunks, chunks, 1
+        return chunks, chunks, 1
     wanted = min(MOST_SEGMENTS, triton.cdiv(PROGRAMS * tuning.processors(raw), batch * heads))
     each = max(1, triton.cdiv(chunks, wanted))
-    return chunk, chunks, each, triton.cdiv(chunks, each)
+    return chunks, each, triton.cdiv(chunks, each)
 
 
-def _constants(raw: Tensor, chunk: int, segments: int) -> dict:
+def _constants(raw: Tensor) -> dict:
     width = max(16, triton.next_power_of_2(raw.shape[3]))
-    return {
-        "SEGMENTS": segments > 1, "EVEN": width == raw.shape[3], "C": chunk, "D": width,
-        "S": triton.next_power_of_2(segments),
-    }  # fmt: skip
+    return {"EVEN": width == raw.shape[3], "C": CHUNK, "D": width}
 
 
 def _strides(resets: Tensor | None, *tensors: Tensor) -> list[int]:
@@ -86,18 +85,17 @@ def _side_by_side(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
 
 
-def _prepare(raw: Tensor, gates: Tensor, decays: Tensor, resets: Tensor | None, log_scale: Tensor | None):
+def _prepare(gates: Tensor, decays: Tensor, resets: Tensor | None, log_scale: Tensor | None):
     """(forgets [B, H, chunks * C + 1], inputs [B, H, chunks * C], the last log-maximum [B, H]), fp32."""
-    batch, time, heads, _ = raw.shape
-    chunk, chunks, _, _ = _plan(raw)
-    padded = chunks * chunk
-    fp32 = {"dtype": torch.float32, "device": raw.device}
+    batch, time, heads = gates.shape
+    padded = triton.cdiv(time, CHUNK) * CHUNK
+    fp32 = {"dtype": torch.float32, "device": gates.device}
     forgets, tops = torch.empty(batch, heads, padded + 1, **fp32), torch.empty(batch, heads, padded + 1, **fp32)
     inputs = torch.empty(batch, heads, padded, **fp32)
     block = min(BLOCK, triton.next_power_of_2(padded))
     _preparer(8 if block > 1024 else 4)(
         (batch * heads,), gates, decays, _or(_bytes(resets), gates), _or(log_scale, tops), forgets, inputs, tops, time,
-        heads, padded, *_strides(resets, gates, decays), on=raw, RESETS=resets is not None,
+        heads, padded, *_strides(resets, gates, decays), on=gates, RESETS=resets is not None,
         STATE=log_scale is not None, BLOCK=block,
     )  # fmt: skip
     return forgets, inputs, tops[..., -1].clone()
@@ -106,24 +104,23 @@ def _prepare(raw: Tensor, gates: Tensor, decays: Tensor, resets: Tensor | None, 
 def _run(raw, gates, decays, resets, vector, log_scale, keep: bool):
     batch, time, heads, size = raw.shape
     raw = _side_by_side(raw)
-    chunk, chunks, each, segments = _plan(raw)
-    forgets, inputs, new_log_scale = _prepare(raw, gates, decays, resets, log_scale)
+    chunks, each, segments = _plan(raw)
+    forgets, inputs, new_log_scale = _prepare(gates, decays, resets, log_scale)
     keys = torch.empty(raw.shape, dtype=raw.dtype, device=raw.device)
     fp32 = {"dtype": torch.float32, "device": raw.device}
     new_vector = torch.empty(batch, heads, size, **fp32)
     entries = torch.empty(batch, heads, chunks if keep else 0, size, **fp32)
-    inverses = torch.empty(batch, heads, chunks * chunk if keep else 0, **fp32)
-    constants = _constants(raw, chunk, segments)
+    inverses = torch.empty(batch, heads, inputs.shape[2] if keep else 0, **fp32)
+    constants = _constants(raw)
     sides = (time, heads, size, *raw.stride()[:3], each, tuning.bucket(time))
-    rows, S, width = batch * heads, constants["S"], constants["D"]
+    rows, width = batch * heads, constants["D"]
     vectors, factors = keys, keys
     if segments > 1:
-        vectors, factors = torch.empty(rows, S, width, **fp32), torch.empty(rows, S, **fp32)
-        place = {name: constants[name] for name in ("EVEN", "C", "D", "S")}
-        _tuned("summary", width)((segments, rows), raw, forgets, inputs, vectors, factors, *sides, on=raw, **place)
+        vectors, factors = torch.empty(rows, segments, width, **fp32), torch.empty(rows, segments, **fp32)
+        _tuned("summary", width)((segments, rows), raw, forgets, inputs, vectors, factors, *sides, on=raw, **constants)
     _tuned("forward", width)(
         (segments, rows), raw, forgets, inputs, _or(vector, keys), keys, new_vector, entries, inverses, vectors, factors,
-        *sides, on=raw, STATE=vector is not None, KEEP=keep, **constants,
+        *sides, on=raw, STATE=vector is not None, KEEP=keep, SEGMENTS=segments > 1, **constants,
     )  # fmt: skip
     if not keep:
         forgets, inputs = forgets.new_empty(0), inputs.new_empty(0)
@@ -141,14 +138,14 @@ def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
 
 def _fake(raw, gates, decays, resets, vector, log_scale, keep):
     batch, time, heads, size = raw.shape
-    chunk = CHUNK
-    chunks = (time + chunk - 1) // chunk
+    chunks = (time + CHUNK - 1) // CHUNK
+    kept, padded = (chunks, chunks * CHUNK) if keep else (0, 0)
 
     def fp32(*shape):
         return raw.new_empty(shape, dtype=torch.float32)
 
-    saved = (fp32(batch, heads, chunks * chunk + 1), fp32(batch, heads, chunks * chunk)) if keep else (fp32(0), fp32(0))
-    entries, inverses = fp32(batch, heads, chunks if keep else 0, size), fp32(batch, heads, chunks * chunk if keep else 0)
+    saved = (fp32(batch, heads, padded + 1), fp32(batch, heads, padded)) if keep else (fp32(0), fp32(0))
+    entries, inverses = fp32(batch, heads, kept, size), fp32(batch, heads, padded)
     return raw.new_empty(raw.shape), fp32(batch, heads, size), fp32(batch, heads), entries, inverses, *saved
 
 
@@ -164,20 +161,20 @@ def _gradients(ctx, grad, *_):
 def _run_backward(grad, raw, gates, decays, entries, inverses, forgets, inputs):
     batch, time, heads, _ = raw.shape
     grad, raw = _side_by_side(grad), _side_by_side(raw)
-    chunk, _, each, segments = _plan(raw)
+    _, each, segments = _plan(raw)
     grad_raw = torch.empty(raw.shape, dtype=raw.dtype, device=raw.device)
     grad_gates, grad_decays = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (gates, decays))
-    constants = _constants(raw, chunk, segments)
-    width, S, rows = constants["D"], constants["S"], batch * heads
+    constants = _constants(raw)
+    width, rows = constants["D"], batch * heads
     ends, factors = (grad_raw, grad_raw)
     if segments > 1:
-        ends = torch.empty(rows, S, width, dtype=torch.float32, device=raw.device)
-        factors = torch.empty(rows, S, dtype=torch.float32, device=raw.device)
+        ends = torch.empty(rows, segments, width, dtype=torch.float32, device=raw.device)
+        factors = torch.empty(rows, segments, dtype=torch.float32, device=raw.device)
     for summary in (True, False) if segments > 1 else (False,):
         _tuned("backward", width)(
             (segments, rows), grad, raw, forgets, inputs, entries, inverses, grad_raw, grad_gates, grad_decays, ends,
             factors, *raw.shape[1:], *grad.stride()[:3], *raw.stride()[:3], each, tuning.bucket(time),
-            on=raw, SUMMARY=summary, **constants,
+            on=raw, SUMMARY=summary, SEGMENTS=segments > 1, **constants,
         )  # fmt: skip
     return grad_raw, grad_gates, grad_decays
 

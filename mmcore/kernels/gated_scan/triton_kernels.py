@@ -1,6 +1,6 @@
 """The Triton kernels of gated_scan; see triton.py for how they share the work.
 
-Tiles of C steps lie in registers so that all steps of a column are in one thread (`columns`): scans over the steps then
+Tiles of C steps lie in registers so that all steps of a column are in one thread (`_columns`): scans over the steps then
 are plain multiply-adds, without shuffles, shared memory or barriers.
 """
 
@@ -20,6 +20,11 @@ def _after(sum_a, top_a, sum_b, top_b):
 def _recur(forget_a, u_a, forget_b, u_b):
     """u after two stretches of steps, of which the second keeps forget_b of what came before."""
     return forget_a * forget_b, u_a * forget_b + u_b
+
+
+@triton.jit
+def _times(a, b):
+    return a * b
 
 
 @triton.jit
@@ -128,7 +133,7 @@ def _decay_gradients(for_gate, forget, arriving, C: tl.constexpr):
 @triton.jit
 def summary_kernel(
     raw, forgets, inputs, vectors, factors, length, heads, size, raw_row, raw_step, raw_head, per_segment, LENGTH,
-    EVEN: tl.constexpr, C: tl.constexpr, D: tl.constexpr, S: tl.constexpr, V: tl.constexpr,
+    EVEN: tl.constexpr, C: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
 ):
     """What a segment adds to the state: u at its end when it starts from nothing, and the factor of the state that it
     starts from."""
@@ -152,18 +157,13 @@ def summary_kernel(
         forget, weight = tl.load(forgets + t0 + steps), tl.load(inputs + t0 + steps)
         u = _row(_sums(tile.to(tl.float32) * weight[:, None], forget, u, C), C - 1, C)
         factor *= tl.reduce(forget, 0, _times)
-    at = row * S + segment
+    at = row * tl.num_programs(0) + segment
     tl.store(vectors + at.to(tl.int64) * D + _columns(D, V), u)
     tl.store(factors + at, factor)
 
 
 @triton.jit
-def _times(a, b):
-    return a * b
-
-
-@triton.jit
-def _entry(vectors, factors, vector, segment, S: tl.constexpr, D: tl.constexpr, V: tl.constexpr):
+def _entry(vectors, factors, vector, segment, D: tl.constexpr, V: tl.constexpr):
     """The state that enters `segment`: the initial one and the sums of the segments before, folded."""
     folded, weight = tl.zeros([D], tl.float32), 1.0
     for back in range(0, segment):
@@ -178,7 +178,7 @@ def forward_kernel(
     raw, forgets, inputs, vector, keys, new_vector, entries, inverses, vectors, factors,
     length, heads, size, raw_row, raw_step, raw_head, per_segment, LENGTH,
     STATE: tl.constexpr, KEEP: tl.constexpr, SEGMENTS: tl.constexpr, EVEN: tl.constexpr,
-    C: tl.constexpr, D: tl.constexpr, S: tl.constexpr, V: tl.constexpr,
+    C: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
 ):
     """Keys of one segment of one head; the last segment's program also writes the state after the last step."""
     segment = tl.program_id(0)
@@ -196,8 +196,8 @@ def forward_kernel(
     if STATE:
         u_in = tl.load(vector + row.to(tl.int64) * size + columns, mask=columns < size, other=0.0)
     if SEGMENTS:
-        at = row.to(tl.int64) * S
-        u_in = _entry(vectors + at * D, factors + at, u_in, segment, S, D, V)
+        at = row.to(tl.int64) * tl.num_programs(0)
+        u_in = _entry(vectors + at * D, factors + at, u_in, segment, D, V)
     steps = tl.arange(0, C)
     offsets = steps[:, None] * raw_step + columns[None, :]
     key_offsets = steps[:, None] * (heads * size) + columns[None, :]
@@ -228,7 +228,7 @@ def backward_kernel(
     grad, raw, forgets, inputs, entries, inverses, grad_raw, grad_gates, grad_decays, ends, factors,
     length, heads, size, grad_row, grad_step, grad_head, raw_row, raw_step, raw_head, per_segment, LENGTH,
     SUMMARY: tl.constexpr, SEGMENTS: tl.constexpr, EVEN: tl.constexpr,
-    C: tl.constexpr, D: tl.constexpr, S: tl.constexpr, V: tl.constexpr,
+    C: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
 ):
     """Gradients of one segment of one head, walked backwards: g_t = direct_t + forget_{t+1} g_{t+1} for u_t.
 
@@ -252,7 +252,7 @@ def backward_kernel(
     g_next = tl.zeros([D], tl.float32)
     factor = 1.0
     if SEGMENTS and not SUMMARY:
-        at = row.to(tl.int64) * S
+        at = row.to(tl.int64) * tl.num_programs(0)
         for r in range(segment + 1, tl.num_programs(0)):
             g_next += factor * tl.load(ends + (at + r) * D + columns)
             factor *= tl.load(factors + at + r)
@@ -292,6 +292,6 @@ def backward_kernel(
         if SUMMARY:
             factor *= tl.reduce(onward, 0, _times)
     if SUMMARY:
-        at = row * S + segment
+        at = row * tl.num_programs(0) + segment
         tl.store(ends + at.to(tl.int64) * D + columns, g_next)
         tl.store(factors + at, factor)

@@ -52,10 +52,6 @@ def linear_cross_entropy(
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind):
         hidden = hidden.to(torch.get_autocast_dtype(kind))
-        if reduction == "none":  # the others cast the weight themselves, and so have its gradient unrounded
-            weight = weight.to(hidden.dtype)
-    elif hidden.dtype != weight.dtype:
-        weight = weight.to(hidden.dtype)
     with torch.autocast(kind, enabled=False):
         # On a GPU the count would make the host wait, and a traced graph cannot hold a shape that hangs on it.
         if kind == "cpu" and not torch.compiler.is_compiling():

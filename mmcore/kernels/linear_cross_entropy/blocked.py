@@ -2,8 +2,10 @@
 
 "mean" and "sum" end the graph, so the upstream gradient is one number and the gradients can be made while a
 chunk's logits are still in the cache (the idea is Liger-Kernel's). They are kept unscaled, the weight's in fp32,
-and multiplied in the backward pass: half precision does not lose small ones to the division by N. Their weight may be
-of a wider dtype than hidden: products are in hidden's, and the gradient is rounded to neither.
+and multiplied in the backward pass: half precision does not lose small ones to the division by N.
+
+The weight may be of another dtype than hidden: products are in hidden's, and a gradient in fp32 stays that for a weight
+in fp32.
 """
 
 from __future__ import annotations
@@ -73,10 +75,10 @@ class _Chunks:
     """The products of the chunks of one call, with the buffer they share."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, step: str) -> None:
-        self.hidden, self.weight, self.step = hidden, weight, STEPS[step]
+        self.hidden, self.weight, self.step = hidden, weight.to(hidden.dtype), STEPS[step]
         self.widen = step not in TAKE_HALF
         # the C products go with the C softmax
-        self.compiled = step == "cpu" and products.why_not(hidden, [weight], None) is None
+        self.compiled = step == "cpu" and products.why_not(hidden, [self.weight], None) is None
         self.rows = min(chunk_rows(len(weight), hidden.device), max(1, len(hidden)))
         self.statistics = torch.promote_types(hidden.dtype, torch.float32)
         self.buffer = hidden.new_empty(self.rows, len(weight))
@@ -130,7 +132,7 @@ class _Chunks:
 
 
 def _run_total(hidden, weight, labels, step, for_hidden: bool, for_weight: bool):
-    chunks = _Chunks(hidden, weight.to(hidden.dtype), step)
+    chunks = _Chunks(hidden, weight, step)
     total = torch.zeros((), dtype=chunks.statistics, device=hidden.device)
     grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if for_hidden else hidden.new_empty(0)
     for start, stop in chunks.spans():
