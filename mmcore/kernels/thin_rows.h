@@ -5,8 +5,11 @@
    rows of W then loads each number for several of them, and the weights that come next are fetched ahead, since so much
    arithmetic hides them from the processor's own prefetcher (16 -> 27 GB/s on a Zen 3).
 
-   bf16 weights are widened in registers. Read as 32-bit words, two neighbours cost one shift and one mask instead of
-   two conversions; x is put in the order even-then-odd once per call to match. */
+   x is first brought into the order in which a tile walks through it, STEP numbers of each of its rows at a time: then
+   one address serves all rows (with one for each, a third of the loop's instructions fetched addresses that registers had
+   no room for). bf16 and int8 weights meet x in 16 bits (narrow_products.h), or are widened in registers where the
+   processor has no instruction for that: bf16 read as 32-bit words, of which two neighbours cost one shift and one
+   mask instead of two conversions, and x lies even-then-odd to match. */
 #ifndef MM_THIN_ROWS_H
 #define MM_THIN_ROWS_H
 
@@ -14,6 +17,7 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "narrow_products.h"
 #include "weight_formats.h"
 
 #ifdef __AVX__
@@ -22,9 +26,13 @@
 #ifdef __AVX512F__
 #define LANES 16
 #define MOST_XS 8 /* rows of x in a tile: 8 x 3 sums of 32 registers, 4 x 3 of 16 */
+#define LOW_HALVES 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define HIGH_HALVES 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
 #else
 #define LANES 8
 #define MOST_XS 4
+#define LOW_HALVES 0, 8, 1, 9, 2, 10, 3, 11
+#define HIGH_HALVES 4, 12, 5, 13, 6, 14, 7, 15
 #endif
 #define STEP (2 * LANES) /* weights taken at once from a row */
 #define LEAST_BYTES (32 * 1024) /* of weights for each thread: fewer are read before another thread has woken */
@@ -65,118 +73,230 @@ INLINE float sum_lanes(vec v) {
     return (s[0] + s[2]) + (s[1] + s[3]);
 }
 
-/* The sum over the last i .. in-1, fewer than STEP. Not inlined: 20 copies made this file take 7 s to compile. */
-static __attribute__((noinline)) float last_products(const float *x, const char *w, int64_t i, int64_t in,
-                                                     int format) {
-    float sum = 0;
-    for (; i < in; i++) {
-        float weight;
-        if (format == INT8) {
-            weight = ((const int8_t *)w)[i];
-        } else {
-            uint32_t bits = format == BF16 ? (uint32_t)((const uint16_t *)w)[i] << 16 : ((const uint32_t *)w)[i];
-            memcpy(&weight, &bits, sizeof weight);
-        }
-        sum += x[i] * weight;
-    }
-    return sum;
+/* Lane i * (LANES / count): the sum over v[i]'s lanes, i < count. Interleaving two vectors' halves and adding them sums both at once. */
+INLINE vec sums_of(vec *v, const int count) {
+    for (int n = count / 2; n > 0; n /= 2)
+#pragma GCC unroll 8
+        for (int i = 0; i < n; i++)
+            v[i] = __builtin_shufflevector(v[i], v[i + n], LOW_HALVES) + __builtin_shufflevector(v[i], v[i + n], HIGH_HALVES);
+    for (int n = count; n < LANES; n *= 2)
+        v[0] = __builtin_shufflevector(v[0], v[0], LOW_HALVES) + __builtin_shufflevector(v[0], v[0], HIGH_HALVES);
+    return v[0];
 }
 
-/* y[r * y_stride + o] for `rows` rows of x by `ws` rows of w, `apart` rows from one to the next. xs >= rows, ws, format and
-   fetch are constants at every call; beyond `rows` the last row is multiplied again, and not stored. */
-INLINE void tile(const int xs, const int ws, const float *x, int64_t rows, const char *w, const float *scale, float *y,
-                 int64_t in, int64_t y_stride, int64_t apart, const int format, const int fetch) {
-    const int size = bytes_of(format), pairs = xs * ws < 8 ? 2 : 1; /* two sums hide the latency of a few */
-    const int64_t row_bytes = in * size, step = apart * row_bytes, ahead = 3 * row_bytes;
-    const float *row[8];
-    vec sums[8][3][2];
-    int64_t i = 0;
+/* Rows of x as products take them: tiles of tile_rows(rows) rows, in each of which STEP numbers of every row follow each
+   other, zeros after the last number; floats, or numbers of 16 bits with the step of each row. */
+struct operand {
+    char *numbers;
+    float *step;
+};
+
+INLINE int64_t tile_rows(int64_t rows) { return rows <= 2 ? rows : rows <= 4 ? 4 : MOST_XS; }
+INLINE int64_t steps_of(int64_t in) { return (in + STEP - 1) / STEP; }
+INLINE int operand_bytes(int format) { return NARROW(format) ? 2 : 4; }
+
+/* Bytes of one tile, and floats that an operand with its steps needs at most: tiles are full. */
+INLINE int64_t tile_bytes(int64_t rows, int64_t in, int format) {
+    return tile_rows(rows) * steps_of(in) * STEP * operand_bytes(format);
+}
+INLINE int64_t full_rows(int64_t rows) { return (rows + tile_rows(rows) - 1) / tile_rows(rows) * tile_rows(rows); }
+INLINE int64_t operand_floats(int64_t rows, int64_t in) { return full_rows(rows) * steps_of(in) * STEP; }
+
+/* STEP numbers of a row, of which `count` are given. */
+INLINE void step_of_operand(char *to, const float *x, int64_t count, float step, int format) {
+    if (NARROW(format)) {
+        memset(to + count * 2, 0, (STEP - count) * 2);
+        narrow((uint16_t *)to, x, count, step, format);
+        return;
+    }
+    float *floats = (float *)to;
+    memset(floats + count, 0, (STEP - count) * sizeof *floats);
+    memcpy(floats, x, count * sizeof *floats);
+    if (format == BF16) {
+        float neighbours[STEP];
+        memcpy(neighbours, floats, sizeof neighbours);
+        for (int k = 0; k < LANES; k++) floats[k] = neighbours[2 * k], floats[LANES + k] = neighbours[2 * k + 1];
+    }
+}
+
+/* Row r of `rows`, x [in], becomes part of the operand. */
+INLINE void add_to_operand(struct operand to, int64_t r, int64_t rows, const float *x, int64_t in, int format) {
+    const int64_t xs = tile_rows(rows), piece = STEP * operand_bytes(format), whole = in / STEP;
+    char *p = to.numbers + r / xs * tile_bytes(rows, in, format) + r % xs * piece;
+    const float step = to.step[r] = narrow_step(x, in, format);
+    for (int64_t i = 0; i < whole; i++) step_of_operand(p + i * xs * piece, x + i * STEP, STEP, step, format);
+    if (in % STEP) step_of_operand(p + whole * xs * piece, x + whole * STEP, in % STEP, step, format);
+}
+
+/* sums[o][r] += STEP numbers of row r of x, all rows one after the other at `x`, times the weights at w + o * apart. Two
+   sums of each hide the latency where there are few. */
+INLINE void wide_step(vec sums[3][2][8], const int xs, const int ws, const char *x, const char *w, int64_t apart,
+                      const int format) {
+    const int other = xs * ws < 8;
+    vec first[3], second[3];
+#pragma GCC unroll 3
+    for (int o = 0; o < ws; o++) {
+        const char *p = w + o * apart;
+        if (format == BF16) {
+            uvec both;
+            memcpy(&both, p, sizeof both);
+            first[o] = (vec)(both << 16);
+            second[o] = (vec)(both & 0xffff0000u);
+        } else if (format == INT8) {
+            first[o] = widened(p);
+            second[o] = widened(p + LANES);
+        } else {
+            first[o] = load((const float *)p);
+            second[o] = load((const float *)p + LANES);
+        }
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < xs; r++) {
-        row[r] = x + (r < rows ? r : rows - 1) * in;
-#pragma GCC unroll 3
-        for (int o = 0; o < ws; o++) sums[r][o][0] = sums[r][o][1] = (vec){0};
-    }
-    for (; i + STEP <= in; i += STEP) {
-        vec first[3], second[3];
+        vec a = load((const float *)x + r * STEP), b = load((const float *)x + r * STEP + LANES);
 #pragma GCC unroll 3
         for (int o = 0; o < ws; o++) {
-            const char *p = w + o * step + i * size;
-            if (format == BF16) {
-                uvec both;
-                memcpy(&both, p, sizeof both);
-                first[o] = (vec)(both << 16);
-                second[o] = (vec)(both & 0xffff0000u);
-            } else if (format == INT8) {
-                first[o] = widened(p);
-                second[o] = widened(p + LANES);
-            } else {
-                first[o] = load((const float *)p);
-                second[o] = load((const float *)p + LANES);
-            }
-            if (fetch)
-                for (int line = 0; line < STEP * size; line += 64) __builtin_prefetch(p + ahead + line, 0, 2);
-        }
-#pragma GCC unroll 8
-        for (int r = 0; r < xs; r++) {
-            vec a = load(row[r] + i), b = load(row[r] + i + LANES);
-#pragma GCC unroll 3
-            for (int o = 0; o < ws; o++) {
-                sums[r][o][0] += a * first[o];
-                sums[r][o][pairs - 1] += b * second[o];
-            }
+            sums[o][0][r] += a * first[o];
+            sums[o][other][r] += b * second[o];
         }
     }
+}
+
+/* The same with numbers of 16 bits. */
+INLINE void narrow_products(nvec sums[3][8], const int xs, const int ws, const char *x, const char *w, int64_t apart,
+                            const int format) {
+    nvec weights[3];
+#pragma GCC unroll 3
+    for (int o = 0; o < ws; o++) weights[o] = narrow_weights(w + o * apart, format);
 #pragma GCC unroll 8
     for (int r = 0; r < xs; r++) {
-        if (r >= rows) break;
+        nvec a;
+        memcpy(&a, x + r * STEP * 2, sizeof a);
 #pragma GCC unroll 3
-        for (int o = 0; o < ws; o++) {
-            float sum = sum_lanes(pairs == 2 ? sums[r][o][0] + sums[r][o][1] : sums[r][o][0]);
-            if (i < in) sum += last_products(x + r * in, w + o * step, i, in, format);
-            y[r * y_stride + o * apart] = format == INT8 ? sum * scale[o * apart] : sum;
+        for (int o = 0; o < ws; o++) sums[o][r] = add_products(sums[o][r], a, weights[o], format);
+    }
+}
+
+/* Calls for a step of the weights that are read after these. */
+INLINE void fetch_weights(const int ws, const char *w, int64_t apart, const int format) {
+#pragma GCC unroll 3
+    for (int o = 0; o < ws; o++)
+        for (int line = 0; line < STEP * bytes_of(format); line += 64) __builtin_prefetch(w + o * apart + line, 0, 2);
+}
+
+/* The last weights of `ws` rows, fewer than STEP, with zeros after them: row o at to + o * MOST_BYTES. */
+enum { MOST_BYTES = STEP * 4 };
+static __attribute__((noinline)) void last_weights(char *to, int ws, const char *w, int64_t apart, int64_t bytes) {
+    memset(to, 0, 3 * MOST_BYTES);
+    for (int o = 0; o < ws; o++) memcpy(to + o * MOST_BYTES, w + o * apart, bytes);
+}
+
+/* Every lane's share of the products of a tile, totals[o][r]; `ahead` bytes after a weight is what to fetch. */
+INLINE void wide_tile(vec totals[3][8], const int xs, const int ws, const char *x, const char *w, int64_t in, int64_t apart,
+                      int64_t ahead, const int format, const int fetch) {
+    const int bytes = STEP * bytes_of(format);
+    vec sums[3][2][8];
+#pragma GCC unroll 3
+    for (int o = 0; o < ws; o++)
+#pragma GCC unroll 8
+        for (int r = 0; r < xs; r++) sums[o][0][r] = sums[o][1][r] = (vec){0};
+    for (const char *end = w + in / STEP * bytes; w < end; w += bytes, x += xs * STEP * 4) {
+        if (fetch) fetch_weights(ws, w + ahead, apart, format);
+        wide_step(sums, xs, ws, x, w, apart, format);
+    }
+    if (in % STEP) {
+        char last[3 * MOST_BYTES];
+        last_weights(last, ws, w, apart, in % STEP * bytes_of(format));
+        wide_step(sums, xs, ws, x, last, MOST_BYTES, format);
+    }
+#pragma GCC unroll 3
+    for (int o = 0; o < ws; o++)
+#pragma GCC unroll 8
+        for (int r = 0; r < xs; r++) totals[o][r] = sums[o][0][r] + sums[o][1][r];
+}
+
+INLINE void narrow_tile(vec totals[3][8], const int xs, const int ws, const char *x, const char *w, int64_t in, int64_t apart,
+                        int64_t ahead, const int format, const int fetch) {
+    const int bytes = STEP * bytes_of(format);
+    const int64_t exact = (EXACT_PAIRS - 1) * (int64_t)bytes; /* and the last step */
+    const char *const end = w + in / STEP * bytes;
+    for (int first = 1; first || w < end; first = 0) {
+        const char *stop = format == INT8 && end - w > exact ? w + exact : end;
+        nvec sums[3][8];
+#pragma GCC unroll 3
+        for (int o = 0; o < ws; o++)
+#pragma GCC unroll 8
+            for (int r = 0; r < xs; r++) sums[o][r] = (nvec){0};
+        for (; w < stop; w += bytes, x += xs * STEP * 2) {
+            if (fetch) fetch_weights(ws, w + ahead, apart, format);
+            narrow_products(sums, xs, ws, x, w, apart, format);
         }
+        if (w == end && in % STEP) {
+            char last[3 * MOST_BYTES];
+            last_weights(last, ws, w, apart, in % STEP * bytes_of(format));
+            narrow_products(sums, xs, ws, x, last, MOST_BYTES, format);
+        }
+#pragma GCC unroll 3
+        for (int o = 0; o < ws; o++)
+#pragma GCC unroll 8
+            for (int r = 0; r < xs; r++) {
+                vec sum = (vec)sums_as_floats(sums[o][r], format);
+                totals[o][r] = first ? sum : totals[o][r] + sum;
+            }
+    }
+}
+
+/* y[r * y_stride + o * apart] for the first of `rows` rows of x, a tile, by `ws` rows of w, `apart` rows from one to the next. xs, ws,
+   format and fetch are constants at every call; rows between `rows` and xs are not stored. */
+INLINE void tile(const int xs, const int ws, const char *x, const float *step, int64_t rows, const char *w,
+                 const float *scale, float *y, int64_t in, int64_t y_stride, int64_t apart, const int format,
+                 const int fetch) {
+    const int64_t row_bytes = in * bytes_of(format);
+    vec totals[3][8];
+    if (NARROW(format))
+        narrow_tile(totals, xs, ws, x, w, in, apart * row_bytes, 3 * row_bytes, format, fetch);
+    else
+        wide_tile(totals, xs, ws, x, w, in, apart * row_bytes, 3 * row_bytes, format, fetch);
+#pragma GCC unroll 3
+    for (int o = 0; o < ws; o++) {
+        vec sums = sums_of(totals[o], xs);
+        if (format == INT8) sums *= scale[o * apart];
+#pragma GCC unroll 8
+        for (int r = 0; r < xs; r++)
+            if (r < rows) {
+                float sum = sums[r * (LANES / xs)];
+                y[r * y_stride + o * apart] = format == INT8 && NARROW(INT8) ? sum * step[r] : sum;
+            }
     }
 }
 
 /* All rows of x by `ws` rows of w. The first tile fetches the weights that follow, while it reads these; with one row of x
    the processor's own prefetcher does it better. */
-INLINE void block(const int ws, const float *x, int64_t rows, int64_t in, const char *w, const float *scale, float *y,
+INLINE void block(const int ws, struct operand x, int64_t rows, int64_t in, const char *w, const float *scale, float *y,
                   int64_t y_stride, int64_t apart, const int format) {
     if (rows == 1) {
-        tile(1, ws, x, 1, w, scale, y, in, y_stride, apart, format, 0);
+        tile(1, ws, x.numbers, x.step, 1, w, scale, y, in, y_stride, apart, format, 0);
     } else if (rows == 2) {
-        tile(2, ws, x, 2, w, scale, y, in, y_stride, apart, format, 1);
+        tile(2, ws, x.numbers, x.step, 2, w, scale, y, in, y_stride, apart, format, 1);
     } else if (rows <= 4) {
-        tile(4, ws, x, rows, w, scale, y, in, y_stride, apart, format, 1);
+        tile(4, ws, x.numbers, x.step, rows, w, scale, y, in, y_stride, apart, format, 1);
     } else {
-        tile(MOST_XS, ws, x, rows, w, scale, y, in, y_stride, apart, format, 1);
+        const int64_t bytes = tile_bytes(rows, in, format);
+        tile(MOST_XS, ws, x.numbers, x.step, rows, w, scale, y, in, y_stride, apart, format, 1);
         for (int64_t r = MOST_XS; r < rows; r += MOST_XS)
-            tile(MOST_XS, ws, x + r * in, rows - r, w, scale, y + r * y_stride, in, y_stride, apart, format, 0);
+            tile(MOST_XS, ws, x.numbers + r / MOST_XS * bytes, x.step + r, rows - r, w, scale, y + r * y_stride, in,
+                 y_stride, apart, format, 0);
     }
 }
 
 /* Rows [o, last) of one weight matrix, read in three streams: with one the two cores of a Zen 4 got 46 GB/s of fp32, 55 of
    bf16 and 37 of int8, with three far apart 63, 62 and 46; three neighbouring rows, which share pages, gave 24, 18 and 12. */
-INLINE void some_rows(const float *x, int64_t rows, int64_t in, const char *w, const float *scale, float *y, int64_t out,
+INLINE void some_rows(struct operand x, int64_t rows, int64_t in, const char *w, const float *scale, float *y, int64_t out,
                       int64_t o, int64_t last, const int format) {
     const int64_t row_bytes = in * bytes_of(format), apart = (last - o) / 3;
     if (format != INT8) scale = y; /* not looked at; never NULL + o */
     for (int64_t end = o + apart; o < end; o++)
         block(3, x, rows, in, w + o * row_bytes, scale + o, y + o, out, apart, format);
     for (o += 2 * apart; o < last; o++) block(1, x, rows, in, w + o * row_bytes, scale + o, y + o, out, 1, format);
-}
-
-INLINE void even_then_odd(const float *x, float *sorted, int64_t rows, int64_t in) {
-    for (int64_t r = 0; r < rows; r++, x += in, sorted += in) {
-        int64_t i = 0;
-        for (; i + STEP <= in; i += STEP)
-            for (int k = 0; k < LANES; k++) {
-                sorted[i + k] = x[i + 2 * k];
-                sorted[i + LANES + k] = x[i + 2 * k + 1];
-            }
-        for (; i < in; i++) sorted[i] = x[i];
-    }
 }
 
 /* One weight matrix [out, in], the scales [out] of int8 weights, and where its products go: y[r * out + o]. */
@@ -187,10 +307,10 @@ struct product {
     float *y;
 };
 
-/* This thread's share of all products of the list with the same x [rows, in], even_then_odd for bf16. The rows of all
+/* This thread's share of all products of the list with the same x [rows, in]. The rows of all
    matrices are one list, of which each thread takes a run: 34 GB/s for matrices of 3 MB, where slices of 64 KiB taken
    as threads come free gave 29, and of 256 KiB 32. Called by every thread of a parallel region; ends in a barrier. */
-INLINE void multiply(const struct product *list, int64_t count, const float *x, int64_t rows, int64_t in, int format) {
+INLINE void multiply(const struct product *list, int64_t count, struct operand x, int64_t rows, int64_t in, int format) {
     int64_t total = 0, before = 0, thread = omp_get_thread_num(), threads = omp_get_num_threads();
     for (int64_t m = 0; m < count; m++) total += list[m].out;
     int64_t low = total * thread / threads, high = total * (thread + 1) / threads;

@@ -46,7 +46,7 @@ class Linear(nn.Linear):
         return self.weight if self.scale is None else self.weight * self.scale[:, None]
 
     def quantize(self) -> None:
-        """Keep the weight in int8 with an fp32 scale for each row, for inference. Activations are never rounded.
+        """Keep the weight in int8 with an fp32 scale for each row, for inference. Activations keep 16 bits or more.
 
         Row o of the weight w becomes round(127 w / max|w|) with the scale max|w| / 127: no entry moves by more than half
         a scale.

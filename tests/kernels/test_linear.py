@@ -6,7 +6,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmcore.errors import HardwareError
 from mmcore.kernels.linear import cpu, linear, reference
+from mmcore.kernels.thin_linear import thin_linear
 from tests.helpers.forms import CPU, needs_compiler
+from tests.helpers.narrow import product_error
 from tests.helpers.poison import poisoned_memory  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -77,19 +79,25 @@ def test_strides_leading_axes_and_emptiness(form):
 
 @needs_compiler
 @pytest.mark.parametrize("rows", [1, 17, 100, 400])
-def test_narrow_weights_without_gradients(rows):
-    x = torch.randn(rows, 530)
-    halves = [torch.randn(out, 530).bfloat16() for out in (40, 7)]
-    bytes_ = [torch.randint(-127, 128, (out, 530)).to(torch.int8) for out in (40, 7)]
-    scales = [torch.rand(out) + 0.1 for out in (40, 7)]
+@pytest.mark.parametrize("inside", [1, 37, 530, 1100])
+def test_narrow_weights_without_gradients(rows, inside):
+    x, outs = torch.randn(rows, inside), (40, 7)
+    halves = [torch.randn(out, inside).bfloat16() for out in outs]
+    bytes_ = [torch.randint(-128, 128, (out, inside)).to(torch.int8) for out in outs]
+    scales = [torch.rand(out) + 0.1 for out in outs]
     with torch.no_grad():
-        for got, weights in (
-            (linear(x, halves, implementation="cpu"), [w.double() for w in halves]),
-            (linear(x, bytes_, scales, implementation="cpu"),
-             [w.double() * s.double()[:, None] for w, s in zip(bytes_, scales, strict=True)]),
-        ):  # fmt: skip
-            for y, weight in zip(got, weights, strict=True):
-                assert error(y, x.double() @ weight.T, x.double().abs() @ weight.abs().T) < 1e-6
+        for y, weight in zip(linear(x, halves, implementation="cpu"), halves, strict=True):
+            assert product_error(y, x, weight) < 1e-6
+        for y, weight, scale in zip(linear(x, bytes_, scales, implementation="cpu"), bytes_, scales, strict=True):
+            assert product_error(y, x, weight, scale) < 1e-6
+
+
+@needs_compiler
+def test_few_and_many_rows_of_int8_are_rounded_alike():
+    """A conversation's numbers must not depend on how many tokens are read at once."""
+    x, weight, scale = torch.randn(40, 530), torch.randint(-127, 128, (64, 530)).to(torch.int8), torch.rand(64)
+    (many,) = linear(x, [weight], [scale], implementation="cpu")
+    torch.testing.assert_close(thin_linear(x[:9], weight, scale), many[:9], rtol=1e-6, atol=1e-4)
 
 
 @needs_compiler

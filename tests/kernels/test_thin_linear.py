@@ -6,6 +6,7 @@ import torch
 from mmcore.errors import HardwareError
 from mmcore.kernels import native
 from mmcore.kernels.thin_linear import MOST_ROWS, thin_linear
+from tests.helpers.narrow import exact_weight, product_error
 
 needs_compiler = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
 IMPLEMENTATIONS = ["auto", "blocked", "reference", pytest.param("cpu", marks=needs_compiler)]
@@ -30,15 +31,6 @@ def random_weight(out, width, dtype):
     return torch.randn(out, width).to(dtype), None
 
 
-def error(got, x, weight, scale=None):
-    """The largest error over the scale of rounding: |x| |w| summed in fp32."""
-    exact = weight.double() if scale is None else weight.double() * scale.double()[:, None]
-    expected = x.double() @ exact.T
-    rounding = x.double().abs() @ exact.abs().T
-    assert got.shape == expected.shape and got.dtype == torch.float32 and got.is_contiguous()
-    return float(((got.double() - expected).abs() / rounding.clamp(min=1e-30)).max())
-
-
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [1, 7, 16, 33, 512, 1536, 1543])
@@ -46,7 +38,7 @@ def test_every_number_of_rows(implementation, dtype, width):
     for rows in range(1, MOST_ROWS + 1):
         for out in (1, 2, 3, 5, 50):
             x, (weight, scale) = torch.randn(rows, width), random_weight(out, width, dtype)
-            assert error(thin_linear(x, weight, scale, implementation=implementation), x, weight, scale) < 1e-6
+            assert product_error(thin_linear(x, weight, scale, implementation=implementation), x, weight, scale) < 1e-6
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -59,7 +51,7 @@ def test_every_number_of_threads(implementation, dtype, threads):
     try:
         for lead in ((1,), (1, 1), (3, 1), (2, 4), ()):
             x, (weight, scale) = torch.randn(*lead, 512), random_weight(701, 512, dtype)
-            assert error(thin_linear(x, weight, scale, implementation=implementation), x, weight, scale) < 1e-6
+            assert product_error(thin_linear(x, weight, scale, implementation=implementation), x, weight, scale) < 1e-6
     finally:
         torch.set_num_threads(before)
 
@@ -71,6 +63,44 @@ def test_nan_and_infinity_pass_through_where_they_belong(implementation):
         weight[4, 36], weight[7, 3], x[1, 5] = float("inf"), float("nan"), float("nan")
         finite = thin_linear(x, weight, implementation=implementation).isfinite()
         assert finite[0].tolist() == [o not in (4, 7) for o in range(9)] and not finite[1].any()
+    for bad in (float("nan"), float("inf")):
+        x, (weight, scale) = torch.randn(2, 37), random_weight(9, 37, torch.int8)
+        x[1, 5] = bad
+        finite = thin_linear(x, weight.clamp(min=1), scale, implementation=implementation).isfinite()
+        assert finite[0].all() and not finite[1].any()
+
+
+@needs_compiler
+@pytest.mark.parametrize("width", [512, 9000, 40_000])
+def test_int8_sums_do_not_overflow(width):
+    """All products at their largest and of one sign: 32 bits hold no more than 8,192 of them in a lane's 512."""
+    x, weight, scale = torch.full((3, width), 5.0), torch.full((4, width), -128).to(torch.int8), torch.ones(4)
+    torch.testing.assert_close(thin_linear(x, weight, scale, implementation="cpu"), torch.full((3, 4), -640.0 * width))
+
+
+@needs_compiler
+def test_rounding_x_costs_int8_little():
+    """Also with a number a thousand times as large as the rest: next to int8's own error, 0.5 / 127 of a row's largest."""
+    x, weight = torch.randn(8, 4096), torch.randn(64, 4096)
+    x[:, 7] *= 1000
+    scale = weight.abs().amax(1) / 127
+    whole = (weight / scale[:, None]).round()
+    exact = x.double() @ exact_weight(whole, scale).T
+    by_x = (thin_linear(x, whole.to(torch.int8), scale, implementation="cpu").double() - exact).norm()
+    by_weights = (exact - x.double() @ weight.double().T).norm()
+    assert by_x < 0.2 * by_weights
+
+
+@needs_compiler
+def test_numbers_below_the_normal_ones_and_zeros():
+    weight, scale = random_weight(5, 40, torch.int8)
+    for x in (torch.zeros(2, 40), torch.full((2, 40), 1e-40)):
+        assert thin_linear(x, weight, scale, implementation="cpu").abs().max() < 1e-35
+    small = torch.randn(2, 40) * 1e-30
+    torch.testing.assert_close(
+        thin_linear(small, weight, scale, implementation="cpu").double(), small.double() @ exact_weight(weight, scale).T,
+        rtol=1e-2, atol=1e-31,
+    )  # fmt: skip
 
 
 def test_more_rows_other_dtypes_and_strides_are_right_too():
@@ -84,7 +114,8 @@ def test_more_rows_other_dtypes_and_strides_are_right_too():
         (torch.randn(0, 24), torch.randn(10, 24)),
         (torch.randn(3, 24), torch.randn(0, 24)),
     ):
-        expected = x.double() @ weight.double().T
+        met = x.bfloat16() if weight.dtype is torch.bfloat16 and len(x) == 0 else x
+        expected = met.double() @ weight.double().T
         torch.testing.assert_close(thin_linear(x, weight).double(), expected, rtol=1e-4, atol=1e-4)
     assert thin_linear(torch.randn(2, 8, dtype=torch.float64), torch.randn(3, 8)).dtype == torch.float64
 
@@ -116,6 +147,6 @@ def test_weights_may_change_place_and_value_between_calls():
     layer, x = torch.nn.Linear(24, 10, bias=False), torch.randn(1, 24)
     thin_linear(x, layer.weight)
     layer.weight.mul_(2)
-    assert error(thin_linear(x, layer.weight), x, layer.weight) < 1e-6
+    assert product_error(thin_linear(x, layer.weight), x, layer.weight) < 1e-6
     layer.to(torch.bfloat16)
-    assert error(thin_linear(x, layer.weight), x, layer.weight) < 1e-6
+    assert product_error(thin_linear(x, layer.weight), x, layer.weight) < 1e-6

@@ -5,6 +5,7 @@ import torch
 
 from mmcore.model.mosaic import MosaicBlock
 from tests.helpers.models import random_tokens, tiny
+from tests.helpers.narrow import round_in_library, rounds_here
 
 TYPES = ["memory_mosaics_v2", "llama", "long_short_transformer"]
 
@@ -118,6 +119,16 @@ def in_format(dtype, **sizes):
     return model, exact.double()
 
 
+FAR = {torch.float32: 2e-4, torch.bfloat16: 2e-2, torch.int8: 2e-3}
+"""How far logits may be from the equations', over the largest. Where x is rounded to meet narrow weights, a number that lies
+between two steps may fall to either side, and all later tokens read what became of it: up to 9e-3 was seen in bf16, 8e-4
+in int8. tests/kernels/test_processors.py holds the forms that round nothing to 2e-4."""
+
+
+def far(dtype):
+    return FAR[dtype] if rounds_here(dtype) else FAR[torch.float32]
+
+
 @pytest.fixture
 def exact_pairs(monkeypatch):
     """Pairs are kept as they were computed, whatever the weights' format."""
@@ -135,7 +146,7 @@ def test_pairs_are_kept_in_fp16_where_weights_are_narrow(dtype):
     assert state.whole_step
     for memory in (*state.memories.values(), *layers.memories.values()):
         assert memory.store.keys.dtype == memory.store.values.dtype == torch.float16
-    assert torch.allclose(got, want, atol=2e-3)  # a rounding here and there falls to the other side
+    assert (got - want).abs().max() < max(far(dtype), 5e-4) * want.abs().max()  # fp16 falls to the other side, too
     saved = state.tensors()
     again = model.new_state(2)
     again.load(saved)
@@ -155,9 +166,10 @@ def test_values_too_large_for_fp16_are_kept_as_they_are():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("sizes", ODD_SIZES)
 @pytest.mark.usefixtures("exact_pairs")
-def test_the_compiled_step_equals_the_equations(threads, dtype, sizes):
+def test_the_compiled_step_equals_the_equations(monkeypatch, threads, dtype, sizes):
     """Few rows, one token at a time, past the window and the delay, against the float64 reference over the whole."""
     model, exact = in_format(dtype, **sizes)
+    round_in_library(monkeypatch, dtype)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -168,16 +180,17 @@ def test_the_compiled_step_equals_the_equations(threads, dtype, sizes):
             assert state.whole_step, "the compiled step was not taken"
             with torch.no_grad():
                 whole = exact(tokens)
-            assert (got.double() - whole).abs().max() < 2e-4 * whole.abs().max()
+            assert (got.double() - whole).abs().max() < far(dtype) * whole.abs().max()
     finally:
         torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 @pytest.mark.usefixtures("exact_pairs")
-def test_the_compiled_step_knows_where_padded_rows_begin(dtype):
+def test_the_compiled_step_knows_where_padded_rows_begin(monkeypatch, dtype):
     """Rows that begin at every place before, at and after the first piece; the shortest begins within the steps."""
     model, exact = in_format(dtype)
+    round_in_library(monkeypatch, dtype)
     lengths = [60, 58, 33, 57, 10]
     padding = torch.tensor([60 - n for n in lengths])
     tokens = random_tokens(5, 60)
@@ -187,7 +200,7 @@ def test_the_compiled_step_knows_where_padded_rows_begin(dtype):
     for row, pad in enumerate(padding.tolist()):
         with torch.no_grad():
             alone = exact(tokens[row : row + 1, pad:])[0]
-        assert (got[row, pad:].double() - alone).abs().max() < 2e-4 * alone.abs().max(), f"row {row}"
+        assert (got[row, pad:].double() - alone).abs().max() < far(dtype) * alone.abs().max(), f"row {row}"
 
 
 def test_int8_weights_lose_little(tokens=40):
@@ -228,4 +241,4 @@ def test_int8_of_tied_weights_leaves_the_embedding_alone():
     model.quantize()
     assert torch.equal(model.model.embed_tokens.weight, embedding) and model.lm_head.weight.dtype == torch.int8
     with torch.no_grad():
-        assert torch.allclose(feed(model, model.new_state(1), text, [4] + [1] * 8), model(text), atol=3e-5)
+        assert torch.allclose(feed(model, model.new_state(1), text, [4] + [1] * 8), model(text), atol=1e-3)

@@ -1,8 +1,8 @@
 /* The gated scan in one pass over memory each way. B batch, T time, H heads, D head size.
 
    u_t = w_t k~_t + d_t u_{t-1} is held in cache; w = exp(log_gate_t - M_t) and d = exp(log_decay_t + M_{t-1} - M_t) are
-   at most 1, and one of them is 1. What is kept for the backward pass beside the keys is (w, d, ||u||), 3 numbers a
-   head and step. Work is divided over (batch row, group of heads); a group is walked step by step, because rows of
+   at most 1, and one of them is 1. What is kept for the backward pass beside the keys is the other one, with a sign that
+   tells which, and ||u||: 2 numbers a head and step. Work is divided over (batch row, group of heads); a group is walked step by step, because rows of
    neighbouring heads lie side by side in memory. */
 #include <math.h>
 #include <stdbool.h>
@@ -71,11 +71,10 @@ INLINE void forward_group(Sequence raw, Sequence gates, Sequence decays, const u
         for (ptrdiff_t h = 0; h < count; h++)
             norm[h] = advance(vector + h * D, key + h * D, x + h * D, w[h], d[h], D);
         if (kept) {
-            float *k = kept + (b * s.T + t) * 3 * s.H + first;
+            float *k = kept + (b * s.T + t) * 2 * s.H + first;
             for (ptrdiff_t h = 0; h < count; h++) {
-                k[h] = w[h];
-                k[s.H + h] = d[h];
-                k[2 * s.H + h] = norm[h];
+                k[h] = w[h] == 1.0f ? d[h] : -w[h];
+                k[s.H + h] = norm[h];
             }
         }
     }
@@ -115,16 +114,16 @@ INLINE void backward_group(Sequence grad_keys, const float *keys, const float *k
         d_next[h] = grad_next[h] = 0.0f;
     for (ptrdiff_t t = s.T - 1; t >= 0; t--) {
         ptrdiff_t head = (b * s.T + t) * s.H + first;
-        const float *k = kept + (b * s.T + t) * 3 * s.H + first;
+        const float *k = kept + (b * s.T + t) * 2 * s.H + first;
         const float *grad_key = grad_keys.data + b * grad_keys.row + t * grad_keys.step + first * D;
         /* Heads backwards too: memory is then walked in one direction, which the prefetcher follows (5.7 instead of
            11 ms of processor time at B=4 T=4096 H=8 D=64; asking for the rows ahead by hand did not help). */
         for (ptrdiff_t h = count - 1; h >= 0; h--) {
             /* u_{t-1} = ||u_{t-1}|| k_{t-1}; before the first step it is the state the scan started from. */
             const float *before = t ? keys + (head - s.H + h) * D : vector + h * D;
-            float d = k[s.H + h], length = t ? k[h - s.H] : 1.0f;
+            float w = signbit(k[h]) ? -k[h] : 1.0f, d = signbit(k[h]) ? 1.0f : k[h], length = t ? k[h - s.H] : 1.0f;
             float onward = retreat(du + h * D, grad_raw + (head + h) * D, grad_key + h * D, keys + (head + h) * D,
-                                   before, k[h], d_next[h], k[2 * s.H + h], D);
+                                   before, w, d_next[h], k[s.H + h], D);
             float grad_decay = d == 0.0f ? 0.0f : d * length * onward;
             grad_decays[head + h] = grad_decay;
             /* Keys do not feel the length of u_t, so what reaches it through k_t cancels: <du_t, u_t> is the
@@ -161,7 +160,7 @@ typedef struct {
     const unsigned char *resets;            /* [B, T], or NULL for none */
     const float *old_vector, *old_log_scale; /* [B, H, D] and [B, H], the state to start from; or both NULL */
     float *keys;                            /* [B, T, H, D] */
-    float *kept;                            /* [B, T, 3, H], or NULL where no gradient is wanted */
+    float *kept;                            /* [B, T, 2, H], or NULL where no gradient is wanted */
     float *vector, *log_scale;              /* [B, H, D] and [B, H], the last state */
     ptrdiff_t B, T, H, D, raw_row, raw_step, gate_row, gate_step, decay_row, decay_step, threads;
 } Forward;

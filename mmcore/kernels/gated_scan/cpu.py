@@ -49,7 +49,7 @@ def gated_scan(
 
 def _run(raw, gates, decays, resets, vector, log_scale):
     batch, time, heads, _ = raw.shape
-    kept = torch.empty(batch, time, 3, heads)
+    kept = torch.empty(batch, time, 2, heads)
     return *_forward(raw, gates, decays, resets, vector, log_scale, kept), kept
 
 
@@ -57,7 +57,7 @@ def _fake(raw, gates, decays, resets, vector, log_scale):
     batch, time, heads, size = raw.shape
     return (
         raw.new_empty(raw.shape), raw.new_empty(batch, heads, size), raw.new_empty(batch, heads),
-        raw.new_empty(batch, time, 3, heads),
+        raw.new_empty(batch, time, 2, heads),
     )  # fmt: skip
 
 

@@ -19,9 +19,9 @@ def linear(
     """y_i = x W_i^T for every W_i: x [..., in], weights [out_i, in]; returns [..., out_i] in the order of the weights.
 
     fp32 x on a CPU takes compiled products, which read x once for all matrices and sum its gradient over them. Weights
-    may there be bf16, or int8 with `scales` fp32 [out_i] of their rows, for inference: they are widened, never rounded
-    further. Under autocast, for other dtypes and on other devices each product is the library's, in x's dtype where the
-    weights' is another. Gradients flow to x and to fp32 weights.
+    may there be bf16, or int8 with `scales` fp32 [out_i] of their rows, for inference: x is then rounded to meet them, as
+    in `thin_linear`. Under autocast, for other dtypes and on other devices each product is the library's, in x's dtype
+    where the weights' is another. Gradients flow to x and to fp32 weights.
 
     Raises ValueError for shapes that do not fit, HardwareError where implementation="cpu" is given what it cannot compute.
     """

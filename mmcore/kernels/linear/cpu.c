@@ -1,4 +1,4 @@
-/* Products of x with several weight matrices in fp32: Y_i = X W_i^T, dX = sum of dY_i W_i, dW_i = dY_i^T X.
+/* Products of x with several weight matrices: Y_i = X W_i^T, dX = sum of dY_i W_i, dW_i = dY_i^T X. Sums are fp32.
 
 In the middle is a block of BLOCK_ROWS x 2 vectors of the result: with AVX-512 28 registers gather sums, 2 hold what comes
 from B and 1 the number of A that meets it. Both operands are copied first into the order in which the block reads them:
@@ -8,12 +8,16 @@ deep rows. A block alone reached 102 GFLOP/s on a Zen 4 core where the library's
 The matrices of a list count as one, with its outputs side by side: four heads' gates fill no panel of their own, X is
 copied once for all, and no sum of dX over the matrices is left to others.
 
+bf16 and int8 weights, which have no gradients, meet X in 16 bits where the processor can (narrow_products.h): a word of a
+panel or a tile then holds two numbers, and everything else stays as it is.
+
 Every sum has an order of its own that depends on the shapes alone: neither timing nor the number of threads shows. */
 
 #include <omp.h>
 #include <stdint.h>
 
 #include "memory_read_tiles.h"
+#include "narrow_products.h"
 #include "weight_formats.h"
 
 #if LANES == 16
@@ -25,7 +29,7 @@ Every sum has an order of its own that depends on the shapes alone: neither timi
 #endif
 #define COLUMNS (2 * LANES)
 #define PANEL_FLOATS (DEPTH * COLUMNS)
-#define DEPTH 512
+#define DEPTH 512 /* of numbers; in 16 bits a lane can add no more of them (EXACT_PAIRS) */
 #define PANELS 8
 #define BACK_DEPTH 256 /* rows of X that meet in a round of dW, with twice as many panels */
 #define GROUP 16       /* tiles of A that a thread packs at once there: dY is read in runs */
@@ -33,6 +37,7 @@ Every sum has an order of its own that depends on the shapes alone: neither timi
 #define EVEN_TILES 8          /* for each thread: with fewer, one more or less would leave another waiting */
 
 typedef int64_t whole;
+typedef int loose_int __attribute__((may_alias));
 static whole least(whole a, whole b) { return a < b ? a : b; }
 static whole parts_of(whole n, whole size) { return (n + size - 1) / size; }
 
@@ -45,15 +50,20 @@ struct matrix {
     whole out, y_row;
 };
 
-/* A list of matrices, and X [rows, in]. Threads share `panels`, and each has a `tile` of its own. */
+/* A list of matrices, and X [rows, in]; `narrow` is X in 16 bits, words_of(in) words a row, and `steps` what each row is
+   counted in, where the weights meet it so. Threads share `panels`, and each has a `tile` of its own. */
 struct call {
     const struct matrix *list;
     const float *x;
+    float *narrow, *steps;
     float *dx;
     whole count, total, rows, in, x_row;
     int format;
     float *panels, *tiles;
 };
+
+/* Words that `n` numbers fill, two in each. */
+static whole words_of(whole n) { return (n + 1) / 2; }
 
 /* The matrix that holds output `n` of all, and the number that it has there. */
 static const struct matrix *holder(const struct call *c, whole *n) {
@@ -111,6 +121,75 @@ INLINE void few_rows(float *c, whole c_row, const int rows, int add, whole depth
 BLOCK(block_by_row, TILE_ROW, 1)
 BLOCK(block_by_depth, 1, TILE_STEP)
 
+/* The same where tile and panel hold words of two numbers: int8's sums count in the rows' steps and the columns' scales,
+   which stand behind the panel. */
+INLINE void few_narrow_rows(float *c, whole c_row, const int rows, int add, whole words, const float *a,
+                            const float *panel, const float *steps, const int format) {
+    nvec acc[2 * 14];
+    const float *scales = panel + DEPTH / 2 * COLUMNS;
+    const loose_int *two = (const loose_int *)a; /* as floats, words that look like signalling NaNs would change */
+#pragma GCC unroll 28
+    for (int i = 0; i < 2 * rows; i++) acc[i] = (nvec){0};
+    for (whole k = 0; k < words; k++, two++, panel += COLUMNS) {
+        nvec first = (nvec)load(panel), second = (nvec)load(panel + LANES);
+        IN_REGISTER(first);
+        IN_REGISTER(second);
+        for (int i = 0; i < COLUMNS; i += 16) __builtin_prefetch(panel + 16 * COLUMNS + i);
+#pragma GCC unroll 14
+        for (int r = 0; r < rows; r++) {
+            nvec both = (nvec){0} + two[r * TILE_ROW];
+            acc[2 * r] = add_products(acc[2 * r], both, first, format);
+            acc[2 * r + 1] = add_products(acc[2 * r + 1], both, second, format);
+        }
+    }
+#pragma GCC unroll 14
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++) {
+            float *to = c + r * c_row + half * LANES;
+            vec sum = sums_as_floats(acc[2 * r + half], format);
+            if (format == INT8) sum *= steps[r] * load(scales + half * LANES);
+            store(to, add ? sum + load(to) : sum);
+        }
+}
+
+#define NARROW_BLOCK(name, format)                                                                                     \
+    NOINLINE static void name(float *c, whole c_row, whole rows, int add, whole words, const float *a,                 \
+                              const float *panel, const float *steps) {                                                \
+        if (rows == BLOCK_ROWS) {                                                                                      \
+            few_narrow_rows(c, c_row, BLOCK_ROWS, add, words, a, panel, steps, format);                                \
+            return;                                                                                                    \
+        }                                                                                                              \
+        for (; rows >= 4; rows -= 4, c += 4 * c_row, a += 4 * TILE_ROW, steps += 4)                                    \
+            few_narrow_rows(c, c_row, 4, add, words, a, panel, steps, format);                                         \
+        for (; rows > 0; rows--, c += c_row, a += TILE_ROW, steps++)                                                   \
+            few_narrow_rows(c, c_row, 1, add, words, a, panel, steps, format);                                         \
+    }
+#if NARROW_BF16
+NARROW_BLOCK(bf16_block, BF16)
+#endif
+#if NARROW_INT8
+NARROW_BLOCK(int8_block, INT8)
+#endif
+
+/* c [rows, COLUMNS] = (add ? c : 0) + rows of X from `row` on, in `tile`, times the panel. */
+static void product_block(const struct call *call, float *c, whole c_row, whole row, whole rows, int add, whole depth,
+                          const float *tile, const float *panel) {
+#if NARROW_BF16
+    if (call->format == BF16) {
+        bf16_block(c, c_row, rows, add, words_of(depth), tile, panel, call->steps + row);
+        return;
+    }
+#endif
+#if NARROW_INT8
+    if (call->format == INT8) {
+        int8_block(c, c_row, rows, add, words_of(depth), tile, panel, call->steps + row);
+        return;
+    }
+#endif
+    block_by_row(c, c_row, rows, add, depth, tile, panel);
+}
+
 /* panel[k][COLUMNS] from `count` rows of x, which are its columns; zeros beyond. */
 static void pack_turned(float *panel, const float *const *x, whole count, whole depth) {
     for (whole i = 0; i < COLUMNS; i += LANES)
@@ -153,12 +232,12 @@ static void forward_block(const struct call *c, whole row, whole rows, whole n, 
     whole at = n, count = least(COLUMNS, c->total - n);
     const struct matrix *m = holder(c, &at);
     if (at + COLUMNS <= m->out) {
-        block_by_row(m->y + row * m->y_row + at, m->y_row, rows, add, depth, tile, panel);
+        product_block(c, m->y + row * m->y_row + at, m->y_row, row, rows, add, depth, tile, panel);
         return;
     }
     float mixed[BLOCK_ROWS * COLUMNS];
     if (add) fetch_back(c, mixed, row, rows, n, count);
-    block_by_row(mixed, COLUMNS, rows, add, depth, tile, panel);
+    product_block(c, mixed, COLUMNS, row, rows, add, depth, tile, panel);
     scatter(c, mixed, row, rows, n, count);
 }
 
@@ -168,21 +247,42 @@ static void my_tiles(whole rows, whole *first, whole *end) {
     *first = tiles * thread / threads, *end = tiles * (thread + 1) / threads;
 }
 
-/* Outputs [n, n + COLUMNS) of all, steps [k, k + depth), as a panel. */
+/* Numbers [0, depth) of a row of weights, as a tile would hold them: fp32, or 16 bits with a zero that fills the last word. */
+static void unpack_weights(float *to, const char *w, float scale, whole depth, int format) {
+    uint16_t *halves = (uint16_t *)to;
+    if (!NARROW(format)) {
+        widen(to, w, depth, format);
+        for (whole j = 0; format == INT8 && j < depth; j++) to[j] *= scale;
+        return;
+    }
+    halves[2 * words_of(depth) - 1] = 0;
+    if (format == BF16) memcpy(halves, w, depth * sizeof *halves);
+    for (whole j = 0; format == INT8 && j < depth; j++) halves[j] = (uint16_t)(int16_t)((const int8_t *)w)[j];
+}
+
+/* Outputs [n, n + COLUMNS) of all, numbers [k, k + depth), as a panel. */
 static void pack_weights(const struct call *c, float *panel, whole n, whole k, whole depth) {
     const float *rows[COLUMNS];
-    float wide[COLUMNS * TILE_ROW];
+    float unpacked[COLUMNS * TILE_ROW], *scales = panel + DEPTH / 2 * COLUMNS;
     whole count = least(COLUMNS, c->total - n);
     for (whole i = 0; i < count; i++) {
         whole at = n + i;
         const struct matrix *m = holder(c, &at);
         const char *w = m->weight + (at * c->in + k) * bytes_of(c->format);
-        rows[i] = c->format == FP32 ? (const float *)w : wide + i * TILE_ROW;
-        if (c->format == FP32) continue;
-        widen(wide + i * TILE_ROW, w, depth, c->format);
-        if (m->scale) for (whole j = 0; j < depth; j++) wide[i * TILE_ROW + j] *= m->scale[at];
+        float scale = m->scale ? m->scale[at] : 1;
+        rows[i] = c->format == FP32 ? (const float *)w : unpacked + i * TILE_ROW;
+        if (c->format != FP32) unpack_weights(unpacked + i * TILE_ROW, w, scale, depth, c->format);
+        if (NARROW(c->format)) scales[i] = scale;
     }
-    pack_turned(panel, rows, count, depth);
+    pack_turned(panel, rows, count, NARROW(c->format) ? words_of(depth) : depth);
+}
+
+/* Rows of X, numbers [k, k + depth), as a tile. */
+static void pack_rows_of_x(const struct call *c, float *tile, whole row, whole rows, whole k, whole depth) {
+    int narrow = NARROW(c->format);
+    const float *x = narrow ? c->narrow + row * words_of(c->in) + k / 2 : c->x + row * c->x_row + k;
+    whole x_row = narrow ? words_of(c->in) : c->x_row, words = narrow ? words_of(depth) : depth;
+    for (whole r = 0; r < rows; r++) memcpy(tile + r * TILE_ROW, x + r * x_row, words * sizeof *tile);
 }
 
 /* Tiles of rows [first, end) meet `held` panels, outputs from n on. */
@@ -190,7 +290,7 @@ static void forward_round(const struct call *c, whole first, whole end, whole n,
                           const float *panels, float *tile) {
     for (whole t = first; t < end; t++) {
         whole row = t * BLOCK_ROWS, rows = least(BLOCK_ROWS, c->rows - row);
-        for (whole r = 0; r < rows; r++) memcpy(tile + r * TILE_ROW, c->x + (row + r) * c->x_row + k, depth * sizeof *tile);
+        pack_rows_of_x(c, tile, row, rows, k, depth);
         for (whole p = 0; p < held; p++)
             forward_block(c, row, rows, n + p * COLUMNS, k > 0, depth, tile, panels + p * PANEL_FLOATS);
     }
@@ -327,20 +427,40 @@ enum { TILE_FLOATS = GROUP * BACK_DEPTH * TILE_STEP > BLOCK_ROWS * TILE_ROW ? GR
 
 enum work { FORWARD, INPUT, WEIGHTS, MORE_WEIGHTS };
 
-/* Floats of scratch for any of them. */
-whole mm_linear_scratch(int threads) { return threads * (whole)(PANELS * PANEL_FLOATS + TILE_FLOATS); }
+/* Floats that X takes in the form that weights of `format` meet, with its steps; 0 where they meet it as it is. */
+static whole narrow_floats(whole rows, whole in, int format) { return NARROW(format) ? rows * (words_of(in) + 1) : 0; }
+
+/* Floats of scratch for any work on so many rows. */
+whole mm_linear_scratch(whole rows, whole in, int format, int threads) {
+    return threads * (whole)(PANELS * PANEL_FLOATS + TILE_FLOATS) + narrow_floats(rows, in, format);
+}
+
+/* All of X in 16 bits. */
+static void narrow_x(const struct call *c) {
+    whole words = words_of(c->in);
+#pragma omp for schedule(static)
+    for (whole r = 0; r < c->rows; r++) {
+        uint16_t *to = (uint16_t *)(c->narrow + r * words);
+        to[2 * words - 1] = 0;
+        const float *x = c->x + r * c->x_row;
+        c->steps[r] = narrow_step(x, c->in, c->format);
+        narrow(to, x, c->in, c->steps[r], c->format);
+    }
+}
 
 /* `work` on matrices of `format`, which is fp32 in all but FORWARD. MORE_WEIGHTS adds to what `grad` holds. */
 void mm_linear(int work, const struct matrix *list, whole count, int format, const float *x, float *dx, whole rows, whole in,
                whole x_row, float *scratch, int threads) {
     whole total = 0;
     for (whole i = 0; i < count; i++) total += list[i].out;
+    float *tiles = scratch + threads * (whole)(PANELS * PANEL_FLOATS), *steps = tiles + threads * (whole)TILE_FLOATS;
     struct call c = {.list = list, .x = x, .dx = dx, .count = count, .total = total, .rows = rows, .in = in,
-                     .x_row = x_row, .format = format, .panels = scratch};
+                     .x_row = x_row, .format = format, .panels = scratch, .steps = steps, .narrow = steps + rows};
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         whole thread = omp_get_thread_num(), team = omp_get_num_threads();
-        float *tile = scratch + threads * (whole)(PANELS * PANEL_FLOATS) + thread * TILE_FLOATS;
+        float *tile = tiles + thread * TILE_FLOATS;
+        if (NARROW(format)) narrow_x(&c);
         if (work == FORWARD && parts_of(rows, BLOCK_ROWS) < EVEN_TILES * team)
             forward_columns(&c, scratch + thread * (whole)(PANELS * PANEL_FLOATS), tile);
         else if (work == FORWARD)

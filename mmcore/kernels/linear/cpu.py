@@ -20,7 +20,7 @@ _ADDRESS, _INT = ctypes.c_void_p, ctypes.c_int64
 _C = native.functions(
     Path(__file__).with_name("cpu.c"),
     mm_linear=[ctypes.c_int, ctypes.c_char_p, _INT, ctypes.c_int] + [_ADDRESS] * 2 + [_INT] * 3 + [_ADDRESS, ctypes.c_int],
-    mm_linear_scratch=(_INT, [ctypes.c_int]),
+    mm_linear_scratch=(_INT, [_INT] * 2 + [ctypes.c_int] * 2),
 )
 _MATRIX = struct.Struct("4P2q").pack
 """struct matrix of cpu.c: weight, scale, y, grad, out, y_row."""
@@ -52,7 +52,7 @@ def _threads(rows: int, total: int, inside: int) -> int:
 def _call(work: int, list_: bytes, outs: int, x: Tensor | None, dx: Tensor | None, rows: int, inside: int, total: int,
           weight_format: int = 0) -> None:  # fmt: skip
     threads = _threads(rows, total, inside)
-    scratch = torch.empty(_C.mm_linear_scratch(threads))
+    scratch = torch.empty(_C.mm_linear_scratch(rows, inside, weight_format, threads))
     row = inside if x is None else x.stride(0)
     _C.mm_linear(
         work, list_, outs, weight_format, None if x is None else x.data_ptr(), None if dx is None else dx.data_ptr(), rows,

@@ -4,8 +4,9 @@
    Python cost more than a third of it at 36 million parameters, so one parallel region does the whole token. What is
    small (norms, SiLU) is shared out too: a barrier costs less than a microsecond. Pairs are read strictly in order of
    memory, all heads of a pair together, each thread a run of every row's pairs, with a softmax of its own that is joined
-   at the end. (Two or four neighbouring pairs side by side, which saves loads of the query and the sums, read 20 GB/s
-   where this order reads the memory's 30.) Pairs may be kept in fp16. */
+   at the end; the values of a block of pairs are called for while its keys are read, and the next keys while these values are:
+   0.9 of the speed of a plain sum, 0.74 without. (Neighbouring pairs side by side, a head at a time, which saves loads of the
+   query and the sums, read 0.75.) Pairs may be kept in fp16. */
 
 #include <math.h>
 #include <omp.h>
@@ -14,8 +15,8 @@
 #include "half.h"
 #include "thin_rows.h"
 
-#define BLOCK 32 /* pairs scored before their values are added */
-#define CHUNK 256 /* numbers of SwiGLU at a time: a multiple of STEP, so that even_then_odd may be done by chunks */
+#define BLOCK 32 /* pairs scored before their values are added: whole vectors of scores */
+#define CHUNK 256 /* numbers of SwiGLU at a time */
 
 struct matrix {
     const char *weight;
@@ -51,16 +52,28 @@ struct call {
     const struct shape *shape;
     int64_t rows, position;
     const int64_t *padding;
-    /* x [B, d] is the residual stream, input and sorted [B, max(2d, F)] what a product reads; then the projections of
-       both memories, W_o's and W_2's products, SwiGLU's two, and each thread's share of the reads. */
-    float *x, *input, *sorted, *projected[2][4], *delta, *gate, *up;
+    /* x [B, d] is the residual stream, input [B, max(2d, F)] what a product reads, and operand the same as its weights meet
+       it; then the projections of both memories, W_o's and W_2's products, SwiGLU's two, and each thread's share of the
+       reads. */
+    struct operand operand;
+    float *x, *input, *projected[2][4], *delta, *gate, *up;
     float *most, *total, *sums;                           /* [2, threads, B, H] twice, [2, threads, B, d] */
 };
 
 static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* input = norm(x + delta) for every row, in the order that `multiply` wants; delta NULL: there is nothing to add. */
+/* A row of `input` as the weights meet it. */
+static void row_as_operand(struct call *c, int64_t row, int64_t in) {
+    add_to_operand(c->operand, row, c->rows, c->input + row * in, in, c->shape->format);
+}
+
+static void rows_as_operands(struct call *c, int64_t in) {
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < c->rows; row++) row_as_operand(c, row, in);
+}
+
+/* input = norm(x + delta) for every row, and its operand; delta NULL: there is nothing to add. */
 static void add_and_norm(struct call *c, const float *delta, const float *weight) {
     int64_t d = c->shape->width;
 #pragma omp for schedule(static)
@@ -70,15 +83,14 @@ static void add_and_norm(struct call *c, const float *delta, const float *weight
         for (int64_t i = 0; i < d; i++) squares += x[i] * x[i];
         float factor = 1 / sqrtf(squares / d + c->shape->eps);
         for (int64_t i = 0; i < d; i++) y[i] = x[i] * factor * weight[i];
-        if (c->shape->format == BF16) even_then_odd(y, c->sorted + r * d, 1, d);
+        row_as_operand(c, r, d);
     }
 }
 
 /* Not inlined: five copies took 10 s to compile. */
 static __attribute__((noinline)) void multiply_input(struct call *c, const struct product *list, int64_t count,
                                                      int64_t in) {
-    int format = c->shape->format;
-    multiply(list, count, format == BF16 ? c->sorted : c->input, c->rows, in, format);
+    multiply(list, count, c->operand, c->rows, in, c->shape->format);
 }
 
 static struct product product(struct matrix m, int64_t out, float *y) { return (struct product){m.weight, m.scale, out, y}; }
@@ -129,13 +141,30 @@ INLINE float one_of_pairs(const char *p, int64_t i, const int narrow) {
     return narrow ? half_to_float(((const uint16_t *)p)[i]) : ((const float *)p)[i];
 }
 
-INLINE float dot(const float *query, const char *keys, int64_t at, int64_t size, const int narrow) {
-    vec sum = {0};
+/* Calls for numbers [at, at + size) of pairs. */
+INLINE void fetch(const char *p, int64_t at, int64_t size, const int narrow) {
+    const int bytes = narrow ? 2 : 4;
+    for (int64_t i = 0; i < size * bytes; i += 64) __builtin_prefetch(p + at * bytes + i, 0, 2);
+}
+
+/* scores[h * BLOCK] = query . key of `heads` heads (a constant) of one pair. */
+INLINE void some_scores(float *scores, const float *query, const char *keys, int64_t at, int64_t size, const int heads,
+                        const int narrow) {
+    vec sums[8];
     int64_t i = 0;
-    for (; i + LANES <= size; i += LANES) sum += load(query + i) * load_pairs(keys, at + i, narrow);
-    float total = sum_lanes(sum);
-    for (; i < size; i++) total += query[i] * one_of_pairs(keys, at + i, narrow);
-    return total;
+#pragma GCC unroll 8
+    for (int h = 0; h < heads; h++) {
+        sums[h] = (vec){0};
+        for (i = 0; i + LANES <= size; i += LANES)
+            sums[h] += load(query + h * size + i) * load_pairs(keys, at + h * size + i, narrow);
+    }
+    vec all = sums_of(sums, heads);
+#pragma GCC unroll 8
+    for (int h = 0; h < heads; h++) {
+        float sum = all[h * (LANES / heads)];
+        for (int64_t k = i; k < size; k++) sum += query[h * size + k] * one_of_pairs(keys, at + h * size + k, narrow);
+        scores[h * BLOCK] = sum;
+    }
 }
 
 /* sums += weight * value. */
@@ -146,6 +175,28 @@ INLINE void add_value(float *sums, float weight, const char *values, int64_t at,
         memcpy(sums + i, &sum, sizeof sum);
     }
     for (; i < size; i++) sums[i] += weight * one_of_pairs(values, at + i, narrow);
+}
+
+/* A head's scores of a block become weights, exp(score - largest); what was summed before, acc [size], follows a new
+   largest one. */
+INLINE void weigh(float *scores, int64_t count, float bandwidth, float *most, float *total, float *acc, int64_t size) {
+    vec largest = (vec){0} + *most, sum = {0};
+    for (int64_t j = 0; j < count; j++) scores[j] *= bandwidth;
+    for (int64_t j = count; j < BLOCK; j++) scores[j] = -INFINITY;
+    for (int64_t j = 0; j < BLOCK; j += LANES) {
+        vec x = load(scores + j);
+        ivec more = x > largest;
+        largest = (vec)(((ivec)x & more) | ((ivec)largest & ~more));
+    }
+    float top = largest[0], factor;
+    for (int l = 1; l < LANES; l++) top = largest[l] > top ? largest[l] : top;
+    factor = *most == top ? 1 : exp_negative(*most - top);
+    if (factor != 1)
+        for (int64_t i = 0; i < size; i++) acc[i] *= factor;
+    for (int64_t j = 0; j < BLOCK; j++) scores[j] = exp_negative(scores[j] - top);
+    for (int64_t j = 0; j < BLOCK; j += LANES) sum += load(scores + j);
+    *total = *total * factor + sum_lanes(sum);
+    *most = top;
 }
 
 /* Equation (4) over one thread's run of a row's pairs, all heads: largest score, sum of weights, weighted sum of
@@ -159,33 +210,39 @@ INLINE void read_pairs(const float *query, const char *keys, const char *values,
     for (int64_t start = from; start < to; start += BLOCK) {
         int64_t count = to - start < BLOCK ? to - start : BLOCK;
         float scores[heads][BLOCK];
-        for (int64_t j = 0; j < count; j++)
-            for (int64_t h = 0; h < heads; h++)
-                scores[h][j] = bandwidth[h] * dot(query + h * size, keys, (start + j) * width + h * size, size, narrow);
-        for (int64_t h = 0; h < heads; h++) {
-            float largest = most[h], factor, sum = 0, *acc = sums + h * size;
-            for (int64_t j = 0; j < count; j++) largest = scores[h][j] > largest ? scores[h][j] : largest;
-            factor = most[h] == largest ? 1 : exp_negative(most[h] - largest);
-            if (factor != 1)
-                for (int64_t i = 0; i < size; i++) acc[i] *= factor;
-            for (int64_t j = 0; j < count; j++) scores[h][j] = exp_negative(scores[h][j] - largest);
-            for (int64_t j = 0; j < count; j++) sum += scores[h][j];
-            total[h] = total[h] * factor + sum;
-            most[h] = largest;
+        for (int64_t j = 0; j < count; j++) {
+            int64_t at = (start + j) * width, h = 0;
+            fetch(values, at, width, narrow);
+            for (; h + 8 <= heads; h += 8)
+                some_scores(&scores[h][j], query + h * size, keys, at + h * size, size, 8, narrow);
+            for (; h < heads; h++) some_scores(&scores[h][j], query + h * size, keys, at + h * size, size, 1, narrow);
         }
-        for (int64_t j = 0; j < count; j++)
-            for (int64_t h = 0; h < heads; h++)
-                add_value(sums + h * size, scores[h][j], values, (start + j) * width + h * size, size, narrow);
+        for (int64_t h = 0; h < heads; h++)
+            weigh(scores[h], count, bandwidth[h], &most[h], &total[h], sums + h * size, size);
+        for (int64_t j = 0; j < count; j++) {
+            int64_t at = (start + j) * width;
+            fetch(keys, at + BLOCK * width, width, narrow);
+            for (int64_t h = 0; h < heads; h++) add_value(sums + h * size, scores[h][j], values, at + h * size, size, narrow);
+        }
     }
 }
 
+/* The usual heads' sizes as constants, which unrolls their loops: 73 GB/s for 56 where pairs lie in the caches. */
 static void read_run(const float *query, const struct memory *m, int64_t base, int64_t from, int64_t to,
                      const float *bandwidth, int64_t heads, int64_t size, float *most, float *total, float *sums) {
     const char *keys = m->keys + base * (m->narrow ? 2 : 4), *values = m->values + base * (m->narrow ? 2 : 4);
-    if (m->narrow)
-        read_pairs(query, keys, values, from, to, bandwidth, heads, size, most, total, sums, 1);
+#define READ(size, narrow) read_pairs(query, keys, values, from, to, bandwidth, heads, size, most, total, sums, narrow)
+    if (size == 64 && m->narrow)
+        READ(64, 1);
+    else if (size == 128 && m->narrow)
+        READ(128, 1);
+    else if (m->narrow)
+        READ(size, 1);
+    else if (size == 64)
+        READ(64, 0);
     else
-        read_pairs(query, keys, values, from, to, bandwidth, heads, size, most, total, sums, 0);
+        READ(size, 0);
+#undef READ
 }
 
 /* The slots that a row's query reads: [*low, *high). */
@@ -245,10 +302,7 @@ static void read_memories(struct call *c, struct layer *l, int threads) {
 #pragma omp barrier
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < 2 * B; i++) join(c, c->input + (i % B * 2 + i / B) * d, i / B * threads * B + i % B, threads);
-    if (c->shape->format == BF16) {
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < B; row++) even_then_odd(c->input + row * 2 * d, c->sorted + row * 2 * d, 1, 2 * d);
-    }
+    rows_as_operands(c, 2 * d);
 }
 
 /* input [B, F] = SiLU(gate) up. */
@@ -261,8 +315,8 @@ static void activate(struct call *c) {
             float z = c->gate[i], e = exp_negative(z < 0 ? z : -z); /* both sides of the sigmoid without overflow */
             c->input[i] = z * (z < 0 ? e : 1) / (1 + e) * c->up[i];
         }
-        if (c->shape->format == BF16) even_then_odd(c->input + at, c->sorted + at, 1, count);
     }
+    rows_as_operands(c, F);
 }
 
 static void one_layer(struct call *c, struct layer *l, const float *before, int threads) {
@@ -298,7 +352,8 @@ static int64_t lay_out(struct call *c, float *scratch, int threads) {
     float *rest = scratch;
     c->x = cut(&rest, B * d);
     c->input = cut(&rest, B * larger(2 * d, F));
-    c->sorted = cut(&rest, B * larger(2 * d, F));
+    c->operand.numbers = (char *)cut(&rest, operand_floats(B, larger(2 * d, F)));
+    c->operand.step = cut(&rest, full_rows(B));
     for (int k = 0; k < 2; k++)
         for (int part = 0; part < 4; part++) c->projected[k][part] = cut(&rest, B * (part < 2 ? d : H));
     c->delta = cut(&rest, B * d);

@@ -1,16 +1,16 @@
 #include "thin_rows.h"
 
-/* y [rows, out] = x [rows, in] W^T for one weight matrix of `format`, scale [out] for int8. scratch [rows, in] is used
-   for bf16. */
+/* Floats of scratch for mm_thin_linear. */
+int64_t mm_thin_linear_scratch(int64_t rows, int64_t in) { return operand_floats(rows, in) + full_rows(rows); }
+
+/* y [rows, out] = x [rows, in] W^T for one weight matrix of `format`, scale [out] for int8. */
 void mm_thin_linear(const float *x, int64_t rows, int64_t in, const char *weight, const float *scale, int64_t out,
                     float *y, float *scratch, int format, int threads) {
     struct product product = {weight, scale, out, y};
+    struct operand operand = {(char *)scratch, scratch + operand_floats(rows, in)};
     int64_t worthwhile = out * in * bytes_of(format) / LEAST_BYTES + 1;
     if (threads > worthwhile) threads = (int)worthwhile;
-    if (format == BF16) {
-        even_then_odd(x, scratch, rows, in);
-        x = scratch;
-    }
+    for (int64_t r = 0; r < rows; r++) add_to_operand(operand, r, rows, x + r * in, in, format);
 #pragma omp parallel num_threads(threads) if (threads > 1)
-    multiply(&product, 1, x, rows, in, format);
+    multiply(&product, 1, operand, rows, in, format);
 }

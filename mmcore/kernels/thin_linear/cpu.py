@@ -1,6 +1,6 @@
 """thin_linear in C. A decoder of many rows calls it some ten times a layer, so what Python does around the call is
-counted in microseconds: no tensor is made but the result and, for bf16, a copy of x. Addresses are read at every call,
-so a weight may be moved or converted in between."""
+counted in microseconds: no tensor is made but the result and x in the order in which it is read. Addresses are read at
+every call, so a weight may be moved or converted in between."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ _ADDRESS, _INT = ctypes.c_void_p, ctypes.c_int64
 _C = native.functions(
     Path(__file__).with_name("cpu.c"),
     mm_thin_linear=[_ADDRESS, _INT, _INT, _ADDRESS, _ADDRESS, _INT, _ADDRESS, _ADDRESS] + [ctypes.c_int] * 2,
+    mm_thin_linear_scratch=(_INT, [_INT] * 2),
 )
 
 MOST_ROWS = 16
@@ -47,9 +48,10 @@ def thin_linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tenso
     x = x.contiguous()
     out, width = weight.shape
     y = x.new_empty(*x.shape[:-1], out)
-    scratch = torch.empty_like(x) if weight.dtype is torch.bfloat16 else x
+    rows = x.numel() // width
+    scratch = torch.empty(_C.mm_thin_linear_scratch(rows, width))
     _C.mm_thin_linear(
-        x.data_ptr(), x.numel() // width, width, weight.data_ptr(), None if scale is None else scale.data_ptr(), out,
+        x.data_ptr(), rows, width, weight.data_ptr(), None if scale is None else scale.data_ptr(), out,
         y.data_ptr(), scratch.data_ptr(), FORMATS[weight.dtype], torch.get_num_threads(),
     )
     return y

@@ -1,0 +1,39 @@
+"""The compiled kernels as other processors would have them: this one's instructions taken away, in a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mmcore.kernels import native
+
+CHECKS = ["tests/kernels/test_thin_linear.py", "tests/kernels/test_linear.py", "tests/model/test_decoding.py",
+          "tests/model/test_v1.py"]
+ABOUT = "narrow or every_number or nan or overflow or rounding or compiled_step or kept_in_fp16 or stay_close"
+TAKEN_AWAY = {
+    "AVX-512 without products of 16 bits": ["-mno-avx512vnni", "-mno-avx512bf16"],
+    "AVX2": ["-mno-avx512f"],
+    "AVX": ["-mno-avx2"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
+@pytest.mark.parametrize("processor", TAKEN_AWAY)
+def test_kernels_of_other_processors(processor, tmp_path):
+    compiler = tmp_path / "cc"
+    flags = " ".join(TAKEN_AWAY[processor])
+    real = native.compiler()
+    compiler.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exec {real} --version\nexec {real} "$@" {flags}\n')
+    compiler.chmod(0o755)
+    if subprocess.run([compiler, "-march=native", "-E", "-x", "c", "/dev/null"], capture_output=True).returncode:
+        pytest.skip(f"the compiler does not know {flags}")
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:randomly", *CHECKS, "-k", ABOUT],
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=900,
+        env={**os.environ, "CC": str(compiler), "MM_CACHE": str(tmp_path / "cache")},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-2000:]
+    assert len(list((tmp_path / "cache" / "kernels").glob("*.so"))) >= 3
