@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from mmcore.model.documents import Packing
-from mmcore.model.state import AttentionState, DecodingState
+from mmcore.model.state import AttentionState, DecodingState, Part
 
 
-class LeakyState:
+class LeakyState(Part):
     """The key recurrence of one memory for B rows, and the last `reach` inputs, which later keys are computed from."""
 
     def __init__(self, owner: DecodingState, reach: int) -> None:
-        self.owner = owner
+        super().__init__(owner)
         self.reach = reach
         self.scan: tuple[Tensor, Tensor] | None = None
         self.past: Tensor | None = None  # [B, reach, d]

@@ -1,5 +1,8 @@
 """Decoding from a state equals the full forward pass, token for token."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -242,3 +245,18 @@ def test_int8_of_tied_weights_leaves_the_embedding_alone():
     assert torch.equal(model.model.embed_tokens.weight, embedding) and model.lm_head.weight.dtype == torch.int8
     with torch.no_grad():
         assert torch.allclose(feed(model, model.new_state(1), text, [4] + [1] * 8), model(text), atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["memory_mosaics_v2", "llama"])
+def test_a_state_goes_when_nobody_needs_it(kind):
+    """Not when Python next looks for circles: a few long prompts would fill the memory by then."""
+    model = tiny(model_type=kind)
+    state = model.new_state(1)
+    feed(model, state, random_tokens(1, 12), [8, 1, 1, 2])
+    stores = [weakref.ref(memory.store) for memory in state.memories.values()]
+    gc.disable()
+    try:
+        del state
+        assert not any(store() for store in stores)
+    finally:
+        gc.enable()

@@ -34,7 +34,7 @@ Every sum has an order of its own that depends on the shapes alone: neither timi
 #define BACK_DEPTH 256 /* rows of X that meet in a round of dW, with twice as many panels */
 #define GROUP 16       /* tiles of A that a thread packs at once there: dY is read in runs */
 #define TILE_ROW (DEPTH + 16) /* not a power of two: 14 rows would share a cache set */
-#define EVEN_TILES 8          /* for each thread: with fewer, one more or less would leave another waiting */
+#define EVEN_TILES 32         /* for each thread: with fewer, one more or less would leave another waiting */
 
 typedef int64_t whole;
 typedef int loose_int __attribute__((may_alias));
@@ -160,6 +160,8 @@ INLINE void few_narrow_rows(float *c, whole c_row, const int rows, int add, whol
             few_narrow_rows(c, c_row, BLOCK_ROWS, add, words, a, panel, steps, format);                                \
             return;                                                                                                    \
         }                                                                                                              \
+        for (; BLOCK_ROWS > 8 && rows >= 8; rows -= 8, c += 8 * c_row, a += 8 * TILE_ROW, steps += 8)                  \
+            few_narrow_rows(c, c_row, 8, add, words, a, panel, steps, format);                                         \
         for (; rows >= 4; rows -= 4, c += 4 * c_row, a += 4 * TILE_ROW, steps += 4)                                    \
             few_narrow_rows(c, c_row, 4, add, words, a, panel, steps, format);                                         \
         for (; rows > 0; rows--, c += c_row, a += TILE_ROW, steps++)                                                   \
@@ -265,13 +267,14 @@ static void pack_weights(const struct call *c, float *panel, whole n, whole k, w
     const float *rows[COLUMNS];
     float unpacked[COLUMNS * TILE_ROW], *scales = panel + DEPTH / 2 * COLUMNS;
     whole count = least(COLUMNS, c->total - n);
+    int as_they_are = c->format == FP32 || (c->format == BF16 && NARROW(BF16) && c->in % 2 == 0); /* in whole words */
     for (whole i = 0; i < count; i++) {
         whole at = n + i;
         const struct matrix *m = holder(c, &at);
         const char *w = m->weight + (at * c->in + k) * bytes_of(c->format);
         float scale = m->scale ? m->scale[at] : 1;
-        rows[i] = c->format == FP32 ? (const float *)w : unpacked + i * TILE_ROW;
-        if (c->format != FP32) unpack_weights(unpacked + i * TILE_ROW, w, scale, depth, c->format);
+        rows[i] = as_they_are ? (const float *)w : unpacked + i * TILE_ROW;
+        if (!as_they_are) unpack_weights(unpacked + i * TILE_ROW, w, scale, depth, c->format);
         if (NARROW(c->format)) scales[i] = scale;
     }
     pack_turned(panel, rows, count, NARROW(c->format) ? words_of(depth) : depth);
