@@ -4,7 +4,7 @@
 
 #include <math.h>
 
-/* The same order as in _call of memory_read/cpu.py; every member has 8 bytes. Strides count floats, in the order batch,
+/* The same order as in _call of memory_read/cpu.py; every member has 8 bytes. Strides count numbers, in the order batch,
 time, head; the head size always has stride 1. */
 struct call {
     long batch, queries, pairs, heads, size;
@@ -17,7 +17,7 @@ struct call {
     float *largest, *total; /* [B, H, Tq]: the largest score, in units of ln 2, and the sum of 2^(score - largest) */
     long threads;
     long shares; /* parts into which the queries of each head are cut */
-    long narrow; /* keys and values are fp16: for memory_read_few alone */
+    long narrow; /* keys and values are fp16; not in the backward pass */
 };
 
 /* Query i of row b reads the pairs lo .. hi; returns how many they are. */
@@ -29,6 +29,12 @@ static inline long reach(const struct call *c, long b, long i, long *lo, long *h
     if (*lo < 0) *lo = 0;
     if (*hi > c->pairs - 1) *hi = c->pairs - 1;
     return *hi < *lo ? 0 : *hi - *lo + 1;
+}
+
+/* Pair `first` of a head of a row. */
+static inline const char *pairs_of(const struct call *c, const float *pairs, const long *stride, long b, long first,
+                                   long h) {
+    return (const char *)pairs + (b * stride[0] + first * stride[1] + h * stride[2]) * (c->narrow ? 2 : 4);
 }
 
 /* beta of equation (6) for n > 0 pairs. */

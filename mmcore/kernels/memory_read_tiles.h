@@ -11,6 +11,8 @@ the library's fp32 GEMM reached 80-88. */
 
 #include <string.h>
 
+#include "half.h"
+
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #define LANES 16
@@ -72,6 +74,16 @@ INLINE void store_part(float *p, vec x, long n) {
         store(p, x);
     else if (n > 0)
         memcpy(p, &x, n * sizeof(float));
+}
+
+/* The next LANES numbers at number i of a pair, or as many as `left`, zeros beyond. */
+INLINE vec load_pair(const char *pair, long i, long left, const int narrow) {
+    const uint16_t *halves = (const uint16_t *)pair + i;
+    if (!narrow) return load_part((const float *)pair + i, left);
+    if (left >= LANES) return HALVES_TO_VECTOR(vec, halves);
+    vec x = {};
+    for (long n = 0; n < left; n++) x[n] = half_to_float(halves[n]);
+    return x;
 }
 
 /* 2^x for x <= 0, relative error 1.7e-7; 0 below 2^-126; NaN for NaN. The polynomial is the minimax one of degree 5 on
@@ -204,6 +216,19 @@ static void pack_rows(float *out, long out_row, long width, const float *rows, l
     for (long j = 0; j < count; j++) {
         expect(rows, row, j, count, size);
         for (long d = 0; d < width; d += LANES) store(out + j * out_row + d, load_part(rows + j * row + d, size - d));
+    }
+}
+
+/* The same from pairs of either width, in numbers of fp32. */
+static void pack_pairs(float *out, long out_row, long width, const char *pairs, long row, long count, long size,
+                       const int narrow) {
+    if (!narrow) {
+        pack_rows(out, out_row, width, (const float *)pairs, row, count, size);
+        return;
+    }
+    for (long j = 0; j < count; j++, pairs += row * 2) {
+        for (long d = 0; j + 8 < count && d < size; d += 32) __builtin_prefetch(pairs + (8 * row + d) * 2);
+        for (long d = 0; d < width; d += LANES) store(out + j * out_row + d, load_pair(pairs, d, size - d, 1));
     }
 }
 

@@ -50,8 +50,8 @@ def memory_read(
 
     Args:
         queries: [B, Tq, H, D].
-        keys, values: [B, Tk, H, D], of the queries' dtype, or fp16 under fp32 queries without gradients (widened, for a
-            few queries on a CPU as they are read). Any strides: slices of a larger store are read in place. `keys` may
+        keys, values: [B, Tk, H, D], of the queries' dtype, or fp16 under fp32 queries without gradients (widened, on
+            a CPU as they are read). Any strides: slices of a larger store are read in place. `keys` may
             be the very tensor `queries`; both gradients then add up.
         bandwidth_base, bandwidth_slope, bandwidth_exponent: [H], beta_0, beta_1 and alpha of each head.
         starts: int32 [B, Tq], the first position that a query may read (the start of its document, or the
@@ -102,7 +102,7 @@ def memory_read(
     read = dispatch.choose("memory_read", forms, implementation, queries.device)
     if isinstance(offset, Tensor) and read is not _triton:
         offset = int(offset)
-    if narrow and not (read is cpu.memory_read and q_shape[1] <= cpu.FEW and registry.direct(queries)):
+    if narrow and not (read is cpu.memory_read and registry.direct(queries)):
         keys, values = keys.float(), values.float()
     return read(
         queries, keys, values, bandwidth_base, bandwidth_slope, bandwidth_exponent, starts, window, delay, offset

@@ -170,10 +170,10 @@ static void open_share(struct share *s, const struct call *c, long unit, float *
     if (s->whole) s->base = 0, last = c->pairs;
     s->rows = larger(0, last - s->base);
     s->keys = take(scratch, (s->rows + 3) * row), s->values = take(scratch, (s->rows + 3) * row);
-    const float *k = c->k + s->b * c->k_stride[0] + s->base * c->k_stride[1] + s->h * c->k_stride[2];
-    const float *v = c->v + s->b * c->v_stride[0] + s->base * c->v_stride[1] + s->h * c->v_stride[2];
-    pack_rows(s->keys, row, padded(size), k, c->k_stride[1], s->rows, size);
-    pack_rows(s->values, row, padded(size), v, c->v_stride[1], s->rows, size);
+    const char *k = pairs_of(c, c->k, c->k_stride, s->b, s->base, s->h);
+    const char *v = pairs_of(c, c->v, c->v_stride, s->b, s->base, s->h);
+    pack_pairs(s->keys, row, padded(size), k, c->k_stride[1], s->rows, size, c->narrow);
+    pack_pairs(s->values, row, padded(size), v, c->v_stride[1], s->rows, size, c->narrow);
 }
 
 /* The block's queries, and the floats from one to the next. */

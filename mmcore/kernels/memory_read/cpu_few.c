@@ -8,7 +8,6 @@ query, and they are joined in the order of the shares: the result does not depen
 #include <float.h>
 #include <omp.h>
 
-#include "half.h"
 #include "memory_read_call.h"
 #include "memory_read_tiles.h"
 
@@ -22,16 +21,6 @@ enum { SCALE, LARGEST, TOTAL, SUMS = 16 };
 static long record(long size) { return SUMS + (size + 15) / 16 * 16; } /* as in _few of cpu.py */
 static long smaller(long a, long b) { return a < b ? a : b; }
 static long larger(long a, long b) { return a > b ? a : b; }
-
-/* The next LANES numbers at number i of a pair, or as many as `left`, zeros beyond. */
-INLINE vec load_pair(const char *pair, long i, long left, const int narrow) {
-    const uint16_t *halves = (const uint16_t *)pair + i;
-    if (!narrow) return load_part((const float *)pair + i, left);
-    if (left >= LANES) return HALVES_TO_VECTOR(vec, halves);
-    vec x = {};
-    for (long n = 0; n < left; n++) x[n] = half_to_float(halves[n]);
-    return x;
-}
 
 /* scores[j] = scale * q . row j, j < count, rounded up to a multiple of LANES by repeating the last row. LANES rows at
 a time: a transposition sums all of them across their lanes. */
@@ -84,11 +73,6 @@ INLINE void add_rows(float *sums, float shrink, const float *weights, const char
         for (long j = 0; j < count; j++) s += weights[j] * load_pair(rows + j * row, d, size - d, narrow);
         store(sums + d, s);
     }
-}
-
-/* Pair `first` of a head of a row, in bytes. */
-static const char *pairs_of(const struct call *c, const float *pairs, const long *stride, long b, long first, long h) {
-    return (const char *)pairs + (b * stride[0] + first * stride[1] + h * stride[2]) * (c->narrow ? 2 : 4);
 }
 
 /* One query of one head meets the pairs [first, end), at most STRIP. */
