@@ -6,20 +6,35 @@ plain differentiable calls, and a selective checkpointing policy can name them (
 
 Calls through PyTorch's dispatcher cost some 10 us in Python. Decoding, which makes many small calls without gradients,
 does without: where `direct` says so, a form calls its C function at once.
+
+A graph that torch.compile keeps on disk knows an operator by its name alone. So what is compiled here is kept apart by the
+source of the kernels: another version's graphs, whose operators may give other shapes, are never taken for this one's.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.compiler.config
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _LIBRARY = torch.library.Library("mm", "DEF")
 _DEVICES = ("CPU", "CUDA")
 _DIFFERENTIABLE: dict[str, Any] = {}
+
+
+def _version() -> str:
+    """A hash of all kernels' Python, where operators are defined."""
+    sources = sorted(Path(__file__).parent.rglob("*.py"))
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
+
+
+torch.compiler.config.cache_key_tag += f"mm-{_version()}"
 
 
 def operator(

@@ -73,7 +73,8 @@ INLINE float sum_lanes(vec v) {
     return (s[0] + s[2]) + (s[1] + s[3]);
 }
 
-/* Lane i * (LANES / count): the sum over v[i]'s lanes, i < count. Interleaving two vectors' halves and adding them sums both at once. */
+/* Lane i * (LANES / count): the sum over v[i]'s lanes, i < count. Interleaving two vectors' halves and adding them sums both at
+   once. */
 INLINE vec sums_of(vec *v, const int count) {
     for (int n = count / 2; n > 0; n /= 2)
 #pragma GCC unroll 8
@@ -307,9 +308,9 @@ struct product {
     float *y;
 };
 
-/* This thread's share of all products of the list with the same x [rows, in]. The rows of all
-   matrices are one list, of which each thread takes a run: 34 GB/s for matrices of 3 MB, where slices of 64 KiB taken
-   as threads come free gave 29, and of 256 KiB 32. Called by every thread of a parallel region; ends in a barrier. */
+/* This thread's share of all products of the list with the same x [rows, in]. The rows of all matrices are one list, of
+   which each thread takes a run: 34 GB/s for matrices of 3 MB, where slices of 64 KiB taken as threads come free gave 29,
+   and of 256 KiB 32. Called by every thread of a parallel region; ends in a barrier. */
 INLINE void multiply(const struct product *list, int64_t count, struct operand x, int64_t rows, int64_t in, int format) {
     int64_t total = 0, before = 0, thread = omp_get_thread_num(), threads = omp_get_num_threads();
     for (int64_t m = 0; m < count; m++) total += list[m].out;

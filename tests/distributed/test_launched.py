@@ -93,7 +93,8 @@ def test_two_nodes_meet_and_start_again_together(unbroken, tmp_path, request):
     one.wait_for_step(12)
     one.signal(signal.SIGKILL, rank=1)
     assert one.wait() == 0 and two.wait() == 0, one.said()
-    assert "from step 10 on" in one.said()
+    (resumed,) = re.findall(r"from step (\d+) on", one.said())
+    assert int(resumed) >= 10, one.said()  # later ones where the signal came late
     assert same_end(tmp_path, unbroken, STEPS)
 
 
