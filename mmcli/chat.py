@@ -102,7 +102,8 @@ def _open(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     memories = tuple(name.strip() for name in without.split(",")) if without else ()
     model = mmcore.load_model(checkpoint, dtype=chosen, device=device, without=memories)
-    keep_pages()
+    if device == "cpu":
+        keep_pages()
     conversation = Conversation(model, mmcore.load_tokenizer(checkpoint, tokenizer), system)
     # Kernels are built at their first use, 1 to 20 s on a new machine, which would count as reading speed.
     for _ in generate(model, [0, 0], max_new_tokens=2, stop_ids=()):

@@ -246,8 +246,8 @@ INLINE void narrow_tile(vec totals[3][8], const int xs, const int ws, const char
     }
 }
 
-/* y[r * y_stride + o * apart] for the first of `rows` rows of x, a tile, by `ws` rows of w, `apart` rows from one to the next. xs, ws,
-   format and fetch are constants at every call; rows between `rows` and xs are not stored. */
+/* y[r * y_stride + o * apart] for a tile of x, of which `rows` rows are to be stored at most, by `ws` rows of w, `apart` rows
+   from one to the next. xs, ws, format and fetch are constants at every call. */
 INLINE void tile(const int xs, const int ws, const char *x, const float *step, int64_t rows, const char *w,
                  const float *scale, float *y, int64_t in, int64_t y_stride, int64_t apart, const int format,
                  const int fetch) {

@@ -3,9 +3,9 @@
 Every side is a process of its own; in each round each side reads the prompt (prefill tokens/s) and then decodes
 greedily (tokens/s from the median time of a step, over all rows of the batch). Hugging Face's model is called as
 directly as it can be, without generate(): eager with a growing cache, and compiled with a static cache. Ours reads a
-prompt in pieces of 512 tokens, as `mm chat` and mmcore.generate do. A step must
-read every weight but the embedding once, and every key and value that a query looks at: those bytes over the bandwidth of
-a plain sum in the same run give the floor of a step, and the floor over the time of a step the share that is reached.
+prompt in pieces of 512 tokens, as `mm chat` and mmcore.generate do. A step must read every weight but the embedding once,
+and every key and value that a query looks at: those bytes over the bandwidth of a plain sum in the same run give the floor
+of a step, and the floor over the time of a step the share that is reached.
 After a prompt of more than LONGEST_READ tokens, only its first are read, and random pairs stand for the rest.
 """
 

@@ -4,7 +4,7 @@ Each row of the table is a format of the weights, what they meet in the products
 fp32 throughout. "x in fp32" means the rounded weights in an fp32 model, so that what is left is the weights' own
 rounding; elsewhere the kernels round x as this processor lets them.
 
-    python -m tests.benchmarks.bench_formats CHECKPOINT TEXT --tokens 1000 --rows 4
+    python -m tests.benchmarks.bench_formats CHECKPOINT TEXT --tokens 1000 --sequences 4
 """
 
 from __future__ import annotations

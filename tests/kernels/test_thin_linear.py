@@ -114,8 +114,7 @@ def test_more_rows_other_dtypes_and_strides_are_right_too():
         (torch.randn(0, 24), torch.randn(10, 24)),
         (torch.randn(3, 24), torch.randn(0, 24)),
     ):
-        met = x.bfloat16() if weight.dtype is torch.bfloat16 and len(x) == 0 else x
-        expected = met.double() @ weight.double().T
+        expected = x.double() @ weight.double().T
         torch.testing.assert_close(thin_linear(x, weight).double(), expected, rtol=1e-4, atol=1e-4)
     assert thin_linear(torch.randn(2, 8, dtype=torch.float64), torch.randn(3, 8)).dtype == torch.float64
 

@@ -243,8 +243,9 @@ def test_int8_of_tied_weights_leaves_the_embedding_alone():
     embedding, text = model.model.embed_tokens.weight.detach().clone(), random_tokens(1, 12)
     model.quantize()
     assert torch.equal(model.model.embed_tokens.weight, embedding) and model.lm_head.weight.dtype == torch.int8
+    near = 1e-3 if rounds_here(torch.int8) else 3e-5  # with x rounded 1e-4 was seen
     with torch.no_grad():
-        assert torch.allclose(feed(model, model.new_state(1), text, [4] + [1] * 8), model(text), atol=1e-3)
+        assert torch.allclose(feed(model, model.new_state(1), text, [4] + [1] * 8), model(text), atol=near)
 
 
 @pytest.mark.parametrize("kind", ["memory_mosaics_v2", "llama"])

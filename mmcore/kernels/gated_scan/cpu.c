@@ -2,8 +2,8 @@
 
    u_t = w_t k~_t + d_t u_{t-1} is held in cache; w = exp(log_gate_t - M_t) and d = exp(log_decay_t + M_{t-1} - M_t) are
    at most 1, and one of them is 1. What is kept for the backward pass beside the keys is the other one, with a sign that
-   tells which, and ||u||: 2 numbers a head and step. Work is divided over (batch row, group of heads); a group is walked step by step, because rows of
-   neighbouring heads lie side by side in memory. */
+   tells which, and ||u||: 2 numbers a head and step. Work is divided over (batch row, group of heads); a group is walked
+   step by step, because rows of neighbouring heads lie side by side in memory. */
 #include <math.h>
 #include <stdbool.h>
 #include <stddef.h>

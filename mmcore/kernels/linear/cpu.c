@@ -34,6 +34,7 @@ Every sum has an order of its own that depends on the shapes alone: neither timi
 #define BACK_DEPTH 256 /* rows of X that meet in a round of dW, with twice as many panels */
 #define GROUP 16       /* tiles of A that a thread packs at once there: dY is read in runs */
 #define TILE_ROW (DEPTH + 16) /* not a power of two: 14 rows would share a cache set */
+#define BEHIND (DEPTH / 2)    /* words of two numbers at most; then come steps and scales */
 #define EVEN_TILES 32 /* for each thread: with fewer, one more or less leaves another waiting (5 % of 512 rows) */
 
 typedef int64_t whole;
@@ -50,6 +51,12 @@ struct matrix {
     whole out, y_row;
 };
 
+/* c [rows, COLUMNS] = (add ? c : 0) + tile a times panel, `depth` numbers deep. */
+typedef void block(float *c, whole c_row, whole rows, int add, whole depth, const float *a, const float *panel);
+
+/* Words that `n` numbers fill, two in each. */
+static whole words_of(whole n) { return (n + 1) / 2; }
+
 /* A list of matrices, and X [rows, in]; `narrow` is X in 16 bits, words_of(in) words a row, and `steps` what each row is
    counted in, where the weights meet it so. Threads share `panels`, and each has a `tile` of its own. */
 struct call {
@@ -59,11 +66,9 @@ struct call {
     float *dx;
     whole count, total, rows, in, x_row;
     int format;
-    float *panels, *tiles;
+    block *block;
+    float *panels;
 };
-
-/* Words that `n` numbers fill, two in each. */
-static whole words_of(whole n) { return (n + 1) / 2; }
 
 /* The matrix that holds output `n` of all, and the number that it has there. */
 static const struct matrix *holder(const struct call *c, whole *n) {
@@ -89,8 +94,8 @@ INLINE void gather(vec *acc, const int rows, whole depth, const float *a, const 
 }
 
 /* c = (add ? c : 0) + tile * panel, for `rows` rows of whole COLUMNS. */
-INLINE void few_rows(float *c, whole c_row, const int rows, int add, whole depth, const float *a, const int a_row,
-                     const int a_step, const float *panel) {
+INLINE void few_rows(float *c, whole c_row, const int rows, int add, whole depth, const float *a, const float *panel,
+                     const int a_row, const int a_step) {
     vec acc[2 * 14];
 #pragma GCC unroll 28
     for (int i = 0; i < 2 * rows; i++) acc[i] = (vec){};
@@ -103,34 +108,16 @@ INLINE void few_rows(float *c, whole c_row, const int rows, int add, whole depth
     }
 }
 
-/* The same for a number of rows that is known at run time; a tile lies row after row, or depth first. */
-#define BLOCK(name, a_row, a_step)                                                                                     \
-    NOINLINE static void name(float *c, whole c_row, whole rows, int add, whole depth, const float *a,                \
-                              const float *panel) {                                                                    \
-        if (rows == BLOCK_ROWS) {                                                                                      \
-            few_rows(c, c_row, BLOCK_ROWS, add, depth, a, a_row, a_step, panel);                                       \
-            return;                                                                                                    \
-        }                                                                                                              \
-        for (; BLOCK_ROWS > 8 && rows >= 8; rows -= 8, c += 8 * c_row, a += 8 * a_row)                                 \
-            few_rows(c, c_row, 8, add, depth, a, a_row, a_step, panel);                                                \
-        for (; rows >= 4; rows -= 4, c += 4 * c_row, a += 4 * a_row)                                                   \
-            few_rows(c, c_row, 4, add, depth, a, a_row, a_step, panel);                                                \
-        for (; rows > 0; rows--, c += c_row, a += a_row)                                                               \
-            few_rows(c, c_row, 1, add, depth, a, a_row, a_step, panel);                                                \
-    }
-BLOCK(block_by_row, TILE_ROW, 1)
-BLOCK(block_by_depth, 1, TILE_STEP)
-
-/* The same where tile and panel hold words of two numbers: int8's sums count in the rows' steps and the columns' scales,
-   which stand behind the panel. */
-INLINE void few_narrow_rows(float *c, whole c_row, const int rows, int add, whole words, const float *a,
-                            const float *panel, const float *steps, const int format) {
+/* The same where tile and panel hold words of two numbers. int8's sums count in the steps of the rows and the scales of the
+   columns, which stand behind the numbers, BEHIND words from where they begin. */
+INLINE void few_narrow_rows(float *c, whole c_row, const int rows, int add, whole depth, const float *a,
+                            const float *panel, const int format) {
     nvec acc[2 * 14];
-    const float *scales = panel + DEPTH / 2 * COLUMNS;
+    const float *scales = panel + BEHIND * COLUMNS;
     const loose_int *two = (const loose_int *)a; /* as floats, words that look like signalling NaNs would change */
 #pragma GCC unroll 28
     for (int i = 0; i < 2 * rows; i++) acc[i] = (nvec){0};
-    for (whole k = 0; k < words; k++, two++, panel += COLUMNS) {
+    for (whole k = 0; k < words_of(depth); k++, two++, panel += COLUMNS) {
         nvec first = (nvec)load(panel), second = (nvec)load(panel + LANES);
         IN_REGISTER(first);
         IN_REGISTER(second);
@@ -148,48 +135,44 @@ INLINE void few_narrow_rows(float *c, whole c_row, const int rows, int add, whol
         for (int half = 0; half < 2; half++) {
             float *to = c + r * c_row + half * LANES;
             vec sum = sums_as_floats(acc[2 * r + half], format);
-            if (format == INT8) sum *= steps[r] * load(scales + half * LANES);
+            if (format == INT8) sum *= a[r * TILE_ROW + BEHIND] * load(scales + half * LANES);
             store(to, add ? sum + load(to) : sum);
         }
 }
 
-#define NARROW_BLOCK(name, format)                                                                                     \
-    NOINLINE static void name(float *c, whole c_row, whole rows, int add, whole words, const float *a,                 \
-                              const float *panel, const float *steps) {                                                \
+/* The same for a number of rows that is known at run time: `few` with the tile's a_row and what follows its name here. */
+#define BLOCK(name, a_row, few, ...)                                                                                   \
+    NOINLINE static void name(float *c, whole c_row, whole rows, int add, whole depth, const float *a,                \
+                              const float *panel) {                                                                    \
         if (rows == BLOCK_ROWS) {                                                                                      \
-            few_narrow_rows(c, c_row, BLOCK_ROWS, add, words, a, panel, steps, format);                                \
+            few(c, c_row, BLOCK_ROWS, add, depth, a, panel, __VA_ARGS__);                                              \
             return;                                                                                                    \
         }                                                                                                              \
-        for (; BLOCK_ROWS > 8 && rows >= 8; rows -= 8, c += 8 * c_row, a += 8 * TILE_ROW, steps += 8)                  \
-            few_narrow_rows(c, c_row, 8, add, words, a, panel, steps, format);                                         \
-        for (; rows >= 4; rows -= 4, c += 4 * c_row, a += 4 * TILE_ROW, steps += 4)                                    \
-            few_narrow_rows(c, c_row, 4, add, words, a, panel, steps, format);                                         \
-        for (; rows > 0; rows--, c += c_row, a += TILE_ROW, steps++)                                                   \
-            few_narrow_rows(c, c_row, 1, add, words, a, panel, steps, format);                                         \
+        for (; BLOCK_ROWS > 8 && rows >= 8; rows -= 8, c += 8 * c_row, a += 8 * (a_row))                               \
+            few(c, c_row, 8, add, depth, a, panel, __VA_ARGS__);                                                       \
+        for (; rows >= 4; rows -= 4, c += 4 * c_row, a += 4 * (a_row))                                                 \
+            few(c, c_row, 4, add, depth, a, panel, __VA_ARGS__);                                                       \
+        for (; rows > 0; rows--, c += c_row, a += (a_row)) few(c, c_row, 1, add, depth, a, panel, __VA_ARGS__);        \
     }
+BLOCK(block_by_row, TILE_ROW, few_rows, TILE_ROW, 1)
+BLOCK(block_by_depth, 1, few_rows, 1, TILE_STEP)
 #if NARROW_BF16
-NARROW_BLOCK(bf16_block, BF16)
+BLOCK(bf16_block, TILE_ROW, few_narrow_rows, BF16)
 #endif
 #if NARROW_INT8
-NARROW_BLOCK(int8_block, INT8)
+BLOCK(int8_block, TILE_ROW, few_narrow_rows, INT8)
 #endif
 
-/* c [rows, COLUMNS] = (add ? c : 0) + rows of X from `row` on, in `tile`, times the panel. */
-static void product_block(const struct call *call, float *c, whole c_row, whole row, whole rows, int add, whole depth,
-                          const float *tile, const float *panel) {
+/* How rows of X meet weights of a format. */
+static block *block_of(int format) {
 #if NARROW_BF16
-    if (call->format == BF16) {
-        bf16_block(c, c_row, rows, add, words_of(depth), tile, panel, call->steps + row);
-        return;
-    }
+    if (format == BF16) return bf16_block;
 #endif
 #if NARROW_INT8
-    if (call->format == INT8) {
-        int8_block(c, c_row, rows, add, words_of(depth), tile, panel, call->steps + row);
-        return;
-    }
+    if (format == INT8) return int8_block;
 #endif
-    block_by_row(c, c_row, rows, add, depth, tile, panel);
+    (void)format;
+    return block_by_row;
 }
 
 /* panel[k][COLUMNS] from `count` rows of x, which are its columns; zeros beyond. */
@@ -234,12 +217,12 @@ static void forward_block(const struct call *c, whole row, whole rows, whole n, 
     whole at = n, count = least(COLUMNS, c->total - n);
     const struct matrix *m = holder(c, &at);
     if (at + COLUMNS <= m->out) {
-        product_block(c, m->y + row * m->y_row + at, m->y_row, row, rows, add, depth, tile, panel);
+        c->block(m->y + row * m->y_row + at, m->y_row, rows, add, depth, tile, panel);
         return;
     }
     float mixed[BLOCK_ROWS * COLUMNS];
     if (add) fetch_back(c, mixed, row, rows, n, count);
-    product_block(c, mixed, COLUMNS, row, rows, add, depth, tile, panel);
+    c->block(mixed, COLUMNS, rows, add, depth, tile, panel);
     scatter(c, mixed, row, rows, n, count);
 }
 
@@ -265,7 +248,7 @@ static void unpack_weights(float *to, const char *w, float scale, whole depth, i
 /* Outputs [n, n + COLUMNS) of all, numbers [k, k + depth), as a panel. */
 static void pack_weights(const struct call *c, float *panel, whole n, whole k, whole depth) {
     const float *rows[COLUMNS];
-    float unpacked[COLUMNS * TILE_ROW], *scales = panel + DEPTH / 2 * COLUMNS;
+    float unpacked[COLUMNS * TILE_ROW], *scales = panel + BEHIND * COLUMNS;
     whole count = least(COLUMNS, c->total - n);
     int as_they_are = c->format == FP32 || (c->format == BF16 && NARROW(BF16) && c->in % 2 == 0); /* in whole words */
     for (whole i = 0; i < count; i++) {
@@ -285,7 +268,10 @@ static void pack_rows_of_x(const struct call *c, float *tile, whole row, whole r
     int narrow = NARROW(c->format);
     const float *x = narrow ? c->narrow + row * words_of(c->in) + k / 2 : c->x + row * c->x_row + k;
     whole x_row = narrow ? words_of(c->in) : c->x_row, words = narrow ? words_of(depth) : depth;
-    for (whole r = 0; r < rows; r++) memcpy(tile + r * TILE_ROW, x + r * x_row, words * sizeof *tile);
+    for (whole r = 0; r < rows; r++) {
+        memcpy(tile + r * TILE_ROW, x + r * x_row, words * sizeof *tile);
+        if (narrow) tile[r * TILE_ROW + BEHIND] = c->steps[row + r];
+    }
 }
 
 /* Tiles of rows [first, end) meet `held` panels, outputs from n on. */
@@ -338,8 +324,8 @@ static void tile_of_gradients(const struct call *c, float *tile, whole row, whol
 }
 
 /* c [rows, columns] += tile * panel where `columns` may end inside the panel. */
-static void partial(void (*block)(float *, whole, whole, int, whole, const float *, const float *), float *to, whole row,
-                    whole rows, whole columns, int add, whole depth, const float *tile, const float *panel) {
+static void partial(block *block, float *to, whole row, whole rows, whole columns, int add, whole depth, const float *tile,
+                    const float *panel) {
     if (columns >= COLUMNS) {
         block(to, row, rows, add, depth, tile, panel);
         return;
@@ -458,7 +444,7 @@ void mm_linear(int work, const struct matrix *list, whole count, int format, con
     for (whole i = 0; i < count; i++) total += list[i].out;
     float *tiles = scratch + threads * (whole)(PANELS * PANEL_FLOATS), *steps = tiles + threads * (whole)TILE_FLOATS;
     struct call c = {.list = list, .x = x, .dx = dx, .count = count, .total = total, .rows = rows, .in = in,
-                     .x_row = x_row, .format = format, .panels = scratch, .steps = steps, .narrow = steps + rows};
+                     .x_row = x_row, .format = format, .block = block_of(format), .panels = scratch, .steps = steps, .narrow = steps + rows};
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         whole thread = omp_get_thread_num(), team = omp_get_num_threads();
