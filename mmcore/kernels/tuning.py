@@ -35,10 +35,7 @@ class Tuned:
         """Launch on the device of `on`; `grid` is a tuple, or a function of the kernel's constants."""
         with _device_of(on):
             if self._tuner is None or torch.are_deterministic_algorithms_enabled():
-                first = self._first
-                self._kernel[grid](
-                    *arguments, **constants, **first.kwargs, num_warps=first.num_warps, num_stages=first.num_stages
-                )
+                self._kernel[grid](*arguments, **constants, **self._first.all_kwargs())
             else:
                 self._tuner[grid](*arguments, **constants)
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
 from mmcore.kernels import tuning
@@ -25,21 +24,22 @@ BACKWARD = ("64 64 64 4 2\n64 64 64 4 3\n128 64 64 8 2\n128 64 64 8 3\n64 32 32 
 
 
 def scan(place: Place, report: dict[str, Any]) -> None:
-    """gated_scan by warps, and for few heads by the programs of a multiprocessor that segments aim at; in ms."""
+    """gated_scan by pieces walked side by side and registers of a thread, and for few heads by the programs of a
+    multiprocessor that segments aim at; in ms."""
     from mmcore.kernels.gated_scan import triton as kernel
 
     names = {"summary": kernel.summary_kernel, "forward": kernel.forward_kernel, "backward": kernel.backward_kernel}
     before = kernel._tuned, kernel.PROGRAMS
-    choices = [(warps, programs) for warps in (1, 2, 4) for programs in (4, 8, 16)]
-    for warps, programs in mine(place, place.pick(choices, [(1, 4)])):
+    forms = [(1, None), (4, None), (4, 168), (8, None), (8, 128), (16, None)]
+    choices = [(form, programs) for form in forms for programs in (1, 2, 4)]
+    for (pieces, registers), programs in mine(place, place.pick(choices, [((2, None), 2)])):
 
-        def tuned(which: str, width: int, warps=warps) -> tuning.Tuned:
-            config = triton.Config({"V": max(1, width // (32 * warps))}, num_warps=warps, num_stages=1)
-            return tuning.Tuned(names[which], [config], ())
+        def tuned(which: str, width: int, _, pieces=pieces, registers=registers) -> tuning.Tuned:
+            return tuning.Tuned(names[which], [kernel._config(width, pieces, registers)], ())
 
         kernel._tuned, kernel.PROGRAMS = tuned, programs
         shapes = place.pick(SCANS, {"few heads": (1, 40, 2, 16)})
-        for name, shape in shapes.items() if programs == 4 else [("few heads", shapes["few heads"])]:
+        for name, shape in shapes.items() if programs == 2 else [("few heads", shapes["few heads"])]:
 
             def times(shape=shape) -> dict[str, float]:
                 B, T, H, _ = shape
@@ -54,7 +54,7 @@ def scan(place: Place, report: dict[str, Any]) -> None:
                     "backward_ms": 1e3 * seconds(place, lambda: kernel._run_backward(upstream, raw, gates, decays, *kept)),
                 }
 
-            attempt(report, f"{name}: {warps} warps, {programs} programs", times)
+            attempt(report, f"{name}: {pieces} pieces, {registers} registers, {programs} programs", times)
     kernel._tuned, kernel.PROGRAMS = before
 
 

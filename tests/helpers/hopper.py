@@ -91,7 +91,7 @@ def _compile(kernel, arguments, constants, config) -> Compiled:
     for name, value in {**constants, **config.kwargs}.items():
         signature[name], values[(names.index(name),)] = "constexpr", value
     source = ASTSource(fn=kernel, signature={n: signature[n] for n in names}, constexprs=values, attrs=attributes)
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    options = {name: value for name, value in config.all_kwargs().items() if name not in config.kwargs}
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     registers, spilled = _resources(made.asm["cubin"])
     what = {**options, **config.kwargs, **{k: v for k, v in constants.items() if len(k) < 9}}

@@ -1,5 +1,10 @@
 """Shapes: B batch, T time, H heads, D head size. The truth is a float64 loop over equation 8 as it is printed."""
 
+import os
+import re
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -312,15 +317,17 @@ def test_fp64_runs_by_itself_and_bad_input_is_named():
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Log-maxima found for 32 steps at a time, so that short texts take several times. Chunks have 16."""
+    """Log-maxima found for 32 steps at a time and two pieces of 16 walked side by side, so that short texts take several
+    times."""
     from mmcore.kernels.gated_scan import triton
 
     monkeypatch.setattr(triton, "BLOCK", 32)
+    monkeypatch.setattr(triton, "PIECES", 2)
     return triton
 
 
 def whole(triton, monkeypatch, cut):
-    """Let the scan walk whole heads, or cut them into segments of one chunk."""
+    """Let the scan walk whole heads, or cut them into segments of as few chunks as it walks side by side."""
     monkeypatch.setattr(triton.tuning, "processors", lambda x: 1000 if cut else 0)
 
 
@@ -331,6 +338,14 @@ def test_triton_keys_and_gradients(small_chunks, monkeypatch, T, cut):
     whole(small_chunks, monkeypatch, cut)
     B, H, D = (1, 2, 12) if T < 60 else (1, 1, 16)
     check("triton", *problem(B, T, H, D, seed=T))
+
+
+@needs_triton
+@pytest.mark.parametrize("pieces, T, cut", [(1, 50, False), (1, 50, True), (4, 70, True), (8, 127, False), (8, 130, True)])
+def test_triton_pieces_side_by_side(small_chunks, monkeypatch, pieces, T, cut):
+    monkeypatch.setattr(small_chunks, "PIECES", pieces)
+    whole(small_chunks, monkeypatch, cut)
+    check("triton", *problem(1, T, 2, 16, seed=T))
 
 
 @needs_triton
@@ -414,6 +429,20 @@ def test_triton_zero_raw_keys_and_strided_slices(small_chunks):
     check("triton", raw, gates, decays)
     fused = torch.randn(2, 20, 2 * 8 + 4)
     check("triton", fused[..., :16].unflatten(-1, (2, 8)), fused[..., 16:18], -fused[..., 18:].abs())
+
+
+@pytest.mark.slow
+@needs_triton
+def test_a_piece_is_one_warp_s_in_what_triton_compiles():
+    """The layout of tiles is the compiler's choice, and its versions differ. Where steps of a column are not one thread's,
+    whole tiles [C, W, D] pass through shared memory, 32 times what pieces end with, and a step takes 15 times as long."""
+    command = [sys.executable, "-m", "tests.benchmarks.compile_for_hopper", "--only", "gated_scan", "--dtypes", "bf16"]
+    plain = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    printed = subprocess.run(command, env=plain, capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"(\w+)_kernel .*'W': 8, .*'D': 128}: (\d+) B shared, .* (\d+) B spilled", printed)
+    assert {name for name, *_ in found} == {"summary", "forward", "backward"}
+    for name, shared, spilled in found:
+        assert int(shared) <= 8 * 128 * 4 and int(spilled) <= 256, f"{name}: {shared} B shared, {spilled} B spilled"
 
 
 @pytest.mark.gpu

@@ -5,10 +5,12 @@ the running log-maxima M of all steps, and with u_t = exp(-M_t) kbar_t what is l
 
     u_t = forget_t u_{t-1} + input_t k~_t,    forget_t = exp(log_decay_t + M_{t-1} - M_t),  input_t = exp(log_gate_t - M_t)
 
-with both factors in [0, 1]. A program walks the steps of one head, all D of it (the norm needs them), C steps at a time,
-each column of which lies in one thread: a step is a multiply-add, and the norm 5 shuffles. Triangular products of whole
-chunks on tensor cores, as linear attention does it, were tried first: they took 94 instructions of a warp for a step
-where this takes 50, and 22 barriers a chunk (0.42 ms on an H200 at B=8, T=4096, H=32, D=128).
+with both factors in [0, 1]. A program walks the steps of one head, all D of it (the norm needs them), a stretch of W pieces
+of C steps at a time. A piece is one warp's: each of its columns lies in one thread, so that a step is a multiply-add and the
+norm 5 shuffles. Warps sum up their pieces from nothing, exchange what they end with through shared memory, [W, D] numbers,
+and add what comes to them: 61 instructions of a warp for a step forward where a lone warp (W = 1) takes 51, but that one
+waited for its own results most of the time (150 cycles a step on an H200, where 256 heads make 2 warps a multiprocessor).
+Triangular products of whole chunks on tensor cores, as linear attention does it, took 94 and 22 barriers a chunk.
 
 Traffic. With `segments` = 1 a program walks all of a head: k~ is read once, keys are written once, and the backward
 pass reads k~ and the upstream gradient once and writes one gradient. Beside them go gates and decays, the two factors in
@@ -33,23 +35,33 @@ from mmcore.kernels import registry, tuning
 from mmcore.kernels.gated_scan.triton_kernels import backward_kernel, forward_kernel, prepare_kernel, summary_kernel
 
 CHUNK = 16  # at D = 128 a backward pass over 32 has not the registers
+PIECES = 8  # chunks that a program walks side by side
 MOST_SEGMENTS = 64
-PROGRAMS = 8  # warps for each multiprocessor that the cut into segments aims at
+PROGRAMS = 2  # for each multiprocessor that the cut into segments aims at
 BLOCK = 4096  # steps whose maxima are found at a time
 _LANES = 32
 
 
 @functools.cache
-def _tuned(which: str, width: int) -> tuning.Tuned:
-    """`which` kernel for heads of up to `width`. More warps leave each fewer columns, and add up norms through shared
-    memory."""
+def _tuned(which: str, width: int, pieces: int) -> tuning.Tuned:
+    """`which` kernel for heads of up to `width`, which walks up to `pieces` chunks side by side."""
     kernel, variants = {
         "summary": (summary_kernel, ()), "forward": (forward_kernel, ("SEGMENTS",)),
         "backward": (backward_kernel, ("SEGMENTS", "SUMMARY")),
     }[which]  # fmt: skip
-    choices = (1,) if width < 2 * _LANES else (1, 2) if width < 256 and which != "backward" else (2, 1)
-    configs = [triton.Config({"V": max(1, width // (_LANES * n))}, num_warps=n, num_stages=1) for n in choices]
-    return tuning.Tuned(kernel, configs, ("LENGTH", "D", *variants))
+    choices = [(pieces, None), (max(1, pieces // 2), None), (1, None)]
+    if which != "backward" and pieces == 8:  # two and three programs of a multiprocessor's 65,536 registers
+        choices += [(8, 128), (4, 168)]
+    configs = {str(config): config for config in (_config(width, *choice) for choice in choices)}
+    return tuning.Tuned(kernel, list(configs.values()), ("LENGTH", "D", *variants))
+
+
+def _config(width: int, pieces: int, registers: int | None = None) -> triton.Config:
+    """A warp for each piece, two in wide heads, half of one or less in narrow ones; 8 warps at most."""
+    lanes = width // (4 if width >= 128 else 2)  # a thread with single columns is given half of the steps by the compiler
+    pieces = min(pieces, 8 * _LANES // lanes)
+    constants = {"W": pieces, "V": width // lanes}
+    return triton.Config(constants, num_warps=max(1, pieces * lanes // _LANES), num_stages=1, maxnreg=registers)
 
 
 @functools.cache
@@ -61,12 +73,11 @@ def _plan(raw: Tensor) -> tuple[int, int, int]:
     """(chunks, chunks of a segment, segments)."""
     batch, time, heads, _ = raw.shape
     chunks = triton.cdiv(time, CHUNK)
-    # One warp takes 150 cycles for the 50 instructions of a step, and only others of its multiprocessor fill the gaps. On
-    # an H200 256 heads (2 warps a multiprocessor) took 0.34 ms forward and 0.61 backward whole, 0.35 and 0.71 in segments.
-    if batch * heads >= 1.5 * tuning.processors(raw):
+    # Segments read their keys twice: with a program for most multiprocessors a head is better left whole.
+    if batch * heads >= 0.75 * tuning.processors(raw):
         return chunks, chunks, 1
     wanted = min(MOST_SEGMENTS, triton.cdiv(PROGRAMS * tuning.processors(raw), batch * heads))
-    each = max(1, triton.cdiv(chunks, wanted))
+    each = triton.cdiv(triton.cdiv(chunks, wanted), PIECES) * PIECES
     return chunks, each, triton.cdiv(chunks, each)
 
 
@@ -117,8 +128,10 @@ def _run(raw, gates, decays, resets, vector, log_scale, keep: bool):
     vectors, factors = keys, keys
     if segments > 1:
         vectors, factors = torch.empty(rows, segments, width, **fp32), torch.empty(rows, segments, **fp32)
-        _tuned("summary", width)((segments, rows), raw, forgets, inputs, vectors, factors, *sides, on=raw, **constants)
-    _tuned("forward", width)(
+        _tuned("summary", width, PIECES)(
+            (segments, rows), raw, forgets, inputs, vectors, factors, *sides, on=raw, **constants
+        )
+    _tuned("forward", width, PIECES)(
         (segments, rows), raw, forgets, inputs, _or(vector, keys), keys, new_vector, entries, inverses, vectors, factors,
         *sides, on=raw, STATE=vector is not None, KEEP=keep, SEGMENTS=segments > 1, **constants,
     )  # fmt: skip
@@ -171,7 +184,7 @@ def _run_backward(grad, raw, gates, decays, entries, inverses, forgets, inputs):
         ends = torch.empty(rows, segments, width, dtype=torch.float32, device=raw.device)
         factors = torch.empty(rows, segments, dtype=torch.float32, device=raw.device)
     for summary in (True, False) if segments > 1 else (False,):
-        _tuned("backward", width)(
+        _tuned("backward", width, PIECES)(
             (segments, rows), grad, raw, forgets, inputs, entries, inverses, grad_raw, grad_gates, grad_decays, ends,
             factors, *raw.shape[1:], *grad.stride()[:3], *raw.stride()[:3], each, tuning.bucket(time),
             on=raw, SUMMARY=summary, SEGMENTS=segments > 1, **constants,
