@@ -1,12 +1,12 @@
 /* Products of numbers of 16 bits, two neighbours of x by two of W in an instruction and lane.
 
-   bf16 weights meet x rounded to bf16, where the processor has AVX512-BF16, and their sums are fp32. int8 weights meet x as
+   bf16 weights, and fp32 numbers that are rounded to it, meet in bf16 where the processor has AVX512-BF16, and their sums are fp32. int8 weights meet x as
    whole numbers of 16 bits, a step of each row's own being its largest number over 32,767, and their sums are exact. Zen 4
    does as many of either instruction as fused multiply-adds, 3.65 G a second and core, so twice the products of fp32,
    and nothing need be widened to fp32. Of a row's largest number the step is 3e-5: its error is below 1.1e-3 of a
    product's size for any x of 16,384 numbers, where rounding to bf16 has 1.1e-3 of each, and int8 itself some 1e-2.
 
-   A processor without the instruction widens weights to fp32 and rounds nothing. */
+   A processor without the instruction widens weights to fp32 and rounds nothing. LANES is whose header this follows. */
 #ifndef MM_NARROW_PRODUCTS_H
 #define MM_NARROW_PRODUCTS_H
 
@@ -29,23 +29,18 @@
 #endif
 
 /* Whether weights of this format are multiplied in 16 bits here. */
-#define NARROW(format) ((format) == BF16 ? NARROW_BF16 : (format) == INT8 ? NARROW_INT8 : 0)
+#define NARROW(format) ((format) == FP32 ? 0 : (format) == INT8 ? NARROW_INT8 : NARROW_BF16)
 
 #define EXACT_PAIRS 256 /* that a lane can add, each at most 2 x 128 x 32,767, before 32 bits overflow */
 #define LARGEST_STEP 32767
 
-#if defined(__AVX512F__)
-#define NARROW_LANES 16
-#else
-#define NARROW_LANES 8
-#endif
-typedef int32_t nvec __attribute__((vector_size(4 * NARROW_LANES))); /* pairs of 16-bit numbers, or sums' bits */
-typedef float nfloats __attribute__((vector_size(4 * NARROW_LANES)));
+typedef int32_t nvec __attribute__((vector_size(4 * LANES))); /* pairs of 16-bit numbers, or sums' bits */
+typedef float nfloats __attribute__((vector_size(4 * LANES)));
 
 /* sum + the lanes' two products of a and b. The sum is whole for int8, and the bits of floats for bf16. */
 static inline __attribute__((always_inline)) nvec add_products(nvec sum, nvec a, nvec b, const int format) {
 #ifdef __AVX512BF16__
-    if (format == BF16) { /* the intrinsic's own type costs a copy of every sum in gcc 12 */
+    if (format != INT8) { /* the intrinsic's own type costs a copy of every sum in gcc 12 */
         __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
         return sum;
     }
@@ -69,7 +64,7 @@ static inline __attribute__((always_inline)) nfloats sums_as_floats(nvec sum, co
     return format == INT8 ? __builtin_convertvector(sum, nfloats) : x;
 }
 
-/* The next 2 NARROW_LANES weights at p. */
+/* The next 2 LANES weights at p. */
 static inline __attribute__((always_inline)) nvec narrow_weights(const char *p, const int format) {
     nvec v = {0};
 #ifdef __AVX2__
@@ -93,6 +88,31 @@ static inline uint16_t nearest_bf16(float x) {
     return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
+/* `count` numbers as bf16. */
+static inline void round_to_bf16(uint16_t *to, const float *x, int64_t count) {
+    int64_t i = 0;
+#ifdef __AVX512BF16__
+    for (; i + 32 <= count; i += 32) {
+        __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(x + i + 16), _mm512_loadu_ps(x + i));
+        memcpy(to + i, &both, sizeof both);
+    }
+#endif
+    for (; i < count; i++) to[i] = nearest_bf16(x[i]);
+}
+
+/* Words of two numbers rounded to bf16: low's in the low halves, high's in the high ones. */
+static inline __attribute__((always_inline)) nvec rounded_pairs(nfloats low, nfloats high) {
+#ifdef __AVX512BF16__
+    const __m512i apart = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
+                                           20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return (nvec)_mm512_permutexvar_epi16(apart, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+#else
+    nvec words;
+    for (int i = 0; i < LANES; i++) words[i] = (int32_t)(nearest_bf16(low[i]) | (uint32_t)nearest_bf16(high[i]) << 16);
+    return words;
+#endif
+}
+
 /* What a row's numbers are counted in: 1 for bf16. For int8 NaN or infinite where one of them is, and with it every product
    of the row; and 0 where all are so small that nothing is worth a product. */
 static inline float narrow_step(const float *x, int64_t count, int format) {
@@ -112,8 +132,8 @@ static inline float narrow_step(const float *x, int64_t count, int format) {
 
 /* Some numbers of a row in 16 bits. */
 static inline void narrow(uint16_t *to, const float *x, int64_t count, float step, int format) {
-    if (format == BF16) {
-        for (int64_t i = 0; i < count; i++) to[i] = nearest_bf16(x[i]);
+    if (format != INT8) {
+        round_to_bf16(to, x, count);
         return;
     }
     const float factor = step > 0 && step < INFINITY ? 1 / step : 0;

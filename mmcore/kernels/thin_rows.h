@@ -17,9 +17,6 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "narrow_products.h"
-#include "weight_formats.h"
-
 #ifdef __AVX__
 #include <immintrin.h>
 #endif
@@ -34,6 +31,9 @@
 #define LOW_HALVES 0, 8, 1, 9, 2, 10, 3, 11
 #define HIGH_HALVES 4, 12, 5, 13, 6, 14, 7, 15
 #endif
+#include "narrow_products.h"
+#include "weight_formats.h"
+
 #define STEP (2 * LANES) /* weights taken at once from a row */
 #define LEAST_BYTES (32 * 1024) /* of weights for each thread: fewer are read before another thread has woken */
 #define INLINE static inline __attribute__((always_inline))

@@ -5,13 +5,13 @@
 #include <stdint.h>
 #include <string.h>
 
-enum format { FP32, BF16, INT8 };
+enum format { FP32, BF16, INT8, ROUNDED }; /* the last: fp32 in memory, rounded to bf16 for its products */
 
-static inline int bytes_of(int format) { return format == FP32 ? 4 : format == BF16 ? 2 : 1; }
+static inline int bytes_of(int format) { return format == BF16 ? 2 : format == INT8 ? 1 : 4; }
 
 /* out[i] = w[i], i < count; the scale of int8 is not applied. */
 static inline void widen(float *out, const char *w, int64_t count, int format) {
-    if (format == FP32) {
+    if (format == FP32 || format == ROUNDED) {
         memcpy(out, w, count * sizeof *out);
     } else if (format == BF16) {
         uint32_t *bits = (uint32_t *)out;

@@ -16,6 +16,7 @@ TAKEN_AWAY = {
     "AVX-512 without products of 16 bits": ["-mno-avx512vnni", "-mno-avx512bf16"],
     "AVX2": ["-mno-avx512f"],
     "AVX": ["-mno-avx2"],
+    "vectors of four numbers": ["-mno-avx"],
 }
 
 

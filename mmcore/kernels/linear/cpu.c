@@ -66,7 +66,7 @@ struct call {
     float *dx;
     whole count, total, rows, in, x_row;
     int format;
-    block *block;
+    block *block, *block_by_depth;
     float *panels;
 };
 
@@ -111,20 +111,20 @@ INLINE void few_rows(float *c, whole c_row, const int rows, int add, whole depth
 /* The same where tile and panel hold words of two numbers. int8's sums count in the steps of the rows and the scales of the
    columns, which stand behind the numbers, BEHIND words from where they begin. */
 INLINE void few_narrow_rows(float *c, whole c_row, const int rows, int add, whole depth, const float *a,
-                            const float *panel, const int format) {
+                            const float *panel, const int a_row, const int a_step, const int format) {
     nvec acc[2 * 14];
     const float *scales = panel + BEHIND * COLUMNS;
     const loose_int *two = (const loose_int *)a; /* as floats, words that look like signalling NaNs would change */
 #pragma GCC unroll 28
     for (int i = 0; i < 2 * rows; i++) acc[i] = (nvec){0};
-    for (whole k = 0; k < words_of(depth); k++, two++, panel += COLUMNS) {
+    for (whole k = 0; k < words_of(depth); k++, two += a_step, panel += COLUMNS) {
         nvec first = (nvec)load(panel), second = (nvec)load(panel + LANES);
         IN_REGISTER(first);
         IN_REGISTER(second);
         for (int i = 0; i < COLUMNS; i += 16) __builtin_prefetch(panel + 16 * COLUMNS + i);
 #pragma GCC unroll 14
         for (int r = 0; r < rows; r++) {
-            nvec both = (nvec){0} + two[r * TILE_ROW];
+            nvec both = (nvec){0} + two[r * a_row];
             acc[2 * r] = add_products(acc[2 * r], both, first, format);
             acc[2 * r + 1] = add_products(acc[2 * r + 1], both, second, format);
         }
@@ -135,7 +135,7 @@ INLINE void few_narrow_rows(float *c, whole c_row, const int rows, int add, whol
         for (int half = 0; half < 2; half++) {
             float *to = c + r * c_row + half * LANES;
             vec sum = sums_as_floats(acc[2 * r + half], format);
-            if (format == INT8) sum *= a[r * TILE_ROW + BEHIND] * load(scales + half * LANES);
+            if (format == INT8) sum *= a[r * a_row + BEHIND] * load(scales + half * LANES);
             store(to, add ? sum + load(to) : sum);
         }
 }
@@ -157,22 +157,31 @@ INLINE void few_narrow_rows(float *c, whole c_row, const int rows, int add, whol
 BLOCK(block_by_row, TILE_ROW, few_rows, TILE_ROW, 1)
 BLOCK(block_by_depth, 1, few_rows, 1, TILE_STEP)
 #if NARROW_BF16
-BLOCK(bf16_block, TILE_ROW, few_narrow_rows, BF16)
+BLOCK(bf16_block, TILE_ROW, few_narrow_rows, TILE_ROW, 1, BF16)
+BLOCK(bf16_block_by_depth, 1, few_narrow_rows, 1, TILE_STEP, BF16)
 #endif
 #if NARROW_INT8
-BLOCK(int8_block, TILE_ROW, few_narrow_rows, INT8)
+BLOCK(int8_block, TILE_ROW, few_narrow_rows, TILE_ROW, 1, INT8)
 #endif
 
-/* How rows of X meet weights of a format. */
+/* How rows of X meet weights of a format; and rows of dY^T rows of X. */
 static block *block_of(int format) {
 #if NARROW_BF16
-    if (format == BF16) return bf16_block;
+    if (format == BF16 || format == ROUNDED) return bf16_block;
 #endif
 #if NARROW_INT8
     if (format == INT8) return int8_block;
 #endif
     (void)format;
     return block_by_row;
+}
+
+static block *block_by_depth_of(int format) {
+#if NARROW_BF16
+    if (format == ROUNDED) return bf16_block_by_depth;
+#endif
+    (void)format;
+    return block_by_depth;
 }
 
 /* panel[k][COLUMNS] from `count` rows of x, which are its columns; zeros beyond. */
@@ -187,11 +196,14 @@ static void pack_turned(float *panel, const float *const *x, whole count, whole 
         }
 }
 
-/* panel[k][COLUMNS] from rows of x that lie as the panel does; zeros beyond `count`. */
-static void pack_straight(float *panel, const float *x, whole x_row, whole count, whole depth) {
-    for (whole k = 0; k < depth; k++)
-        for (whole i = 0; i < COLUMNS; i += LANES)
-            store(panel + k * COLUMNS + i, load_part(x + k * x_row + i, count - i));
+/* `width` numbers at `to`, or words of two numbers, the second of each a zero where there is no `high`; zeros beyond `count`. */
+INLINE void lay_numbers(float *to, const float *x, whole count, const int width) {
+    for (int i = 0; i < width; i += LANES) store(to + i, load_part(x + i, count - i));
+}
+
+INLINE void lay_words(float *to, const float *low, const float *high, whole count, const int width) {
+    for (int i = 0; i < width; i += LANES)
+        store(to + i, (vec)rounded_pairs(load_part(low + i, count - i), high ? load_part(high + i, count - i) : (vec){}));
 }
 
 /* Columns [n, n + count) of all Y, from a block that fills no panel of one matrix. */
@@ -242,6 +254,7 @@ static void unpack_weights(float *to, const char *w, float scale, whole depth, i
     }
     halves[2 * words_of(depth) - 1] = 0;
     if (format == BF16) memcpy(halves, w, depth * sizeof *halves);
+    if (format == ROUNDED) round_to_bf16(halves, (const float *)w, depth);
     for (whole j = 0; format == INT8 && j < depth; j++) halves[j] = (uint16_t)(int16_t)((const int8_t *)w)[j];
 }
 
@@ -317,9 +330,31 @@ static void tile_of_gradients(const struct call *c, float *tile, whole row, whol
         whole at = n + k;
         const struct matrix *m = holder(c, &at);
         whole count = least(depth - k, m->out - at);
-        for (whole r = 0; r < rows; r++)
-            memcpy(tile + r * TILE_ROW + k, m->y + (row + r) * m->y_row + at, count * sizeof *tile);
+        for (whole r = 0; r < rows; r++) {
+            const float *y = m->y + (row + r) * m->y_row + at;
+            float *to = tile + r * TILE_ROW;
+            if (NARROW(c->format))
+                round_to_bf16((uint16_t *)to + k, y, count);
+            else
+                memcpy(to + k, y, count * sizeof *to);
+        }
         k += count;
+    }
+    for (whole r = 0; NARROW(c->format) && depth % 2 && r < rows; r++) ((uint16_t *)(tile + r * TILE_ROW))[depth] = 0;
+}
+
+/* Numbers [from, from + COLUMNS) of the weights of outputs [n, n + depth) of all, as a panel. */
+static void pack_outputs(const struct call *c, float *panel, whole n, whole from, whole depth) {
+    const float *before = NULL;
+    for (whole k = 0; k < depth; k++) {
+        whole at = n + k;
+        const struct matrix *m = holder(c, &at);
+        const float *w = (const float *)m->weight + at * c->in + from;
+        if (!NARROW(c->format))
+            lay_numbers(panel + k * COLUMNS, w, c->in - from, COLUMNS);
+        else if (k % 2 || k + 1 == depth)
+            lay_words(panel + k / 2 * COLUMNS, k % 2 ? before : w, k % 2 ? w : NULL, c->in - from, COLUMNS);
+        before = w;
     }
 }
 
@@ -343,23 +378,13 @@ static void backward_input(const struct call *c, float *tile) {
         for (whole from = 0; from < in; from += PANELS * COLUMNS) {
             whole depth = least(DEPTH, c->total - n), held = least(PANELS, parts_of(in - from, COLUMNS));
 #pragma omp for schedule(static, 1)
-            for (whole p = 0; p < held; p++) {
-                whole column = from + p * COLUMNS;
-                for (whole k = 0; k < depth;) {
-                    whole at = n + k;
-                    const struct matrix *m = holder(c, &at);
-                    whole count = least(depth - k, m->out - at);
-                    pack_straight(c->panels + p * PANEL_FLOATS + k * COLUMNS, (const float *)m->weight + at * in + column, in,
-                                  in - column, count);
-                    k += count;
-                }
-            }
+            for (whole p = 0; p < held; p++) pack_outputs(c, c->panels + p * PANEL_FLOATS, n, from + p * COLUMNS, depth);
             for (whole t = first; t < end; t++) {
                 whole row = t * BLOCK_ROWS, rows = least(BLOCK_ROWS, c->rows - row);
                 tile_of_gradients(c, tile, row, rows, n, depth);
                 for (whole p = 0; p < held; p++) {
                     whole column = from + p * COLUMNS;
-                    partial(block_by_row, c->dx + row * in + column, in, rows, in - column, n > 0, depth, tile,
+                    partial(c->block, c->dx + row * in + column, in, rows, in - column, n > 0, depth, tile,
                             c->panels + p * PANEL_FLOATS);
                 }
             }
@@ -368,14 +393,29 @@ static void backward_input(const struct call *c, float *tile) {
 }
 
 /* Tiles of dY^T, outputs [n, n + BLOCK_ROWS) and on, depth first: rows [k, k + depth) of dY. */
-static void tiles_of_gradients(const struct matrix *m, float *tiles, whole count, whole n, whole k, whole depth) {
-    for (whole j = 0; j < depth; j++) {
-        const float *y = m->y + (k + j) * m->y_row + n;
+static void tiles_of_gradients(const struct matrix *m, float *tiles, whole count, whole n, whole k, whole depth, int narrow) {
+    for (whole j = 0; j < depth; j += 1 + narrow) {
+        const float *y = m->y + (k + j) * m->y_row + n, *next = j + 1 < depth ? y + m->y_row : NULL;
         for (whole q = 0; q < count; q++) {
-            float *to = tiles + (q * BACK_DEPTH + j) * TILE_STEP;
-            for (whole i = 0; i < TILE_STEP; i += LANES)
-                store(to + i, load_part(y + q * BLOCK_ROWS + i, m->out - n - q * BLOCK_ROWS - i));
+            float *to = tiles + (q * BACK_DEPTH + j / (1 + narrow)) * TILE_STEP;
+            whole at = q * BLOCK_ROWS, left = m->out - n - at;
+            if (narrow)
+                lay_words(to, y + at, next ? next + at : NULL, left, TILE_STEP);
+            else
+                lay_numbers(to, y + at, left, TILE_STEP);
         }
+    }
+}
+
+/* Numbers [from, from + COLUMNS) of rows [k, k + depth) of X, as a panel. */
+static void pack_inputs(const struct call *c, float *panel, whole k, whole from, whole depth) {
+    whole count = c->in - from, narrow = NARROW(c->format);
+    for (whole j = 0; j < depth; j += 1 + narrow, panel += COLUMNS) {
+        const float *x = c->x + (k + j) * c->x_row + from;
+        if (narrow)
+            lay_words(panel, x, j + 1 < depth ? x + c->x_row : NULL, count, COLUMNS);
+        else
+            lay_numbers(panel, x, count, COLUMNS);
     }
 }
 
@@ -385,22 +425,19 @@ static void backward_weights(const struct call *c, int add, float *tiles) {
         for (whole from = 0; from < in; from += 2 * PANELS * COLUMNS) {
             whole depth = least(BACK_DEPTH, c->rows - k), held = least(2 * PANELS, parts_of(in - from, COLUMNS));
 #pragma omp for schedule(static, 1)
-            for (whole p = 0; p < held; p++) {
-                whole column = from + p * COLUMNS;
-                pack_straight(c->panels + p * each, c->x + k * c->x_row + column, c->x_row, in - column, depth);
-            }
+            for (whole p = 0; p < held; p++) pack_inputs(c, c->panels + p * each, k, from + p * COLUMNS, depth);
             for (whole i = 0; i < c->count; i++) {
                 const struct matrix *m = &c->list[i];
                 whole first, end;
                 my_tiles(m->out, &first, &end);
                 for (whole t = first; t < end; t += GROUP) {
                     whole count = least(GROUP, end - t);
-                    tiles_of_gradients(m, tiles, count, t * BLOCK_ROWS, k, depth);
+                    tiles_of_gradients(m, tiles, count, t * BLOCK_ROWS, k, depth, NARROW(c->format));
                     for (whole q = 0; q < count; q++) {
                         whole row = (t + q) * BLOCK_ROWS;
                         for (whole p = 0; p < held; p++) {
                             whole column = from + p * COLUMNS;
-                            partial(block_by_depth, m->grad + row * in + column, in, least(BLOCK_ROWS, m->out - row),
+                            partial(c->block_by_depth, m->grad + row * in + column, in, least(BLOCK_ROWS, m->out - row),
                                     in - column, add || k > 0, depth, tiles + q * BACK_DEPTH * TILE_STEP,
                                     c->panels + p * each);
                         }
@@ -437,19 +474,23 @@ static void narrow_x(const struct call *c) {
     }
 }
 
-/* `work` on matrices of `format`, which is fp32 in all but FORWARD. MORE_WEIGHTS adds to what `grad` holds. */
+/* Whether this processor multiplies in bf16: without it nothing is to be ROUNDED. */
+int mm_linear_rounds(void) { return NARROW(ROUNDED); }
+
+/* `work` on matrices of `format`, which is fp32, rounded or not, in all but FORWARD. MORE_WEIGHTS adds to what `grad` holds. */
 void mm_linear(int work, const struct matrix *list, whole count, int format, const float *x, float *dx, whole rows, whole in,
                whole x_row, float *scratch, int threads) {
     whole total = 0;
     for (whole i = 0; i < count; i++) total += list[i].out;
     float *tiles = scratch + threads * (whole)(PANELS * PANEL_FLOATS), *steps = tiles + threads * (whole)TILE_FLOATS;
     struct call c = {.list = list, .x = x, .dx = dx, .count = count, .total = total, .rows = rows, .in = in,
-                     .x_row = x_row, .format = format, .block = block_of(format), .panels = scratch, .steps = steps, .narrow = steps + rows};
+                     .x_row = x_row, .format = format, .block = block_of(format), .block_by_depth = block_by_depth_of(format),
+                     .panels = scratch, .steps = steps, .narrow = steps + rows};
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         whole thread = omp_get_thread_num(), team = omp_get_num_threads();
         float *tile = tiles + thread * TILE_FLOATS;
-        if (NARROW(format)) narrow_x(&c);
+        if (work == FORWARD && NARROW(format)) narrow_x(&c);
         if (work == FORWARD && parts_of(rows, BLOCK_ROWS) < EVEN_TILES * team)
             forward_columns(&c, scratch + thread * (whole)(PANELS * PANEL_FLOATS), tile);
         else if (work == FORWARD)
