@@ -141,4 +141,4 @@ class ContextualMemory(nn.Module):
 
 def _exact(parameter: Tensor) -> Tensor:
     """The parameter in fp32 at least: exp in bf16 is off by a percent."""
-    return parameter.to(torch.promote_types(parameter.dtype, torch.float32))
+    return parameter if parameter.dtype is torch.float64 else parameter.float()

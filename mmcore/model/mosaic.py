@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -115,8 +116,8 @@ class MosaicBlock(TwoMemoryBlock):
         if not weight.is_cpu or weight.dtype not in (torch.bfloat16, torch.int8):
             return None
         memories = (memory for layer in model.model.layers for memory in (layer.short_term, layer.long_term))
-        largest = torch.stack([memory.value_scale().max() for memory in memories]).max()
-        return torch.float16 if largest <= LARGEST_IN_FP16 else None
+        largest = torch.stack([memory.value_log_scale for memory in memories]).max().item()
+        return torch.float16 if largest <= math.log(LARGEST_IN_FP16) else None
 
     @staticmethod
     def whole_step(model: LanguageModel) -> Callable | bool:

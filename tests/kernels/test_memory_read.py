@@ -218,6 +218,22 @@ def test_an_empty_memory_gives_exact_zeros(form, queries):
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("queries", [1, 6, 50])
+@pytest.mark.parametrize("offset", [0, 3])
+@pytest.mark.parametrize("reading", [0, 1, 2])
+def test_the_last_queries_of_a_prompt_read_the_first_pairs_that_are_old_enough(form, queries, offset, reading):
+    """Without gradients, as a prompt is read: none of the queries reads anything, or only the last one or two."""
+    if reading > queries:
+        pytest.skip("as many queries as read")
+    delay = offset + queries - reading
+    tensors = Case(queries, pairs=offset + queries).tensors()[0]
+    with torch.no_grad():
+        got = memory_read(*(t.float() for t in tensors), delay=delay, offset=offset, implementation=form)
+    assert torch.allclose(got.double(), loop(*tensors, delay=delay, offset=offset), atol=1e-5)
+    assert (got[:, : queries - reading] == 0).all() and (got[:, queries - reading :] != 0).any() == (reading > 0)
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("queries", [1, 90])
 def test_large_bandwidths_stay_finite(form, queries):
     """theta is clipped at 10: beta_0 = beta_1 = exp(10), alpha = 1. The sharpest read is the nearest pair's value."""

@@ -157,12 +157,14 @@ def test_pairs_are_kept_in_fp16_where_weights_are_narrow(dtype):
     assert torch.equal(feed(model, again, following, [1] * 5), feed(model, state, following, [1] * 5))
 
 
-def test_values_too_large_for_fp16_are_kept_as_they_are():
+@pytest.mark.parametrize("log_scale, dtype", [(9.125, torch.float16), (9.25, torch.float32), (12, torch.float32)])
+def test_values_too_large_for_fp16_are_kept_as_they_are(log_scale, dtype):
+    """Norms of one memory's values up to exp(9.21) = 10,000 fit."""
     model = tiny().bfloat16()
-    model.model.layers[0].long_term.value_log_scale.data.fill_(12)
+    model.model.layers[0].long_term.value_log_scale.data[1] = log_scale
     state = model.new_state(1)
     assert model.advance(random_tokens(1, 20), state).isfinite().all()
-    assert {memory.store.keys.dtype for memory in state.memories.values()} == {torch.float32}
+    assert {memory.store.keys.dtype for memory in state.memories.values()} == {dtype}
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -221,6 +223,17 @@ def test_int8_weights_lose_little(tokens=40):
     labels = text.roll(-1, 1)
     with torch.no_grad():
         assert 0 < abs(model.loss(text, labels) / kept.loss(text, labels) - 1) < 0.01
+
+
+def test_the_compiled_step_is_made_at_the_first_token_that_it_reads():
+    """It looks at the weights then, not when the prompt was read: the logits double with the last norm."""
+    model, tokens = tiny(), random_tokens(1, 11)
+    plain, state = model.new_state(1), model.new_state(1)
+    want = feed(model, plain, tokens, [10, 1])[:, -1]
+    model.advance(tokens[:, :10], state)
+    assert state.whole_step is None
+    model.model.norm.weight.data.mul_(2)
+    assert torch.allclose(model.advance(tokens[:, 10:], state), 2 * want, rtol=1e-5, atol=1e-6)
 
 
 def test_the_compiled_step_and_the_layers_one_by_one_share_a_state():

@@ -49,23 +49,22 @@ def _threads(rows: int, total: int, inside: int) -> int:
     return max(1, min(torch.get_num_threads(), rows * total * inside // _FLOPS_OF_A_THREAD))
 
 
-def _call(work: int, list_: bytes, outs: int, x: Tensor | None, dx: Tensor | None, rows: int, inside: int, total: int,
-          weight_format: int = 0) -> None:  # fmt: skip
-    threads = _threads(rows, total, inside)
+def _call(work: int, list_: bytes, outs: Sequence[int], x: Tensor | None, x_row: int, dx: Tensor | None, rows: int,
+          inside: int, weight_format: int = 0) -> None:  # fmt: skip
+    threads = _threads(rows, sum(outs), inside)
     scratch = torch.empty(_C.mm_linear_scratch(rows, inside, weight_format, threads))
-    row = inside if x is None else x.stride(0)
     _C.mm_linear(
-        work, list_, outs, weight_format, None if x is None else x.data_ptr(), None if dx is None else dx.data_ptr(), rows,
-        inside, row, scratch.data_ptr(), threads,
+        work, list_, len(outs), weight_format, None if x is None else x.data_ptr(), None if dx is None else dx.data_ptr(),
+        rows, inside, x_row, scratch.data_ptr(), threads,
     )
 
 
-def _list(weights: Sequence[Tensor | None], scales: Sequence[Tensor | None], ys: Sequence[tuple[int, int]],
-          grads: Sequence[Tensor | None], outs: Sequence[int]) -> bytes:  # fmt: skip
+def _list(outs: Sequence[int], ys: Sequence[tuple[int, int]], weights: Sequence[Tensor] | None = None,
+          scales: Sequence[Tensor] | None = None, grads: Sequence[Tensor] | None = None) -> bytes:  # fmt: skip
     """struct matrix for each weight; `ys` are addresses and distances from row to row. The tensors must outlive it."""
-    at = [[0 if t is None else t.data_ptr() for t in tensors] for tensors in (weights, scales, grads)]
+    at = [[0] * len(outs) if tensors is None else [t.data_ptr() for t in tensors] for tensors in (weights, scales, grads)]
     places = zip(*at, ys, outs, strict=True)
-    return b"".join(_MATRIX(weight, scale, y, grad, out, row) for weight, scale, grad, (y, row), out in places)
+    return b"".join([_MATRIX(weight, scale, y, grad, out, row) for weight, scale, grad, (y, row), out in places])
 
 
 def products(
@@ -73,34 +72,33 @@ def products(
 ) -> list[Tensor]:
     """y_i [..., out_i] = x W_i^T without gradients: x [..., in] fp32, weights contiguous and all of one of FORMATS, int8
     with `scales` [out_i]. `out`, contiguous, takes the product of a single weight."""
-    flat = _flat(x)
-    rows, inside = flat.shape
-    ys = [x.new_empty(*x.shape[:-1], len(weight)) for weight in weights] if out is None else [out]
-    if flat.numel() == 0:
+    x, row = rows_of(x)
+    *leading, inside = x.shape
+    outs = [weight.shape[0] for weight in weights]
+    ys = [torch.empty(*leading, columns) for columns in outs] if out is None else [out]
+    if x.numel() == 0:
         return [y.zero_() for y in ys]
-    weights, outs = [weight.contiguous() for weight in weights], [len(weight) for weight in weights]
-    none = [None] * len(weights)
-    places = [(y.data_ptr(), len(w)) for y, w in zip(ys, weights, strict=True)]
-    list_ = _list(weights, none if scales is None else scales, places, none, outs)
-    _call(_FORWARD, list_, len(weights), flat, None, rows, inside, sum(outs), FORMATS[weights[0].dtype])
+    weights = [weight.contiguous() for weight in weights]
+    places = [(y.data_ptr(), columns) for y, columns in zip(ys, outs, strict=True)]
+    list_ = _list(outs, places, weights, scales)
+    _call(_FORWARD, list_, outs, x, row, None, x.numel() // inside, inside, FORMATS[weights[0].dtype])
     return ys
 
 
 def input_gradient(grads: Sequence[Tensor], weights: Sequence[Tensor], out: Tensor) -> Tensor:
     """out [rows, in], contiguous, becomes the sum of dY_i W_i; each dY [rows, out_i] with rows of its own distance."""
-    weights, none = [weight.contiguous() for weight in weights], [None] * len(weights)
-    list_ = _list(weights, none, [(g.data_ptr(), g.stride(0)) for g in grads], none, [len(w) for w in weights])
-    total = sum(len(w) for w in weights)
-    _call(_INPUT, list_, len(weights), None, out, *out.shape, total)
+    weights, outs = [weight.contiguous() for weight in weights], [weight.shape[0] for weight in weights]
+    list_ = _list(outs, [(g.data_ptr(), g.stride(0)) for g in grads], weights)
+    rows, inside = out.shape
+    _call(_INPUT, list_, outs, None, inside, out, rows, inside)
     return out
 
 
 def weight_gradients(grads: Sequence[Tensor], x: Tensor, outs: Sequence[Tensor], add: bool = False) -> Sequence[Tensor]:
     """outs [out_i, in], contiguous, become dY_i^T x, or have it added to them. x [..., in]."""
-    x, none = _flat(x), [None] * len(outs)
-    list_ = _list(none, none, [(g.data_ptr(), g.stride(0)) for g in grads], outs, [len(out) for out in outs])
-    total = sum(len(out) for out in outs)
-    _call(_MORE_WEIGHTS if add else _WEIGHTS, list_, len(outs), x, None, *x.shape, total)
+    x, counts = _flat(x), [out.shape[0] for out in outs]
+    list_ = _list(counts, [(g.data_ptr(), g.stride(0)) for g in grads], grads=outs)
+    _call(_MORE_WEIGHTS if add else _WEIGHTS, list_, counts, x, x.stride(0), None, *x.shape)
     return outs
 
 

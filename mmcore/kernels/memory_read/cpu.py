@@ -182,6 +182,8 @@ def memory_read(queries, keys, values, base, slope, exponent, starts, window, de
     if starts is not None:
         starts = starts.to(torch.int32).contiguous()
     if registry.direct(queries):
+        if offset + queries.shape[1] <= delay:  # no pair is old enough: a long-term memory's first tokens
+            return torch.zeros(queries.shape)
         place = (starts, window, delay, offset)
         if 0 < queries.shape[1] <= FEW:
             return _few(queries, keys, values, bandwidths, place)
