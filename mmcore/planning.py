@@ -121,7 +121,8 @@ def _cpu(ranks: int = 1) -> Machine:
 
 
 def _cpu_peaks() -> dict[str, float]:
-    """Cores x clock x fp32 FLOPs a cycle: two fused multiply-add units of 4, 8 (AVX2) or 16 (AVX-512) lanes.
+    """Cores x clock x fp32 FLOPs a cycle: two fused multiply-add units of 4, 8 (AVX2) or 16 (AVX-512) lanes; in bf16 twice
+    as many where there are instructions for it.
 
     The clock is the nominal one; where cores boost, matrix products run up to 15 % above this.
     """
@@ -132,7 +133,8 @@ def _cpu_peaks() -> dict[str, float]:
     info = Path("/proc/cpuinfo")
     flags = info.read_text(encoding="utf-8", errors="replace") if info.exists() else ""
     lanes = 16 if "avx512f" in flags else 8 if "avx2" in flags else 4
-    return {"fp32": cores * (frequency.max or frequency.current) * 1e6 * 2 * 2 * lanes}
+    peak = cores * (frequency.max or frequency.current) * 1e6 * 2 * 2 * lanes
+    return {"fp32": peak, "bf16": 2 * peak} if "avx512_bf16" in flags else {"fp32": peak}
 
 
 def plan(recipe: Recipe, machine: Machine) -> dict:
@@ -197,7 +199,8 @@ def memory_per_device(recipe: Recipe, machine: Machine, micro_batch: int) -> dic
     several, `collectives` are the copies that gloo reduces the largest group's gradient in.
     """
     model = recipe.model
-    compute = accounting.FP32 if _precision(recipe, machine) == "fp32" else 2
+    # a CPU's products round what they read in fp32
+    compute = accounting.FP32 if machine.is_cpu or _precision(recipe, machine) == "fp32" else 2
     tokens = micro_batch * recipe.training.sequence_length
     states = _states(recipe, machine)
     if recipe.distributed.cpu_offload and not machine.is_cpu:

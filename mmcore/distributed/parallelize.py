@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from mmcore.config import DistributedConfig
 from mmcore.distributed.mesh import World
 from mmcore.errors import ConfigError
+from mmcore.kernels.linear.cpu import multiplies_bf16
 from mmcore.kernels.recompute import remake
 
 
@@ -60,14 +61,16 @@ def shard(model: nn.Module, distributed: DistributedConfig, world: World, precis
     Four kinds of groups, each gathered by one collective: every block's matrices; the embedding; the classifier; and
     in the root all vectors of the model (norms and per-head scalars, 0.02 % of an 8b) with the matrix that embedding and
     classifier share where they are tied. Under bf16 matrices travel and are used in bf16, while the vectors stay in
-    fp32: a bandwidth's exponent rounded to 8 bits would be off by a percent. Gradients are added up in fp32, not
+    fp32: a bandwidth's exponent rounded to 8 bits would be off by a percent. A CPU that multiplies bf16 rounds what its
+    products are given, and there all travel in fp32. Gradients are added up in fp32, not
     averaged: the loss is divided by the global number of labels before (training/step.py).
     """
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
     from torch.distributed.fsdp import register_fsdp_forward_method as gather_around
 
     offload = CPUOffloadPolicy(pin_memory=world.mesh.device_type == "cuda") if distributed.cpu_offload else OffloadPolicy()
-    dtype = None if precision == "fp32" else torch.bfloat16
+    wide_everywhere = precision == "fp32" or (world.mesh.device_type == "cpu" and multiplies_bf16())
+    dtype = None if wide_everywhere else torch.bfloat16
     # Autocast chooses the dtype of each operation, as in a single process: inputs are left as they are
     narrow = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     wide = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)

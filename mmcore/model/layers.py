@@ -89,10 +89,9 @@ class RMSNorm(nn.Module):
 
 @cheap
 def _normalized(x: Tensor, weight: Tensor, *, eps: float, kernels: str) -> Tensor:
-    """RMSNorm's equation. Under autocast the result is cast at once: each projection would make a copy of its own."""
+    """RMSNorm's equation. Under autocast on a GPU the result is cast at once: each projection would copy it for itself."""
     y = rms_norm(x, weight, eps, implementation=kernels)
-    kind = y.device.type
-    return y.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else y
+    return y.to(torch.get_autocast_dtype("cuda")) if y.is_cuda and torch.is_autocast_enabled("cuda") else y
 
 
 _gated = cheap(swiglu)

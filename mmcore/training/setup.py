@@ -32,6 +32,7 @@ from mmcore.distributed.shards import local_rows
 from mmcore.distributed.together import all_or_none, in_turn, on_first
 from mmcore.errors import CheckpointError, ConfigError, DataError
 from mmcore.kernels.allocator import keep_pages
+from mmcore.kernels.linear.cpu import multiplies_bf16
 from mmcore.model import LanguageModel, build_model
 from mmcore.model.accounting import training_flops_per_token
 from mmcore.model.layers import drawing_rows
@@ -291,8 +292,8 @@ def _job(
 
 def _remark(recipe: Recipe, corpus: Corpus, device: torch.device, precision: str, tell: Listener) -> None:
     """Say what is allowed but may not be meant."""
-    if precision == "bf16" and device.type == "cpu":
-        tell(Notice("training.precision is bf16, which a CPU computes 8 to 130 times slower than fp32"))
+    if precision == "bf16" and device.type == "cpu" and not multiplies_bf16():
+        tell(Notice("training.precision is bf16, which this CPU computes 8 to 130 times slower than fp32"))
     for path, found in corpus.fingerprint["files"].items():
         if found["skipped"] and path != "python-library":
             endings = ", ".join(f"{count} {ending or 'without ending'}" for ending, count in found["skipped"].items())

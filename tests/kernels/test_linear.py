@@ -1,5 +1,7 @@
 """linear against products in float64, forward and backward."""
 
+import functools
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -90,6 +92,51 @@ def test_narrow_weights_without_gradients(rows, inside):
             assert product_error(y, x, weight) < 1e-6
         for y, weight, scale in zip(linear(x, bytes_, scales, implementation="cpu"), bytes_, scales, strict=True):
             assert product_error(y, x, weight, scale) < 1e-6
+
+
+rounds = pytest.mark.skipif(not cpu.multiplies_bf16(), reason="this processor has no products of bf16")
+
+
+@rounds
+@pytest.mark.parametrize("rows, outs, inside", [(1, (1,), 1), (17, (5, 40), 37), (31, (64, 7, 9), 64), (600, (300, 7, 8), 521),
+                                                (1000, (33,), 1100), (257, (601, 600), 513)])  # fmt: skip
+def test_autocast_in_bf16_rounds_operands_and_nothing_else(rows, outs, inside):
+    """Outputs and gradients against float64 products of what rounding leaves: sums and results are fp32."""
+    x, weights = torch.randn(rows, inside), [torch.randn(out, inside) for out in outs]
+    leaves = [t.requires_grad_() for t in (x, *weights)]
+    with torch.autocast("cpu", torch.bfloat16):
+        ys = linear(x, weights)
+    ups = [torch.randn(y.shape) for y in ys]
+    grad_x, *grad_weights = torch.autograd.grad(ys, leaves, ups)
+    x, *weights = (t.detach().bfloat16().double() for t in leaves)
+    ups = [up.bfloat16().double() for up in ups]
+    for y, weight, up, grad in zip(ys, weights, ups, grad_weights, strict=True):
+        assert error(y.detach(), x @ weight.T, x.abs() @ weight.abs().T) < 1e-6
+        assert error(grad, up.T @ x, up.abs().T @ x.abs()) < 1e-6
+    total = sum(up @ weight for up, weight in zip(ups, weights, strict=True))
+    assert error(grad_x, total, sum(u.abs() @ w.abs() for u, w in zip(ups, weights, strict=True))) < 1e-6
+
+
+@rounds
+def test_rounded_products_without_gradients_and_of_numbers_that_are_none():
+    x, weight = torch.randn(40, 70), torch.randn(9, 70)
+    x[3, 5], x[4, 6], x[5] = torch.nan, torch.inf, 1e-40
+    with torch.autocast("cpu", torch.bfloat16):
+        (traced,) = linear(x.clone().requires_grad_(), [weight])
+        with torch.no_grad():
+            (y,) = linear(x, [weight])
+    assert torch.equal(y[6:], traced.detach()[6:])
+    assert y[3].isnan().all() and not y[4].isfinite().any() and y[5].abs().max() < 1e-36
+    assert y[torch.arange(40) >= 5].isfinite().all()
+
+
+@rounds
+def test_the_number_of_threads_changes_nothing_rounded(monkeypatch):
+    products = {name: functools.partial(getattr(cpu, name), rounded=True)
+                for name in ("products", "weight_gradients", "input_gradient")}  # fmt: skip
+    for name, product in products.items():
+        monkeypatch.setattr(cpu, name, product)
+    test_the_number_of_threads_changes_nothing(3)
 
 
 @needs_compiler

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmcore.errors import ConfigError
+from mmcore.kernels.linear.cpu import multiplies_bf16
 from mmcore.kernels.linear_cross_entropy import IGNORED, blocked, cpu, linear_cross_entropy
 from tests.helpers.forms import CPU, DEVICE, needs_compiler, needs_triton
 
@@ -200,6 +201,26 @@ def test_autocast_takes_products_in_its_dtype_and_gradients_in_the_weights(imple
     expected = F.cross_entropy(hidden.bfloat16().double() @ weight.bfloat16().double().T, labels)
     assert loss.dtype == leaf_weight.grad.dtype == torch.float32 and abs(float(loss.detach() - expected)) < 1e-2
     assert not torch.equal(leaf_weight.grad, leaf_weight.grad.bfloat16().float()), "the weight's gradient was rounded"
+
+
+@pytest.mark.skipif(not multiplies_bf16(), reason="this processor has no products of bf16")
+def test_on_a_cpu_that_multiplies_bf16_only_operands_are_rounded():
+    """Against float64: logits of rounded operands, whose softmax less the labels is rounded for both gradients."""
+    hidden, weight, labels = draw(700, 33, 61, scale=0.5)
+    leaves = [t.float().requires_grad_() for t in (hidden, weight)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = linear_cross_entropy(*leaves, labels, reduction="sum")
+    grad_hidden, grad_weight = torch.autograd.grad(loss, leaves)
+    h, w = (t.detach().bfloat16().double() for t in leaves)
+    logits = h @ w.T
+    want = F.cross_entropy(logits, labels, reduction="sum")
+    rounded = (logits.softmax(1) - F.one_hot(labels, len(w))).float().bfloat16().double()
+    assert abs(float(loss.detach() - want)) < 1e-6 * float(want)
+    # a number halfway between two of bf16 falls to either, by fp32's rounding: 2^-9 of it
+    for got, exact, size in ((grad_hidden, rounded @ w, rounded.abs() @ w.abs()),
+                             (grad_weight, rounded.T @ h, rounded.abs().T @ h.abs())):  # fmt: skip
+        assert float(((got.double() - exact).abs() / size).max()) < 1e-3
+        assert float(((got.double() - exact).abs() / size).median()) < 1e-6
 
 
 class _Largest(TorchDispatchMode):

@@ -11,7 +11,9 @@ import torch
 
 from mmcore.config import build_recipe
 from mmcore.errors import CheckpointError, ConfigError, DataError, HardwareError, NonFiniteError
-from mmcore.training import events
+from mmcore.kernels.linear import cpu
+from mmcore.kernels.linear.cpu import multiplies_bf16
+from mmcore.training import events, setup
 from mmcore.training.memory import explain_memory
 from mmcore.training.setup import Start, prepare_trainer
 from tests.helpers.tiny_run import tiny_recipe, tiny_values, write_text
@@ -230,10 +232,13 @@ def test_recomputed_activations_give_the_same_losses_to_the_last_bit(unbroken, t
     assert [row["loss"] for row in lines(tmp_path)] == [row["loss"] for row in lines(unbroken[0])]
 
 
-def test_bf16_is_near_fp32_and_its_slowness_is_said(unbroken, tmp_path):
+@pytest.mark.parametrize("multiplies_bf16", [multiplies_bf16(), False])
+def test_bf16_is_near_fp32_and_its_slowness_is_said(unbroken, tmp_path, monkeypatch, multiplies_bf16):
+    monkeypatch.setattr(setup, "multiplies_bf16", lambda: multiplies_bf16)
+    monkeypatch.setattr(cpu, "multiplies_bf16", lambda: multiplies_bf16)
     heard = []
     prepare_trainer(recipe(tmp_path, unbroken, precision="bf16", steps=3), listeners=[heard.append]).fit()
-    assert any("slower than fp32" in getattr(event, "text", "") for event in heard)
+    assert any("slower than fp32" in getattr(event, "text", "") for event in heard) == (not multiplies_bf16)
     for row, expected in zip(lines(tmp_path), lines(unbroken[0]), strict=False):
         assert row["loss"] == pytest.approx(expected["loss"], rel=0.01)
 

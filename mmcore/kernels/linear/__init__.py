@@ -20,8 +20,10 @@ def linear(
 
     fp32 x on a CPU takes compiled products, which read x once for all matrices and sum its gradient over them. Weights
     may there be bf16, or int8 with `scales` fp32 [out_i] of their rows, for inference: x is then rounded to meet them, as
-    in `thin_linear`. Under autocast, for other dtypes and on other devices each product is the library's, in x's dtype
-    where the weights' is another. Gradients flow to x and to fp32 weights.
+    in `thin_linear`. Under autocast in bf16 they take a processor's bf16 products where it has them: all operands are
+    rounded, here and for the gradients, and sums and results are fp32. Else under autocast, for other dtypes and on other
+    devices each product is the library's, in x's dtype where the weights' is another. Gradients flow to x and to weights
+    in fp32.
 
     Raises ValueError for shapes that do not fit, HardwareError where implementation="cpu" is given what it cannot compute.
     """

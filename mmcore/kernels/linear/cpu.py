@@ -1,8 +1,9 @@
-"""linear in C: products of many rows, forward and backward, fp32."""
+"""linear in C: products of many rows, forward and backward, of fp32 or of fp32 rounded to bf16."""
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import struct
 from collections.abc import Sequence
@@ -21,11 +22,15 @@ _C = native.functions(
     Path(__file__).with_name("cpu.c"),
     mm_linear=[ctypes.c_int, ctypes.c_char_p, _INT, ctypes.c_int] + [_ADDRESS] * 2 + [_INT] * 3 + [_ADDRESS, ctypes.c_int],
     mm_linear_scratch=(_INT, [_INT] * 2 + [ctypes.c_int] * 2),
+    mm_linear_rounds=(ctypes.c_int, []),
 )
 _MATRIX = struct.Struct("4P2q").pack
 """struct matrix of cpu.c: weight, scale, y, grad, out, y_row."""
 
 _FORWARD, _INPUT, _WEIGHTS, _MORE_WEIGHTS = range(4)
+
+_ROUNDED = 3
+"""What FORMATS counts, and beyond them fp32 that is rounded for its products."""
 
 _FLOPS_OF_A_THREAD = 1 << 19
 """Multiply-adds below which a second thread costs more than it brings."""
@@ -40,9 +45,21 @@ def why_not(x: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor] | Non
         return "int8 weights, and no others, have scales"
     if kind is not torch.float32 and (torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad)):
         return f"gradients and traced calls want weights of torch.float32, and these are {kind}"
-    if torch.is_autocast_enabled("cpu"):
+    if torch.is_autocast_enabled("cpu") and not (rounding() and kind is torch.float32):
         return "autocast is on, and products are to be in its dtype"
     return None
+
+
+@functools.cache
+def multiplies_bf16() -> bool:
+    """Whether this processor has products of bf16 (AVX512-BF16), at twice the speed of fp32's."""
+    return native.why_not() is None and bool(_C.mm_linear_rounds())
+
+
+def rounding() -> bool:
+    """Whether autocast asks for bf16 and products can have it: operands are rounded, and results stay fp32."""
+    autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.bfloat16
+    return autocast and multiplies_bf16()
 
 
 def _threads(rows: int, total: int, inside: int) -> int:
@@ -50,7 +67,7 @@ def _threads(rows: int, total: int, inside: int) -> int:
 
 
 def _call(work: int, list_: bytes, outs: Sequence[int], x: Tensor | None, x_row: int, dx: Tensor | None, rows: int,
-          inside: int, weight_format: int = 0) -> None:  # fmt: skip
+          inside: int, weight_format: int) -> None:  # fmt: skip
     threads = _threads(rows, sum(outs), inside)
     scratch = torch.empty(_C.mm_linear_scratch(rows, inside, weight_format, threads))
     _C.mm_linear(
@@ -68,10 +85,12 @@ def _list(outs: Sequence[int], ys: Sequence[tuple[int, int]], weights: Sequence[
 
 
 def products(
-    x: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor] | None = None, out: Tensor | None = None
+    x: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor] | None = None, out: Tensor | None = None,
+    rounded: bool = False,
 ) -> list[Tensor]:
     """y_i [..., out_i] = x W_i^T without gradients: x [..., in] fp32, weights contiguous and all of one of FORMATS, int8
-    with `scales` [out_i]. `out`, contiguous, takes the product of a single weight."""
+    with `scales` [out_i]. `out`, contiguous, takes the product of a single weight. `rounded`: both are fp32, and meet
+    rounded to bf16."""
     x, row = rows_of(x)
     *leading, inside = x.shape
     outs = [weight.shape[0] for weight in weights]
@@ -81,24 +100,31 @@ def products(
     weights = [weight.contiguous() for weight in weights]
     places = [(y.data_ptr(), columns) for y, columns in zip(ys, outs, strict=True)]
     list_ = _list(outs, places, weights, scales)
-    _call(_FORWARD, list_, outs, x, row, None, x.numel() // inside, inside, FORMATS[weights[0].dtype])
+    format_ = _ROUNDED if rounded else FORMATS[weights[0].dtype]
+    _call(_FORWARD, list_, outs, x, row, None, x.numel() // inside, inside, format_)
     return ys
 
 
-def input_gradient(grads: Sequence[Tensor], weights: Sequence[Tensor], out: Tensor) -> Tensor:
+def input_gradient(grads: Sequence[Tensor], weights: Sequence[Tensor], out: Tensor, rounded: bool = False) -> Tensor:
     """out [rows, in], contiguous, becomes the sum of dY_i W_i; each dY [rows, out_i] with rows of its own distance."""
     weights, outs = [weight.contiguous() for weight in weights], [weight.shape[0] for weight in weights]
     list_ = _list(outs, [(g.data_ptr(), g.stride(0)) for g in grads], weights)
     rows, inside = out.shape
-    _call(_INPUT, list_, outs, None, inside, out, rows, inside)
+    _call(_INPUT, list_, outs, None, inside, out, rows, inside, _format(rounded))
     return out
 
 
-def weight_gradients(grads: Sequence[Tensor], x: Tensor, outs: Sequence[Tensor], add: bool = False) -> Sequence[Tensor]:
+def _format(rounded: bool) -> int:
+    return _ROUNDED if rounded else FORMATS[torch.float32]
+
+
+def weight_gradients(
+    grads: Sequence[Tensor], x: Tensor, outs: Sequence[Tensor], add: bool = False, rounded: bool = False
+) -> Sequence[Tensor]:
     """outs [out_i, in], contiguous, become dY_i^T x, or have it added to them. x [..., in]."""
     x, counts = _flat(x), [out.shape[0] for out in outs]
     list_ = _list(counts, [(g.data_ptr(), g.stride(0)) for g in grads], grads=outs)
-    _call(_MORE_WEIGHTS if add else _WEIGHTS, list_, counts, x, x.stride(0), None, *x.shape)
+    _call(_MORE_WEIGHTS if add else _WEIGHTS, list_, counts, x, x.stride(0), None, *x.shape, _format(rounded))
     return outs
 
 
@@ -108,46 +134,51 @@ def _flat(x: Tensor) -> Tensor:
     return x.as_strided((x.numel() // max(1, x.shape[-1]), x.shape[-1]), (row, 1))
 
 
-def _fake(x, weights):
+def _run(x, weights, rounded: bool):
+    return products(x, weights, rounded=rounded)
+
+
+def _fake(x, weights, rounded):
     return [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights]
 
 
 def _keep(ctx, inputs, output):
-    x, weights = inputs
+    x, weights, ctx.rounded = inputs
     ctx.save_for_backward(x, *weights)
 
 
 def _gradients(ctx, grads):
     x, *weights = ctx.saved_tensors
     grads = [x.new_zeros(*x.shape[:-1], len(w)) if g is None else g for g, w in zip(grads, weights, strict=True)]
-    for_x, for_weights = ctx.needs_input_grad
-    grad_x, grad_weights = _linear_backward(grads, x, weights, for_x, any(for_weights))
+    for_x, for_weights, _ = ctx.needs_input_grad
+    grad_x, grad_weights = _linear_backward(grads, x, weights, for_x, any(for_weights), ctx.rounded)
     grad_weights = grad_weights or [None] * len(weights)
-    return grad_x if for_x else None, [g if need else None for g, need in zip(grad_weights, for_weights, strict=True)]
+    return grad_x if for_x else None, [g if need else None for g, need in zip(grad_weights, for_weights, strict=True)], None
 
 
-def _run_backward(grads, x, weights, for_x: bool, for_weights: bool):
+def _run_backward(grads, x, weights, for_x: bool, for_weights: bool, rounded: bool):
     grad_x = torch.empty(x.shape if for_x else 0)
     grad_weights = [torch.empty(w.shape) for w in weights] if for_weights else []
     if x.numel() == 0:
         return grad_x, [g.zero_() for g in grad_weights]
     grads = [_flat(g) for g in grads]
     if for_x:
-        input_gradient(grads, weights, grad_x.view(-1, x.shape[-1]))
+        input_gradient(grads, weights, grad_x.view(-1, x.shape[-1]), rounded)
     if for_weights:
-        weight_gradients(grads, x, grad_weights)
+        weight_gradients(grads, x, grad_weights, rounded=rounded)
     return grad_x, grad_weights
 
 
-def _fake_backward(grads, x, weights, for_x, for_weights):
+def _fake_backward(grads, x, weights, for_x, for_weights, rounded):
     return x.new_empty(x.shape if for_x else 0), [w.new_empty(w.shape) for w in weights] if for_weights else []
 
 
 _linear = registry.operator(
-    "linear_cpu(Tensor x, Tensor[] weights) -> Tensor[]", products, _fake, keep=_keep, backward=_gradients
+    "linear_cpu(Tensor x, Tensor[] weights, bool rounded) -> Tensor[]", _run, _fake, keep=_keep, backward=_gradients
 )
 _linear_backward = registry.operator(
-    "linear_cpu_backward(Tensor[] grads, Tensor x, Tensor[] weights, bool for_x, bool for_weights) -> (Tensor, Tensor[])",
+    "linear_cpu_backward(Tensor[] grads, Tensor x, Tensor[] weights, bool for_x, bool for_weights, bool rounded) -> "
+    "(Tensor, Tensor[])",
     _run_backward, _fake_backward,
 )  # fmt: skip
 
@@ -157,7 +188,7 @@ def _forward_flops(x_shape, weight_shapes, *_, **__) -> int:
     return 2 * math.prod(x_shape[:-1]) * sum(math.prod(shape) for shape in weight_shapes)
 
 
-def _backward_flops(_, x_shape, weight_shapes, for_x: bool, for_weights: bool, **__) -> int:
+def _backward_flops(grads, x_shape, weight_shapes, for_x: bool, for_weights: bool, *_, **__) -> int:
     return (for_x + for_weights) * _forward_flops(x_shape, weight_shapes)
 
 
@@ -167,6 +198,7 @@ register_flop_formula(torch.ops.mm.linear_cpu_backward)(_backward_flops)
 
 def linear(x: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor] | None = None) -> list[Tensor]:
     """See `mmcore.kernels.linear.linear`."""
+    rounded = rounding() and weights[0].dtype is torch.float32
     if registry.direct(x) or weights[0].dtype is not torch.float32:
-        return products(x, weights, scales)
-    return _linear(x, list(weights))
+        return products(x, weights, scales, rounded=rounded)
+    return _linear(x, list(weights), rounded)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mmcore.kernels import dispatch
+from mmcore.kernels.linear.cpu import rounding
 from mmcore.kernels.linear_cross_entropy import blocked, cpu, reference
 from mmcore.kernels.linear_cross_entropy.blocked import IGNORED
 
@@ -50,7 +51,9 @@ def linear_cross_entropy(
     if function is reference.linear_cross_entropy:
         return function(hidden, weight, labels, reduction)
     kind = hidden.device.type
-    if torch.is_autocast_enabled(kind):
+    if function is cpu.linear_cross_entropy and rounding() and hidden.dtype != torch.float64:
+        function = cpu.rounded
+    elif torch.is_autocast_enabled(kind):
         hidden = hidden.to(torch.get_autocast_dtype(kind))
     with torch.autocast(kind, enabled=False):
         # On a GPU the count would make the host wait, and a traced graph cannot hold a shape that hangs on it.

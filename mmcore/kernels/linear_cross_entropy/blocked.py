@@ -78,7 +78,8 @@ class _Chunks:
         self.hidden, self.weight, self.step = hidden, weight.to(hidden.dtype), STEPS[step]
         self.widen = step not in TAKE_HALF
         # the C products go with the C softmax
-        self.compiled = step == "cpu" and products.why_not(hidden, [self.weight], None) is None
+        self.rounded = step == "rounded"
+        self.compiled = step in ("cpu", "rounded") and products.why_not(hidden, [self.weight], None) is None
         self.rows = min(chunk_rows(len(weight), hidden.device), max(1, len(hidden)))
         self.statistics = torch.promote_types(hidden.dtype, torch.float32)
         self.buffer = hidden.new_empty(self.rows, len(weight))
@@ -92,7 +93,7 @@ class _Chunks:
         """Losses of the rows, and their logits turned into softmax - onehot (or scratch without the gradient)."""
         logits = self.buffer[: stop - start]
         if self.compiled:
-            products.products(self.hidden[start:stop], [self.weight], out=logits)
+            products.products(self.hidden[start:stop], [self.weight], out=logits, rounded=self.rounded)
         else:
             torch.mm(self.hidden[start:stop], self.weight.T, out=logits)
         if self.widen:
@@ -105,7 +106,7 @@ class _Chunks:
         if self.compiled:
             begins = self.grad_weight is None
             self.grad_weight = torch.empty(self.weight.shape) if begins else self.grad_weight
-            products.weight_gradients([grad_logits], hidden, [self.grad_weight], add=not begins)
+            products.weight_gradients([grad_logits], hidden, [self.grad_weight], not begins, self.rounded)
         elif grad_logits.dtype == self.statistics:
             if self.grad_weight is None:
                 self.grad_weight = torch.mm(grad_logits.T, hidden)
@@ -118,7 +119,7 @@ class _Chunks:
     def hidden_gradient(self, grad_logits: Tensor, out: Tensor) -> None:
         """out = grad_logits weight."""
         if self.compiled:
-            products.input_gradient([grad_logits], [self.weight], out)
+            products.input_gradient([grad_logits], [self.weight], out, self.rounded)
         else:
             torch.mm(grad_logits, self.weight, out=out)
 
