@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmcore.kernels.linear import linear
+from mmcore.kernels.linear.cpu import rounding
 from mmcore.kernels.mosaic_step import Matrix
 from mmcore.kernels.recompute import cheap
 from mmcore.kernels.rms_norm import rms_norm
@@ -89,9 +90,12 @@ class RMSNorm(nn.Module):
 
 @cheap
 def _normalized(x: Tensor, weight: Tensor, *, eps: float, kernels: str) -> Tensor:
-    """RMSNorm's equation. Under autocast on a GPU the result is cast at once: each projection would copy it for itself."""
+    """RMSNorm's equation. Under autocast the result is cast at once, for each projection would make a copy of its own; but
+    for products that round what they read."""
     y = rms_norm(x, weight, eps, implementation=kernels)
-    return y.to(torch.get_autocast_dtype("cuda")) if y.is_cuda and torch.is_autocast_enabled("cuda") else y
+    kind = y.device.type
+    cast = torch.is_autocast_enabled(kind) and not (y.is_cpu and rounding())
+    return y.to(torch.get_autocast_dtype(kind)) if cast else y
 
 
 _gated = cheap(swiglu)

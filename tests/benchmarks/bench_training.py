@@ -1,7 +1,7 @@
 """Training steps: this project's models beside Hugging Face's LlamaForCausalLM and litgpt's GPT of the same shape.
 
-A step is forward, backward, clipping of the gradient norm and fused AdamW, in fp32, on 4,096 tokens (one sequence
-where the context is longer). Each side lives in a process of its own and they take turns step by step, or run one after
+A step is forward, backward, clipping of the gradient norm and fused AdamW, in fp32 or ("bf16") with products in bf16 by
+autocast, on 4,096 tokens (one sequence where the context is longer). Each side lives in a process of its own and they take turns step by step, or run one after
 the other (--apart) where two steps do not fit into memory side by side. Reported are
 tokens/s, the ratio step by step, and the highest resident memory of each process. A Memory Mosaic of shape S2 needs
 1.15 to 1.18 times the arithmetic of the Llama, so a ratio of 0.86 is equal efficiency.
@@ -23,6 +23,8 @@ LEARNING_RATE, BETAS, WEIGHT_DECAY, LARGEST_NORM = 3e-4, (0.9, 0.95), 0.1, 1.0
 DELAYS = (64, 256)  # the long-term delay of training is drawn from these, both included
 OURS = {"mm": "memory_mosaics_v2", "mm llama": "llama"}
 THEIRS = ("hf", "hf compiled", "litgpt", "litgpt compiled")
+HALF = " bf16"  # ends the name of a side that computes so
+SIDES = [side + ending for side in (*THEIRS, *OURS) for ending in ("", HALF)]
 
 
 class Trainer:
@@ -30,6 +32,7 @@ class Trainer:
 
     def __init__(self, side: str, shape: common.Shape, context: int, tokens: int, threads: int) -> None:
         torch.set_num_threads(threads)
+        self.half, side = side.endswith(HALF), side.removesuffix(HALF)
         self.batch, self.context = max(1, tokens // context), context
         self.ours = side in OURS
         self.delays = random.Random(common.SEED)
@@ -65,7 +68,8 @@ class Trainer:
         """One optimizer step; tokens a second."""
         tokens = torch.randint(0, self.vocab_size, (self.batch, self.context), generator=self.words)
         start = time.perf_counter()
-        loss = self.loss(tokens)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.half):
+            loss = self.loss(tokens)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), LARGEST_NORM)
         self.optimizer.step()
@@ -82,7 +86,8 @@ class Trainer:
         for _ in range(repeats):
             tokens = torch.randint(0, self.vocab_size, (self.batch, self.context), generator=self.words)
             marks = [time.perf_counter()]
-            loss = self.loss(tokens)
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.half):
+                loss = self.loss(tokens)
             marks.append(time.perf_counter())
             loss.backward()
             marks.append(time.perf_counter())
@@ -120,11 +125,11 @@ def compare(arguments: Any, shape: common.Shape, context: int) -> dict[str, Any]
             }
             if arguments.parts:
                 report[name]["seconds"] = side.call("parts")
-            if arguments.profile and name in OURS:
+            if arguments.profile and name.startswith("mm"):
                 print(side.call("profile", arguments.profile))
             side.close()
-    ours = [name for name in speeds if name in OURS]
-    theirs = [name for name in speeds if name not in OURS]
+    ours = [name for name in speeds if name.startswith("mm")]
+    theirs = [name for name in speeds if not name.startswith("mm")]
     report["ratios"] = {
         f"{a} / {b}": {
             "speed": common.ratio(speeds[a], speeds[b]),
@@ -141,10 +146,10 @@ def show(context: int, report: dict[str, Any]) -> None:
         if name in ("rounds", "ratios"):
             continue
         seconds = " / ".join(f"{value:.2f}" for value in side.get("seconds", {}).values())
-        print(f"  {name:<16} {side['tokens_per_second']:7.0f}  {side['peak_megabytes']:7.0f} MB  {seconds}  "
+        print(f"  {name:<20} {side['tokens_per_second']:7.0f}  {side['peak_megabytes']:7.0f} MB  {seconds}  "
               f"{side['parameters'] / 1e6:.1f} M parameters", flush=True)
     for name, pair in report["ratios"].items():
-        print(f"  {name:<28} speed {pair['speed']:5.2f}   memory {pair['peak_memory']:.2f}", flush=True)
+        print(f"  {name:<36} speed {pair['speed']:5.2f}   memory {pair['peak_memory']:.2f}", flush=True)
 
 
 def main() -> None:
@@ -152,7 +157,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=common.SHAPES, default="S2")
     parser.add_argument("--context", type=int, nargs="+", default=[256, 1024, 4096])
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of a step, at least one sequence")
-    parser.add_argument("--sides", nargs="+", choices=[*THEIRS, *OURS], default=["hf", "mm"],
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=["hf", "mm"],
                         help="litgpt must be installed (pip install --no-deps litgpt lightning)")
     parser.add_argument("--apart", action="store_true", help="one side after the other")
     parser.add_argument("--parts", action="store_true", help="time forward, backward and update by themselves, too")
