@@ -18,6 +18,7 @@ struct call {
     long threads;
     long shares; /* parts into which the queries of each head are cut */
     long narrow; /* keys and values are fp16; not in the backward pass */
+    long rounded; /* products meet in bf16 but those of scores, where the processor can */
 };
 
 /* Query i of row b reads the pairs lo .. hi; returns how many they are. */

@@ -250,14 +250,13 @@ static void pack_strips(float *out, const float *rows, long row, const float *sc
     }
 }
 
-/* out[i] = row i of the strips times row i of `rows`; 0 from `count` on. */
-static void multiply_strips(float *out, const float *strips, const float *rows, long row, long count, long total,
-                            long size) {
+/* out[i] = row i of a times row i of b; 0 from `count` to `total`. */
+static void dot_rows(float *out, const float *a, const float *b, long row, long count, long total, long size) {
     for (long i = 0; i < total; i++) {
         vec sum = {};
-        expect(rows, row, i, count, size);
+        expect(a, row, i, count, size), expect(b, row, i, count, size);
         for (long d = 0; d < size && i < count; d += LANES)
-            sum += load_part(rows + i * row + d, size - d) * load(strips + in_strips(i, d, total, size));
+            sum += load_part(a + i * row + d, size - d) * load_part(b + i * row + d, size - d);
         out[i] = sum_of(sum);
     }
 }

@@ -113,6 +113,21 @@ static inline __attribute__((always_inline)) nvec rounded_pairs(nfloats low, nfl
 #endif
 }
 
+/* 2 LANES numbers rounded to bf16, neighbours in a word. */
+static inline __attribute__((always_inline)) nvec rounded_neighbours(nfloats first, nfloats second) {
+#ifdef __AVX512BF16__
+    return (nvec)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+#else
+    float x[2 * LANES];
+    uint16_t halves[2 * LANES];
+    nvec words;
+    memcpy(x, &first, sizeof first), memcpy(x + LANES, &second, sizeof second);
+    round_to_bf16(halves, x, 2 * LANES);
+    memcpy(&words, halves, sizeof words);
+    return words;
+#endif
+}
+
 /* What a row's numbers are counted in: 1 for bf16. For int8 NaN or infinite where one of them is, and with it every product
    of the row; and 0 where all are so small that nothing is worth a product. */
 static inline float narrow_step(const float *x, int64_t count, int format) {

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mmcore.errors import ConfigError
+from mmcore.kernels.linear.cpu import multiplies_bf16
 from mmcore.kernels.memory_read import memory_read
 from tests.helpers.forms import CPU, DEVICE, ON_GPU, needs_compiler, needs_triton
 
@@ -185,6 +186,57 @@ def test_half_precision(dtype, form):
     rounded = [t.to(dtype).double() for t in inputs[:3]] + inputs[3:]
     step = torch.finfo(dtype).eps
     torch.testing.assert_close(out.double(), loop(*rounded, **case.place()), rtol=step, atol=step)
+
+
+def exact_and_bounds(case, bandwidth, queries, keys, values, upstream):
+    """Output and gradients of queries, keys and values in float64 through whole matrices of scores, and of each the most
+    that rounding the operands of all products but the scores' to bf16 can change: 2^-7 of a product's size, for two
+    numbers off by 2^-8 each, and their product."""
+    place, step = case.place(), 2.0**-7 + 2.0**-16
+    starts = place["starts"] if place["starts"] is not None else torch.zeros(case.batch, case.queries, dtype=torch.int32)
+    at, pair = case.offset + torch.arange(case.queries)[:, None], torch.arange(keys.shape[1])
+    low = starts[..., None] if not case.window else torch.maximum(starts[..., None], at - case.window + 1)
+    reads = ((pair >= low) & (pair <= at - case.delay))[:, None]  # [B, 1, Tq, Tk]
+    count = reads.sum(-1, keepdim=True).double()
+    base, slope, exponent = (t[:, None, None] for t in bandwidth)
+    beta = torch.where(count > 0, slope * count**exponent + base, 0.0)
+    q, k, v, up = (t.transpose(1, 2) for t in (queries, keys, values, upstream))
+    scores = torch.where(reads, beta * (q @ k.mT), -torch.inf)
+    p = torch.nan_to_num(scores.softmax(-1))
+    out, out_bound = p @ v, step * (p @ v.abs())
+    slopes = up @ v.mT - (up * out).sum(-1, keepdim=True)
+    off = step * (up.abs() @ v.abs().mT) + (up.abs() * out_bound).sum(-1, keepdim=True)
+    ds, ds_bound = p * slopes, p * off
+    pairs = [
+        (out, out_bound), (beta * ds @ k, beta * (ds_bound + step * ds.abs()) @ k.abs()),
+        (ds.mT @ (beta * q), (ds_bound + step * ds.abs()).mT @ (beta * q).abs()), (p.mT @ up, step * (p.mT @ up.abs())),
+    ]  # fmt: skip
+    return [(exact.transpose(1, 2), bound.transpose(1, 2)) for exact, bound in pairs]
+
+
+@pytest.mark.skipif(not multiplies_bf16(), reason="this processor has no products of bf16")
+@pytest.mark.parametrize("sharpness", [1.0, 100.0])
+@pytest.mark.parametrize("name", ["one", "two", "63", "65", "300", "300 long", "packed", "packed 300", "chunk", "chunk long",
+                                  "padded chunk", "head of 64", "head of 32", "head of 128", "head of 256", "head of 40",
+                                  "head of 5"])  # fmt: skip
+def test_under_autocast_all_operands_but_the_scores_are_rounded(name, sharpness):
+    """Also where bandwidths of hundreds would multiply the rounding of keys."""
+    case = CASES[name]
+    (*parts, base, slope, exponent), upstream = case.tensors()
+    bandwidth = [base * sharpness, slope * sharpness, exponent]
+    want = exact_and_bounds(case, bandwidth, *parts, upstream)
+    leaves = [t.float().requires_grad_() for t in (*parts, *bandwidth)]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = memory_read(*leaves, **case.place(), implementation="cpu")
+        with torch.no_grad():
+            again = memory_read(*leaves, **case.place(), implementation="cpu")
+    found = (out.detach(), *torch.autograd.grad(out, leaves, upstream.float())[:3])
+    for what, got, (exact, bound) in zip(("output", *NAMES), found, want, strict=False):
+        over = (got.double() - exact).abs() - bound - 1e-5 * sharpness * max(1.0, float(exact.abs().max()))
+        assert over.max() <= 0, f"{what}: {float(over.max()):.1e} more than rounding allows"
+    assert case.queries <= 8 or torch.equal(out.detach(), again)
+    if case.queries > 60:
+        assert not torch.equal(out.detach(), memory_read(*leaves, **case.place(), implementation="cpu").detach())
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mmcore.kernels import native
+from mmcore.kernels.linear.cpu import multiplies_bf16
 from mmcore.kernels.linear_cross_entropy import blocked
 
 _C = native.functions(
@@ -18,10 +19,12 @@ _C = native.functions(
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, reduction: str) -> Tensor:
-    """As in `mmcore.kernels.linear_cross_entropy`. fp32; half precision is computed in fp32; fp64 takes the PyTorch row
-    operation."""
+    """As in `mmcore.kernels.linear_cross_entropy`. fp32; half precision is computed in fp32, but for products of bf16 where
+    the processor has them; fp64 takes the PyTorch row operation."""
     if hidden.dtype == torch.float64:
         return blocked.linear_cross_entropy(hidden, weight, labels, reduction)
+    if hidden.dtype is weight.dtype is torch.bfloat16 and multiplies_bf16():
+        return rounded(hidden, weight, labels, reduction)
     return blocked.apply(hidden.float(), weight.float(), labels, reduction, "cpu")
 
 

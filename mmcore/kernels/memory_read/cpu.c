@@ -11,13 +11,17 @@ they cost a TLB miss for each page and tile, and the kernel ran at 66 instead of
 Forward: running maximum and sum (online softmax). It leaves out, and for each query the largest score and the sum,
 apart from each other: at a bandwidth of exp(10) their sum, the logsumexp, would lose what softmax needs.
 Backward: the same tiles once more. P = exp(S - largest) / total, dS = P (dP - dO.O); dQ is gathered per block, dK and
-dV gather in the thread's own rows. Every sum has a fixed order: the result does not depend on timing. */
+dV gather in the thread's own rows. Every sum has a fixed order: the result does not depend on timing.
+
+Where products are to be rounded, operands of all but the scores are (memory_read_words.h), at twice the speed: a bandwidth
+multiplies the rounding of keys, so that scores of bf16 keys were off by 0.1 and more. */
 
 #include <limits.h>
 #include <omp.h>
 
 #include "memory_read_call.h"
 #include "memory_read_tiles.h"
+#include "memory_read_words.h"
 
 #define MAX_PANELS 8
 #define MAX_QUERIES (MAX_PANELS * PANEL)
@@ -41,7 +45,10 @@ static long larger(long a, long b) { return a > b ? a : b; }
 static long padded(long size) { return up_to(size, LANES); }
 static long row_of(long size) { return padded(size) + 16; } /* not a power of two: rows would fall into the same sets */
 static long tile_of(long size) { return size <= 96 ? 96 : 48; }
+static long word_row_of(long size) { return padded(size) / 2 + 16; }
 static long panels_of(long size) { return larger(1, smaller(MAX_PANELS, 512 / padded(size))); }
+
+static int rounds(const struct call *c) { return NARROW_BF16 && c->rounded && !c->narrow; }
 
 /* One block of queries of one head, and the pairs that each of its panels reads. */
 struct block {
@@ -127,6 +134,9 @@ struct share {
     long b, h, first, count, base, rows;
     int whole;                              /* all queries, all pairs, and the queries are the keys */
     float *keys, *values, *grad_k, *grad_v; /* [rows][row_of(D)] */
+    /* Rounded, `values` are words: of two rows, [rows / 2][row_of(D)]; in the backward pass of neighbours,
+       [rows][word_row_of(D)], and there are keys in words of two rows as well. */
+    float *key_words;
 };
 
 /* The queries of a block: a multiple of PANEL, and blocks of about equal length. */
@@ -156,7 +166,7 @@ static float *take(float **scratch, long floats) {
 
 /* Share number `unit` of all: finds its pairs and copies them. The last queries read most and so go first: no thread is
 left alone with a long one. */
-static void open_share(struct share *s, const struct call *c, long unit, float **scratch) {
+static void open_share(struct share *s, const struct call *c, long unit, int back, float **scratch) {
     long head = unit / c->shares, length = share_length(c), size = c->size, row = row_of(size), last = 0;
     s->b = head / c->heads, s->h = head % c->heads;
     s->first = (c->shares - 1 - unit % c->shares) * length;
@@ -169,18 +179,36 @@ static void open_share(struct share *s, const struct call *c, long unit, float *
     s->whole = c->q == c->k && c->shares == 1 && c->queries == c->pairs;
     if (s->whole) s->base = 0, last = c->pairs;
     s->rows = larger(0, last - s->base);
-    s->keys = take(scratch, (s->rows + 3) * row), s->values = take(scratch, (s->rows + 3) * row);
+    s->keys = take(scratch, (s->rows + 3) * row);
     const char *k = pairs_of(c, c->k, c->k_stride, s->b, s->base, s->h);
     const char *v = pairs_of(c, c->v, c->v_stride, s->b, s->base, s->h);
     pack_pairs(s->keys, row, padded(size), k, c->k_stride[1], s->rows, size, c->narrow);
-    pack_pairs(s->values, row, padded(size), v, c->v_stride[1], s->rows, size, c->narrow);
+    if (!rounds(c)) {
+        s->values = take(scratch, (s->rows + 3) * row);
+        pack_pairs(s->values, row, padded(size), v, c->v_stride[1], s->rows, size, c->narrow);
+    } else if (!back) {
+        s->values = take(scratch, (s->rows + 1) / 2 * row);
+        pack_row_pairs(s->values, row, padded(size), (const float *)v, c->v_stride[1], s->rows, size);
+    } else {
+        s->values = take(scratch, (s->rows + 3) * word_row_of(size));
+        s->key_words = take(scratch, (s->rows + 1) / 2 * row);
+        pack_neighbours(s->values, word_row_of(size), padded(size), (const float *)v, c->v_stride[1], s->rows, size);
+        pack_row_pairs(s->key_words, row, padded(size), s->keys, row, s->rows, padded(size));
+    }
 }
+
+/* Where a block's tiles begin: words of two rows are counted from the share's first. */
+static long first_tile(const struct share *s, const struct block *x) { return x->begin[0] - (x->begin[0] - s->base) % 2; }
 
 /* The block's queries, and the floats from one to the next. */
 static const float *queries_of(const struct call *c, const struct share *s, const struct block *x, long *row) {
     *row = s->whole ? row_of(c->size) : c->q_stride[1];
     if (s->whole) return s->keys + x->first * *row;
     return c->q + x->b * c->q_stride[0] + x->first * *row + x->h * c->q_stride[2];
+}
+
+static void zero_rows(float *panel, long from, long to) {
+    if (to > from) memset(panel + from * PANEL, 0, (to - from) * PANEL * sizeof(float));
 }
 
 static void forward_block(const struct call *c, const struct share *s, const struct block *x, float *scratch) {
@@ -198,14 +226,22 @@ static void forward_block(const struct call *c, const struct share *s, const str
     memset(sums, 0, queries * width * sizeof(float));
 
     long stop = x->end[x->panels - 1];
-    for (long origin = x->begin[0]; origin < stop; origin += tile) {
-        const float *keys = s->keys + (origin - s->base) * row, *values = s->values + (origin - s->base) * row;
+    for (long origin = first_tile(s, x); origin < stop; origin += tile) {
+        const float *keys = s->keys + (origin - s->base) * row;
+        const float *values = s->values + (rounds(c) ? (origin - s->base) / 2 : origin - s->base) * row;
         for (long p = 0; p < x->panels; p++) {
             long from = larger(0, x->begin[p] - origin), to = smaller(tile, x->end[p] - origin);
             if (from >= to) continue;
             score(scores, x, p, keys, row, panels + p * PANEL * width, width, origin, from, to);
             soften(scores, largest + p * PANEL, total + p * PANEL, factor, from, to);
-            add_columns_times_panel(sums + p * PANEL * width, factor, values, row, scores, width, from, to);
+            if (rounds(c)) {
+                zero_rows(scores, from & ~1L, from), zero_rows(scores, to, up_to(to, 2));
+                pair_rows(scores, scores, from & ~1L, up_to(to, 2));
+                add_word_columns_times_panel(sums + p * PANEL * width, factor, values, row, scores, width, from / 2,
+                                             up_to(to, 2) / 2);
+            } else {
+                add_columns_times_panel(sums + p * PANEL * width, factor, values, row, scores, width, from, to);
+            }
         }
     }
 
@@ -230,7 +266,7 @@ void memory_read_forward(const struct call *c, float *scratch) {
         float *own = scratch + omp_get_thread_num() * each;
         struct share s;
         struct block x;
-        open_share(&s, c, unit, &own);
+        open_share(&s, c, unit, 0, &own);
         for (long i = 0; i < s.count; i += length) {
             open_block(&x, c, s.b, s.h, s.first + i, smaller(length, s.count - i));
             forward_block(c, &s, &x, own);
@@ -239,9 +275,11 @@ void memory_read_forward(const struct call *c, float *scratch) {
 }
 
 /* What the backward pass keeps of a block. `q_rows` (times beta) and `grad_rows` are cut into strips of two vectors of
-columns, each strip [queries][width of the strip]: the products that make dK and dV walk down a strip. */
+columns, each strip [queries][width of the strip]: the products that make dK and dV walk down a strip. Rounded,
+`grad_panels` has words of neighbours, `q_rows` and `grad_rows` words of two queries, and `slope_words` [tile / 2][PANEL]
+dS of a panel in words of two pairs. */
 struct buffers {
-    float *q_panels, *grad_panels, *q_rows, *grad_rows, *sums, *weights, *slopes;
+    float *q_panels, *grad_panels, *q_rows, *grad_rows, *sums, *weights, *slopes, *slope_words;
     float largest[MAX_QUERIES], scale[MAX_QUERIES], mean[MAX_QUERIES];
 };
 
@@ -261,11 +299,20 @@ static void differentiate(float *weights, float *slopes, const struct buffers *w
 /* rows[r][columns] += sum over the queries i of panels [first, end) of a[p][r][i] * strip[i][columns], six rows, of
 which `count` exist. */
 INLINE void add_outer(float *rows, long row, const float *a, long a_panel, const float *strip, const int columns,
-                      long first, long end, long count) {
+                      long first, long end, long count, const int rounded) {
     vec acc[12] = {};
-    for (long p = first; p < end; p++)
-        multiply(acc, 6, columns, PANEL, a + p * a_panel, PANEL, 1, strip + p * PANEL * columns * LANES,
-                 columns * LANES);
+    if (rounded) {
+        nvec words[12] = {};
+        for (long p = first; p < end; p++)
+            multiply_words(words, 6, columns, PANEL / 2, a + p * a_panel, PANEL, 1, strip + p * PANEL / 2 * columns * LANES,
+                           columns * LANES);
+#pragma GCC unroll 12
+        for (int i = 0; i < 6 * columns; i++) acc[i] = (vec)words[i];
+    } else {
+        for (long p = first; p < end; p++)
+            multiply(acc, 6, columns, PANEL, a + p * a_panel, PANEL, 1, strip + p * PANEL * columns * LANES,
+                     columns * LANES);
+    }
 #pragma GCC unroll 6
     for (int r = 0; r < 6; r++) {
         if (r >= count) break;
@@ -279,30 +326,37 @@ INLINE void add_outer(float *rows, long row, const float *a, long a_panel, const
 
 /* rows[j] += the tile's weights times the block's strips, for the rows that the panels read: panel p wrote rows
 [from[p], to[p]), multiples of 6 (from == to: none). */
-NOINLINE static void add_tile(float *rows, long row, const float *a, long tile, const float *strips,
-                              const struct block *x, const long *from, const long *to, long count, long width) {
+INLINE void add_any_tile(float *rows, long row, const float *a, long tile, const float *strips, const struct block *x,
+                         const long *from, const long *to, long count, long width, const int rounded) {
     for (long d = 0; d < width; d += 2 * LANES) {
-        const float *strip = strips + d * x->panels * PANEL;
+        const float *strip = strips + d * x->panels * PANEL / (1 + rounded);
         for (long j = 0; j < count; j += 6) {
             long first = 0, end = x->panels;
             while (first < end && !(from[first] <= j && j < to[first])) first++;
             while (end > first && !(from[end - 1] <= j && j < to[end - 1])) end--;
             if (first == end) continue;
             if (d + LANES < width)
-                add_outer(rows + j * row + d, row, a + j * PANEL, tile * PANEL, strip, 2, first, end, count - j);
+                add_outer(rows + j * row + d, row, a + j * PANEL, tile * PANEL, strip, 2, first, end, count - j, rounded);
             else
-                add_outer(rows + j * row + d, row, a + j * PANEL, tile * PANEL, strip, 1, first, end, count - j);
+                add_outer(rows + j * row + d, row, a + j * PANEL, tile * PANEL, strip, 1, first, end, count - j, rounded);
         }
     }
 }
 
-static void zero_rows(float *panel, long from, long to) {
-    if (to > from) memset(panel + from * PANEL, 0, (to - from) * PANEL * sizeof(float));
+NOINLINE static void add_tile(float *rows, long row, const float *a, long tile, const float *strips,
+                              const struct block *x, const long *from, const long *to, long count, long width) {
+    add_any_tile(rows, row, a, tile, strips, x, from, to, count, width, 0);
+}
+
+NOINLINE static void add_word_tile(float *rows, long row, const float *a, long tile, const float *strips,
+                                   const struct block *x, const long *from, const long *to, long count, long width) {
+    add_any_tile(rows, row, a, tile, strips, x, from, to, count, width, 1);
 }
 
 static void backward_tile(const struct call *c, const struct share *s, const struct block *x, struct buffers *w,
                           long origin, long rows) {
     long width = padded(c->size), row = row_of(c->size), tile = tile_of(c->size), at = (origin - s->base) * row;
+    int rounded = rounds(c);
     long wrote_from[MAX_PANELS], wrote_to[MAX_PANELS];
     for (long p = 0; p < x->panels; p++) {
         long from = larger(0, x->begin[p] - origin), to = smaller(rows, x->end[p] - origin), panel = p * PANEL * width;
@@ -310,12 +364,29 @@ static void backward_tile(const struct call *c, const struct share *s, const str
         if (from >= to) continue;
         float *weights = w->weights + p * tile * PANEL, *slopes = w->slopes + p * tile * PANEL;
         score(weights, x, p, s->keys + at, row, w->q_panels + panel, width, origin, from, to);
-        rows_times_panel(slopes, s->values + at, row, w->grad_panels + panel, width, from & ~3L, to);
+        if (rounded)
+            word_rows_times_panel(slopes, s->values + (origin - s->base) * word_row_of(c->size), word_row_of(c->size),
+                                  w->grad_panels + panel / 2, width / 2, from & ~3L, to);
+        else
+            rows_times_panel(slopes, s->values + at, row, w->grad_panels + panel, width, from & ~3L, to);
         differentiate(weights, slopes, w, p, from, to);
-        add_columns_times_panel(w->sums + panel, NULL, s->keys + at, row, slopes, width, from, to);
         wrote_from[p] = from / 6 * 6, wrote_to[p] = up_to(to, 6);
         zero_rows(weights, wrote_from[p], from), zero_rows(weights, to, wrote_to[p]);
         zero_rows(slopes, wrote_from[p], from), zero_rows(slopes, to, wrote_to[p]);
+        if (!rounded) {
+            add_columns_times_panel(w->sums + panel, NULL, s->keys + at, row, slopes, width, from, to);
+            continue;
+        }
+        pair_rows(w->slope_words, slopes, from & ~1L, up_to(to, 2));
+        add_word_columns_times_panel(w->sums + panel, NULL, s->key_words + at / 2, row, w->slope_words, width, from / 2,
+                                     up_to(to, 2) / 2);
+        pair_neighbours(weights, wrote_from[p], wrote_to[p]);
+        pair_neighbours(slopes, wrote_from[p], wrote_to[p]);
+    }
+    if (rounded) {
+        add_word_tile(s->grad_v + at, row, w->weights, tile, w->grad_rows, x, wrote_from, wrote_to, rows, width);
+        add_word_tile(s->grad_k + at, row, w->slopes, tile, w->q_rows, x, wrote_from, wrote_to, rows, width);
+        return;
     }
     add_tile(s->grad_v + at, row, w->weights, tile, w->grad_rows, x, wrote_from, wrote_to, rows, width);
     add_tile(s->grad_k + at, row, w->slopes, tile, w->q_rows, x, wrote_from, wrote_to, rows, width);
@@ -329,10 +400,12 @@ static void open_buffers(struct buffers *w, const struct call *c, const struct b
     long q_row, statistics = (x->b * c->heads + x->h) * c->queries + x->first;
     const float *q = queries_of(c, s, x, &q_row), *grad = g->grad + at, *out = g->out + at;
     float scale[MAX_QUERIES], one[PANEL];
-    w->q_panels = take(&scratch, queries * width), w->grad_panels = take(&scratch, queries * width);
-    w->q_rows = take(&scratch, queries * width), w->grad_rows = take(&scratch, queries * width);
+    long words = rounds(c) ? queries * width / 2 : queries * width;
+    w->q_panels = take(&scratch, queries * width), w->grad_panels = take(&scratch, words);
+    w->q_rows = take(&scratch, words), w->grad_rows = take(&scratch, words);
     w->sums = take(&scratch, queries * width);
     w->weights = take(&scratch, tile * queries), w->slopes = take(&scratch, tile * queries);
+    w->slope_words = rounds(c) ? take(&scratch, tile / 2 * PANEL) : NULL; /* less than what words spare */
     memset(w->sums, 0, queries * width * sizeof(float));
     for (long i = 0; i < PANEL; i++) one[i] = 1;
     for (long i = 0; i < queries; i++) {
@@ -341,13 +414,21 @@ static void open_buffers(struct buffers *w, const struct call *c, const struct b
         w->largest[i] = reads ? c->largest[statistics + i] : 0;
         w->scale[i] = reads ? 1 / c->total[statistics + i] : 0;
     }
-    pack_strips(w->q_rows, q, q_row, x->beta, x->count, queries, size);
-    pack_strips(w->grad_rows, grad, out_row, NULL, x->count, queries, size);
-    multiply_strips(w->mean, w->grad_rows, out, out_row, x->count, queries, size);
+    dot_rows(w->mean, grad, out, out_row, x->count, queries, size);
+    if (rounds(c)) {
+        pack_strip_pairs(w->q_rows, q, q_row, x->beta, x->count, queries, size);
+        pack_strip_pairs(w->grad_rows, grad, out_row, NULL, x->count, queries, size);
+    } else {
+        pack_strips(w->q_rows, q, q_row, x->beta, x->count, queries, size);
+        pack_strips(w->grad_rows, grad, out_row, NULL, x->count, queries, size);
+    }
     for (long p = 0; p < x->panels; p++) {
         long first = p * PANEL, count = x->count - first;
         pack_panel(w->q_panels + first * width, q + first * q_row, q_row, scale + first, count, size);
-        pack_panel(w->grad_panels + first * width, grad + first * out_row, out_row, one, count, size);
+        if (rounds(c))
+            pack_panel_neighbours(w->grad_panels + first * width / 2, grad + first * out_row, out_row, count, size);
+        else
+            pack_panel(w->grad_panels + first * width, grad + first * out_row, out_row, one, count, size);
     }
 }
 
@@ -399,7 +480,7 @@ void memory_read_backward(const struct call *c, const struct backward *g, float 
         struct share s;
         struct block x;
         struct buffers w;
-        open_share(&s, c, unit, &own);
+        open_share(&s, c, unit, 1, &own);
         s.grad_k = take(&own, s.rows * row), s.grad_v = take(&own, s.rows * row);
         memset(s.grad_k, 0, s.rows * row * sizeof(float));
         memset(s.grad_v, 0, s.rows * row * sizeof(float));
@@ -408,7 +489,7 @@ void memory_read_backward(const struct call *c, const struct backward *g, float 
             open_block(&x, c, s.b, s.h, s.first + i, smaller(length, s.count - i));
             open_buffers(&w, c, g, &s, &x, own);
             long stop = x.end[x.panels - 1];
-            for (long origin = x.begin[0]; origin < stop; origin += tile)
+            for (long origin = first_tile(&s, &x); origin < stop; origin += tile)
                 backward_tile(c, &s, &x, &w, origin, smaller(tile, stop - origin));
             close_block(c, g, &s, &x, &w, sums);
         }

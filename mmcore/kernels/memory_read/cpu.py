@@ -1,4 +1,5 @@
-"""memory_read in C: cpu.c for many queries, cpu_few.c for a few (decoding). fp32 only."""
+"""memory_read in C: cpu.c for many queries, cpu_few.c for a few (decoding). fp32; under autocast in bf16, where the
+processor multiplies it, all operands of many queries are rounded but the scores'."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from mmcore.errors import ConfigError
 from mmcore.kernels import native, registry
+from mmcore.kernels.linear.cpu import rounding
 
 FEW = 8  # up to so many queries, without gradients, cpu_few.c reads the pairs in place
 
@@ -19,7 +21,7 @@ _WORTH_A_THREAD = 65_536
 
 # struct call of memory_read_call.h, and struct backward of cpu.c, as bytes: a decoder calls this twice a layer for each
 # token, and a ctypes.Structure of so many fields took 4 us to fill where this takes 2.
-_CALL = struct.Struct("30q").pack
+_CALL = struct.Struct("31q").pack
 _BACKWARD = struct.Struct("6q").pack
 
 
@@ -32,7 +34,7 @@ _C = native.functions(
 _C_FEW = native.functions(Path(__file__).with_name("cpu_few.c"), memory_read_few=[ctypes.c_char_p, ctypes.c_void_p])
 
 
-def _call(queries, keys, values, bandwidths, place, out, statistics, threads: int, shares: int) -> bytes:
+def _call(queries, keys, values, bandwidths, place, out, statistics, threads: int, shares: int, rounded=False) -> bytes:
     """struct call. Holds addresses only: the tensors must outlive it."""
     starts, window, delay, offset = place
     batch, length, heads, size = queries.shape
@@ -46,7 +48,7 @@ def _call(queries, keys, values, bandwidths, place, out, statistics, threads: in
         batch, length, keys.shape[1], heads, size, window or 0, delay, offset,
         queries.data_ptr(), keys.data_ptr(), values.data_ptr(), q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
         base.data_ptr(), slope.data_ptr(), exponent.data_ptr(), starts.data_ptr() if starts is not None else 0,
-        out.data_ptr(), largest, total, threads, shares, keys.dtype is torch.float16,
+        out.data_ptr(), largest, total, threads, shares, keys.dtype is torch.float16, rounded,
     )  # fmt: skip
 
 
@@ -76,25 +78,26 @@ def _few(queries, keys, values, bandwidths, place) -> Tensor:
     return out
 
 
-def _forward(queries, keys, values, bandwidths, place, keep: bool) -> tuple[Tensor, Tensor | None]:
+def _forward(queries, keys, values, bandwidths, place, keep: bool, rounded: bool) -> tuple[Tensor, Tensor | None]:
     """(out, statistics [2, B, H, Tq] or None)."""
     batch, length, heads, _ = queries.shape
     threads = torch.get_num_threads()
     out = torch.empty(queries.shape)
     statistics = torch.empty(2, batch, heads, length) if keep else None
     shares = _shares(batch * heads, length, threads)
-    call = _call(queries, keys, values, bandwidths, place, out, statistics, threads, shares)
+    call = _call(queries, keys, values, bandwidths, place, out, statistics, threads, shares, rounded)
     scratch = torch.empty(threads * _C.memory_read_scratch(call, 2))
     _C.memory_read_forward(call, scratch.data_ptr())
     return out, statistics
 
 
-def _run(keys, values, base, slope, exponent, queries, starts, window, delay, offset):
+def _run(keys, values, base, slope, exponent, queries, starts, window, delay, offset, rounded):
     queries = keys if queries is None else queries
-    return _forward(queries, keys, values, (base, slope, exponent), (starts, window, delay, offset), keep=True)
+    place = (starts, window, delay, offset)
+    return _forward(queries, keys, values, (base, slope, exponent), place, keep=True, rounded=rounded)
 
 
-def _fake(keys, values, base, slope, exponent, queries, starts, window, delay, offset):
+def _fake(keys, values, base, slope, exponent, queries, starts, window, delay, offset, rounded):
     queries = keys if queries is None else queries
     batch, length, heads, _ = queries.shape
     return queries.new_empty(queries.shape), queries.new_empty(2, batch, heads, length)
@@ -113,10 +116,12 @@ def _gradients(ctx, grad, _):
     )
     if inputs[5] is None:
         grad_queries = None
-    return grad_keys, grad_values, grad_base, grad_slope, grad_exponent, grad_queries, None, None, None, None
+    return grad_keys, grad_values, grad_base, grad_slope, grad_exponent, grad_queries, None, None, None, None, None
 
 
-def _run_backward(grad, keys, values, base, slope, exponent, queries, starts, window, delay, offset, out, statistics):
+def _run_backward(
+    grad, keys, values, base, slope, exponent, queries, starts, window, delay, offset, rounded, out, statistics
+):
     same = queries is None
     queries = keys if same else queries
     batch, length, heads, _ = queries.shape
@@ -124,7 +129,7 @@ def _run_backward(grad, keys, values, base, slope, exponent, queries, starts, wi
     threads = torch.get_num_threads()
     shares = _shares(batch * heads, length, threads)
     place = (starts, window, delay, offset)
-    call = _call(queries, keys, values, (base, slope, exponent), place, out, statistics, threads, shares)
+    call = _call(queries, keys, values, (base, slope, exponent), place, out, statistics, threads, shares, rounded)
     # where the queries are the keys, one tensor holds both gradients, unless each share has its own
     in_place = same and shares == 1
     grad_queries = None if in_place else torch.empty(queries.shape)
@@ -142,20 +147,22 @@ def _run_backward(grad, keys, values, base, slope, exponent, queries, starts, wi
     return grad_keys, grad_values, *bandwidths, grad_queries
 
 
-def _fake_backward(grad, keys, values, base, slope, exponent, queries, starts, window, delay, offset, out, statistics):
+def _fake_backward(
+    grad, keys, values, base, slope, exponent, queries, starts, window, delay, offset, rounded, out, statistics
+):
     shapes = (keys.shape, values.shape, base.shape, base.shape, base.shape, (0,) if queries is None else queries.shape)
     return tuple(keys.new_empty(shape) for shape in shapes)
 
 
 _read = registry.operator(
     "memory_read_cpu(Tensor keys, Tensor values, Tensor base, Tensor slope, Tensor exponent, Tensor? queries, "
-    "Tensor? starts, int? window, SymInt delay, SymInt offset) -> (Tensor, Tensor)",
+    "Tensor? starts, int? window, SymInt delay, SymInt offset, bool rounded) -> (Tensor, Tensor)",
     _run, _fake, keep=_keep, backward=_gradients,
 )  # fmt: skip
 _read_backward = registry.operator(
     "memory_read_cpu_backward(Tensor grad, Tensor keys, Tensor values, Tensor base, Tensor slope, Tensor exponent, "
-    "Tensor? queries, Tensor? starts, int? window, SymInt delay, SymInt offset, Tensor out, Tensor statistics)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? queries, Tensor? starts, int? window, SymInt delay, SymInt offset, bool rounded, Tensor out, "
+    "Tensor statistics) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _run_backward, _fake_backward,
 )  # fmt: skip
 
@@ -187,5 +194,5 @@ def memory_read(queries, keys, values, base, slope, exponent, starts, window, de
         place = (starts, window, delay, offset)
         if 0 < queries.shape[1] <= FEW:
             return _few(queries, keys, values, bandwidths, place)
-        return _forward(queries, keys, values, bandwidths, place, keep=False)[0]
-    return _read(keys, values, *bandwidths, None if same else queries, starts, window, delay, offset)[0]
+        return _forward(queries, keys, values, bandwidths, place, keep=False, rounded=rounding())[0]
+    return _read(keys, values, *bandwidths, None if same else queries, starts, window, delay, offset, rounding())[0]
