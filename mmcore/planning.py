@@ -17,6 +17,7 @@ import psutil
 
 from mmcore.config import Recipe
 from mmcore.errors import ConfigError
+from mmcore.kernels.linear.cpu import multiplies_bf16
 from mmcore.model import accounting
 
 GIB = 2**30
@@ -282,7 +283,7 @@ def _reduction_copies(recipe: Recipe, beside_sum: bool) -> int:
 
 def _precision(recipe: Recipe, machine: Machine) -> str:
     if recipe.training.precision == "auto":
-        return "fp32" if machine.is_cpu else "bf16"
+        return "fp32" if machine.is_cpu and not multiplies_bf16() else "bf16"
     return recipe.training.precision
 
 

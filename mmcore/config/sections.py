@@ -124,8 +124,8 @@ class TrainingConfig:
     """Largest global norm of the gradient."""
     precision: str = "auto"
     """fp32; bf16: products in bf16 over fp32 master weights, gradients summed in fp32; fp8: bf16 with the blocks' large
-    products in 8-bit floats (an H100 or newer, and the extra `float8`); auto: bf16 on a GPU, fp32 on a CPU, where bf16
-    matrix products are 8 to 130 times slower."""
+    products in 8-bit floats (an H100 or newer, and the extra `float8`); auto: bf16 on a GPU and on a CPU that multiplies
+    it (AVX512-BF16: 1.5 times as fast as fp32), fp32 on others, whose products of bf16 are 8 to 130 times slower."""
     device: str = "auto"
     """auto, cpu, or cuda."""
     seed: int = 0

@@ -14,6 +14,7 @@ from mmcore.config import Recipe
 from mmcore.distributed.float8 import check_float8
 from mmcore.distributed.mesh import World
 from mmcore.errors import ConfigError, HardwareError
+from mmcore.kernels.linear.cpu import multiplies_bf16
 from mmcore.model.accounting import checkpoint_bytes
 
 _GIB = 2**30
@@ -68,7 +69,8 @@ def choose_device(requested: str, world: World | None = None) -> torch.device:
 def choose_precision(requested: str, device: torch.device) -> str:
     """fp32, bf16 or fp8. Raises HardwareError for a device that cannot compute it."""
     if requested == "auto":
-        return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+        can = torch.cuda.is_bf16_supported() if device.type == "cuda" else multiplies_bf16()
+        return "bf16" if can else "fp32"
     if requested == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise HardwareError("training.precision is bf16, which this GPU cannot compute: set training.precision=fp32")
     if requested == "fp8":

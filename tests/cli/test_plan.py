@@ -9,6 +9,7 @@ from mmcli.plan import show_plan
 from mmcore import planning
 from mmcore.config import load_recipe
 from mmcore.errors import ConfigError
+from mmcore.kernels.linear.cpu import multiplies_bf16
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
@@ -135,11 +136,11 @@ def test_table_shows_the_figures(capsys):
 
 
 def test_this_machine(capsys):
-    """The default is what is here; on a CPU there are no GPU-hours, and the precision is fp32."""
+    """The default is what is here; on a CPU there are no GPU-hours, and the precision is what it multiplies fastest."""
     plan = planned(capsys, "quickstart", None)
     assert plan["machine"]["memory_bytes"] > 2**30
     plan = planned(capsys, "quickstart", "cpu")
-    assert plan["machine"]["precision"] == "fp32" and plan["training"]["gpu_hours"] is None
+    assert plan["machine"]["precision"] == ("bf16" if multiplies_bf16() else "fp32") and plan["training"]["gpu_hours"] is None
 
 
 def test_ranks_that_share_a_cpu(capsys):

@@ -57,6 +57,7 @@ def tiny_values(folder: Path, **training: Any) -> dict[str, Any]:
             "validation_every": 3,
             "validation_tokens": 256,
             "device": "cpu",
+            "precision": "fp32",  # auto differs between processors
         }
         | training,
         "checkpoint": {"folder": str(folder / "run"), "every": 2, "keep_last": 2},

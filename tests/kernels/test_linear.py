@@ -131,6 +131,20 @@ def test_rounded_products_without_gradients_and_of_numbers_that_are_none():
 
 
 @rounds
+def test_a_traced_graph_rounds_as_autocast_says():
+    traced = torch.compile(lambda x, weight: linear(x, [weight])[0], backend="aot_eager", fullgraph=True)
+    x, weight = torch.randn(40, 70, requires_grad=True), torch.randn(9, 70, requires_grad=True)
+    for half in (True, False):
+        found = []
+        for function in (traced, lambda x, weight: linear(x, [weight])[0]):
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                y = function(x, weight)
+            found.append([y.detach(), *torch.autograd.grad(y.sum(), (x, weight))])
+        for one, other in zip(*found, strict=True):
+            assert torch.equal(one, other)
+
+
+@rounds
 def test_the_number_of_threads_changes_nothing_rounded(monkeypatch):
     products = {name: functools.partial(getattr(cpu, name), rounded=True)
                 for name in ("products", "weight_gradients", "input_gradient")}  # fmt: skip

@@ -13,7 +13,7 @@ from mmcore.config import build_recipe
 from mmcore.errors import CheckpointError, ConfigError, DataError, HardwareError, NonFiniteError
 from mmcore.kernels.linear import cpu
 from mmcore.kernels.linear.cpu import multiplies_bf16
-from mmcore.training import events, setup
+from mmcore.training import checks, events, setup
 from mmcore.training.memory import explain_memory
 from mmcore.training.setup import Start, prepare_trainer
 from tests.helpers.tiny_run import tiny_recipe, tiny_values, write_text
@@ -230,6 +230,13 @@ def test_recomputed_activations_give_the_same_losses_to_the_last_bit(unbroken, t
     values["distributed"] = {"activation_checkpointing": "full"}
     prepare_trainer(build_recipe(values)).fit()
     assert [row["loss"] for row in lines(tmp_path)] == [row["loss"] for row in lines(unbroken[0])]
+
+
+@pytest.mark.parametrize("multiplies_bf16, chosen", [(True, "bf16"), (False, "fp32")])
+def test_auto_is_what_the_cpu_multiplies_fastest(monkeypatch, multiplies_bf16, chosen):
+    monkeypatch.setattr(checks, "multiplies_bf16", lambda: multiplies_bf16)
+    assert checks.choose_precision("auto", torch.device("cpu")) == chosen
+    assert checks.choose_precision("fp32", torch.device("cpu")) == "fp32"
 
 
 @pytest.mark.parametrize("multiplies_bf16", [multiplies_bf16(), False])

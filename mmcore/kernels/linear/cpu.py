@@ -50,9 +50,14 @@ def why_not(x: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor] | Non
     return None
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def multiplies_bf16() -> bool:
     """Whether this processor has products of bf16 (AVX512-BF16), at twice the speed of fp32's."""
+    return _multiplies_bf16()
+
+
+@functools.cache
+def _multiplies_bf16() -> bool:
     return native.why_not() is None and bool(_C.mm_linear_rounds())
 
 
