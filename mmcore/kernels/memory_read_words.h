@@ -66,7 +66,7 @@ static void pack_row_pairs(float *out, long out_row, long width, const float *ro
     }
 }
 
-/* Words of neighbours, width / 2 in a row and up to LANES / 2 zeros after them. */
+/* Words of neighbours, width / 2 in a row and LANES / 2 zeros after them, where width is an odd number of vectors. */
 static void pack_neighbours(float *out, long out_row, long width, const float *rows, long row, long count, long size) {
     for (long j = 0; j < count; j++) {
         expect(rows, row, j, count, size);

@@ -29,12 +29,12 @@ Every sum has an order of its own that depends on the shapes alone: neither timi
 #endif
 #define COLUMNS (2 * LANES)
 #define PANEL_FLOATS (DEPTH * COLUMNS)
-#define DEPTH 512 /* of numbers; in 16 bits a lane can add no more of them (EXACT_PAIRS) */
+#define DEPTH 512 /* words of a panel and a tile; of int8 half as many, for a lane can add no more (EXACT_PAIRS) */
 #define PANELS 8
-#define BACK_DEPTH 256 /* rows of X that meet in a round of dW, with twice as many panels */
+#define BACK_DEPTH 256 /* the same in a round of dW, with twice as many panels */
 #define GROUP 16       /* tiles of A that a thread packs at once there: dY is read in runs */
 #define TILE_ROW (DEPTH + 16) /* not a power of two: 14 rows would share a cache set */
-#define BEHIND (DEPTH / 2)    /* words of two numbers at most; then come steps and scales */
+#define BEHIND (DEPTH / 2)    /* words of int8 at most; then come steps and scales */
 #define EVEN_TILES 32 /* for each thread: with fewer, one more or less leaves another waiting (5 % of 512 rows) */
 
 typedef int64_t whole;
@@ -56,6 +56,9 @@ typedef void block(float *c, whole c_row, whole rows, int add, whole depth, cons
 
 /* Words that `n` numbers fill, two in each. */
 static whole words_of(whole n) { return (n + 1) / 2; }
+
+/* Numbers of `format` that fill `words`. */
+static whole depth_of(whole words, int format) { return NARROW(format) && format != INT8 ? 2 * words : words; }
 
 /* A list of matrices, and X [rows, in]; `narrow` is X in 16 bits, words_of(in) words a row, and `steps` what each row is
    counted in, where the weights meet it so. Threads share `panels`, and each has a `tile` of its own. */
@@ -271,7 +274,7 @@ static void pack_weights(const struct call *c, float *panel, whole n, whole k, w
         float scale = m->scale ? m->scale[at] : 1;
         rows[i] = as_they_are ? (const float *)w : unpacked + i * TILE_ROW;
         if (!as_they_are) unpack_weights(unpacked + i * TILE_ROW, w, scale, depth, c->format);
-        if (NARROW(c->format)) scales[i] = scale;
+        if (c->format == INT8 && NARROW(INT8)) scales[i] = scale;
     }
     pack_turned(panel, rows, count, NARROW(c->format) ? words_of(depth) : depth);
 }
@@ -283,7 +286,7 @@ static void pack_rows_of_x(const struct call *c, float *tile, whole row, whole r
     whole x_row = narrow ? words_of(c->in) : c->x_row, words = narrow ? words_of(depth) : depth;
     for (whole r = 0; r < rows; r++) {
         memcpy(tile + r * TILE_ROW, x + r * x_row, words * sizeof *tile);
-        if (narrow) tile[r * TILE_ROW + BEHIND] = c->steps[row + r];
+        if (c->format == INT8 && narrow) tile[r * TILE_ROW + BEHIND] = c->steps[row + r];
     }
 }
 
@@ -301,10 +304,11 @@ static void forward_round(const struct call *c, whole first, whole end, whole n,
 /* Y where there are many rows: threads share the panels, and each takes rows of its own. */
 static void forward(const struct call *c, float *tile) {
     whole first, end;
+    whole deep = depth_of(DEPTH, c->format);
     my_tiles(c->rows, &first, &end);
-    for (whole k = 0; k < c->in; k += DEPTH)
+    for (whole k = 0; k < c->in; k += deep)
         for (whole n = 0; n < c->total; n += PANELS * COLUMNS) {
-            whole depth = least(DEPTH, c->in - k), held = least(PANELS, parts_of(c->total - n, COLUMNS));
+            whole depth = least(deep, c->in - k), held = least(PANELS, parts_of(c->total - n, COLUMNS));
 #pragma omp for schedule(static, 1)
             for (whole p = 0; p < held; p++) pack_weights(c, c->panels + p * PANEL_FLOATS, n + p * COLUMNS, k, depth);
             forward_round(c, first, end, n, held, k, depth, c->panels, tile);
@@ -316,9 +320,10 @@ static void forward(const struct call *c, float *tile) {
 static void forward_columns(const struct call *c, float *panels, float *tile) {
     whole all = parts_of(c->total, COLUMNS), thread = omp_get_thread_num(), threads = omp_get_num_threads();
     whole first = all * thread / threads, end = all * (thread + 1) / threads, tiles = parts_of(c->rows, BLOCK_ROWS);
-    for (whole k = 0; k < c->in; k += DEPTH)
+    whole deep = depth_of(DEPTH, c->format);
+    for (whole k = 0; k < c->in; k += deep)
         for (whole p = first; p < end; p += PANELS) {
-            whole depth = least(DEPTH, c->in - k), held = least(PANELS, end - p);
+            whole depth = least(deep, c->in - k), held = least(PANELS, end - p);
             for (whole i = 0; i < held; i++) pack_weights(c, panels + i * PANEL_FLOATS, (p + i) * COLUMNS, k, depth);
             forward_round(c, 0, tiles, p * COLUMNS, held, k, depth, panels, tile);
         }
@@ -372,11 +377,11 @@ static void partial(block *block, float *to, whole row, whole rows, whole column
 }
 
 static void backward_input(const struct call *c, float *tile) {
-    whole first, end, in = c->in;
+    whole first, end, in = c->in, deep = depth_of(DEPTH, c->format);
     my_tiles(c->rows, &first, &end);
-    for (whole n = 0; n < c->total; n += DEPTH)
+    for (whole n = 0; n < c->total; n += deep)
         for (whole from = 0; from < in; from += PANELS * COLUMNS) {
-            whole depth = least(DEPTH, c->total - n), held = least(PANELS, parts_of(in - from, COLUMNS));
+            whole depth = least(deep, c->total - n), held = least(PANELS, parts_of(in - from, COLUMNS));
 #pragma omp for schedule(static, 1)
             for (whole p = 0; p < held; p++) pack_outputs(c, c->panels + p * PANEL_FLOATS, n, from + p * COLUMNS, depth);
             for (whole t = first; t < end; t++) {
@@ -420,10 +425,10 @@ static void pack_inputs(const struct call *c, float *panel, whole k, whole from,
 }
 
 static void backward_weights(const struct call *c, int add, float *tiles) {
-    whole in = c->in, each = BACK_DEPTH * COLUMNS;
-    for (whole k = 0; k < c->rows; k += BACK_DEPTH)
+    whole in = c->in, each = BACK_DEPTH * COLUMNS, deep = depth_of(BACK_DEPTH, c->format);
+    for (whole k = 0; k < c->rows; k += deep)
         for (whole from = 0; from < in; from += 2 * PANELS * COLUMNS) {
-            whole depth = least(BACK_DEPTH, c->rows - k), held = least(2 * PANELS, parts_of(in - from, COLUMNS));
+            whole depth = least(deep, c->rows - k), held = least(2 * PANELS, parts_of(in - from, COLUMNS));
 #pragma omp for schedule(static, 1)
             for (whole p = 0; p < held; p++) pack_inputs(c, c->panels + p * each, k, from + p * COLUMNS, depth);
             for (whole i = 0; i < c->count; i++) {

@@ -45,7 +45,7 @@ static long larger(long a, long b) { return a > b ? a : b; }
 static long padded(long size) { return up_to(size, LANES); }
 static long row_of(long size) { return padded(size) + 16; } /* not a power of two: rows would fall into the same sets */
 static long tile_of(long size) { return size <= 96 ? 96 : 48; }
-static long word_row_of(long size) { return padded(size) / 2 + 16; }
+static long word_row_of(long size) { return row_of(size) / 2; }
 static long panels_of(long size) { return larger(1, smaller(MAX_PANELS, 512 / padded(size))); }
 
 static int rounds(const struct call *c) { return NARROW_BF16 && c->rounded && !c->narrow; }
@@ -151,7 +151,8 @@ static long share_length(const struct call *c) {
     return (blocks + c->shares - 1) / c->shares * length;
 }
 
-/* Scratch of one thread, in floats; `copies` is 2 for the forward pass (keys, values), 4 for the backward pass. */
+/* Scratch of one thread, in floats; `copies` is 2 for the forward pass (keys, values), 4 for the backward pass. Words take
+the space of values: in the forward pass half of it, in the backward pass keys' and values' a half each. */
 long memory_read_scratch(const struct call *c, long copies) {
     long size = c->size, queries = panels_of(size) * PANEL;
     long rows = c->window && c->shares > 1 ? smaller(c->pairs, share_length(c) + c->window) : c->pairs;
