@@ -7,8 +7,6 @@ sums over: neighbours of a row, or the same column of two rows. */
 #include "memory_read_tiles.h"
 #include "narrow_products.h"
 
-typedef int loose_int __attribute__((may_alias)); /* as floats, words that look like signalling NaNs would change */
-
 /* acc[r][c] += sum over k < words of both numbers of a[r * a_row + k * a_step] times b[k * b_step + c * LANES ...]. */
 INLINE void multiply_words(nvec *acc, const int rows, const int columns, long words, const float *a, long a_row,
                            long a_step, const float *b, long b_step) {

@@ -36,6 +36,7 @@
 
 typedef int32_t nvec __attribute__((vector_size(4 * LANES))); /* pairs of 16-bit numbers, or sums' bits */
 typedef float nfloats __attribute__((vector_size(4 * LANES)));
+typedef int loose_int __attribute__((may_alias)); /* as floats, words that look like signalling NaNs would change */
 
 /* sum + the lanes' two products of a and b. The sum is whole for int8, and the bits of floats for bf16. */
 static inline __attribute__((always_inline)) nvec add_products(nvec sum, nvec a, nvec b, const int format) {

@@ -1,46 +1,29 @@
 /* Products of x with several weight matrices: Y_i = X W_i^T, dX = sum of dY_i W_i, dW_i = dY_i^T X. Sums are fp32.
 
-In the middle is a block of BLOCK_ROWS x 2 vectors of the result: with AVX-512 28 registers gather sums, 2 hold what comes
-from B and 1 the number of A that meets it. Both operands are copied first into the order in which the block reads them:
-a panel of B is DEPTH x COLUMNS numbers, and the panels of a round stay in the second-level cache; a tile of A is BLOCK_ROWS
-deep rows. A block alone reached 102 GFLOP/s on a Zen 4 core where the library's product reached 91.
+In the middle is a block of the result (product_blocks.h). Both operands are copied first into the order in which it reads
+them: a panel of B is DEPTH x COLUMNS numbers, and the panels of a round stay in the second-level cache; a tile of A is
+BLOCK_ROWS deep rows.
 
 The matrices of a list count as one, with its outputs side by side: four heads' gates fill no panel of their own, X is
 copied once for all, and no sum of dX over the matrices is left to others.
 
-bf16 and int8 weights, which have no gradients, meet X in 16 bits where the processor can (narrow_products.h): a word of a
-panel or a tile then holds two numbers, and everything else stays as it is.
+bf16 and int8 weights, which have no gradients, meet X in 16 bits where the processor can (narrow_products.h), and so do fp32
+operands that are to be ROUNDED, in all three products: a word of a panel or a tile then holds two numbers, and everything
+else stays as it is.
 
 Every sum has an order of its own that depends on the shapes alone: neither timing nor the number of threads shows. */
 
 #include <omp.h>
 #include <stdint.h>
 
-#include "memory_read_tiles.h"
-#include "narrow_products.h"
+#include "product_blocks.h"
 #include "weight_formats.h"
 
-#if LANES == 16
-#define BLOCK_ROWS 14
-#define TILE_STEP 16 /* of a tile that lies depth first */
-#else
-#define BLOCK_ROWS 6
-#define TILE_STEP 8
-#endif
-#define COLUMNS (2 * LANES)
 #define PANEL_FLOATS (DEPTH * COLUMNS)
-#define DEPTH 512 /* words of a panel and a tile; of int8 half as many, for a lane can add no more (EXACT_PAIRS) */
 #define PANELS 8
-#define BACK_DEPTH 256 /* the same in a round of dW, with twice as many panels */
+#define BACK_DEPTH 256 /* instead of DEPTH in a round of dW, with twice as many panels */
 #define GROUP 16       /* tiles of A that a thread packs at once there: dY is read in runs */
-#define TILE_ROW (DEPTH + 16) /* not a power of two: 14 rows would share a cache set */
-#define BEHIND (DEPTH / 2)    /* words of int8 at most; then come steps and scales */
 #define EVEN_TILES 32 /* for each thread: with fewer, one more or less leaves another waiting (5 % of 512 rows) */
-
-typedef int64_t whole;
-typedef int loose_int __attribute__((may_alias));
-static whole least(whole a, whole b) { return a < b ? a : b; }
-static whole parts_of(whole n, whole size) { return (n + size - 1) / size; }
 
 /* W [out, in] of `format`, scale [out] for int8; y [rows, out] the product or its gradient, y_row floats from row to row;
    grad [out, in] is dW. */
@@ -50,15 +33,6 @@ struct matrix {
     float *y, *grad;
     whole out, y_row;
 };
-
-/* c [rows, COLUMNS] = (add ? c : 0) + tile a times panel, `depth` numbers deep. */
-typedef void block(float *c, whole c_row, whole rows, int add, whole depth, const float *a, const float *panel);
-
-/* Words that `n` numbers fill, two in each. */
-static whole words_of(whole n) { return (n + 1) / 2; }
-
-/* Numbers of `format` that fill `words`. */
-static whole depth_of(whole words, int format) { return NARROW(format) && format != INT8 ? 2 * words : words; }
 
 /* A list of matrices, and X [rows, in]; `narrow` is X in 16 bits, words_of(in) words a row, and `steps` what each row is
    counted in, where the weights meet it so. Threads share `panels`, and each has a `tile` of its own. */
@@ -78,135 +52,6 @@ static const struct matrix *holder(const struct call *c, whole *n) {
     const struct matrix *m = c->list;
     while (*n >= m->out) *n -= m++->out;
     return m;
-}
-
-/* acc[r][2] += sum over k < depth of a[r * a_row + k * a_step] * panel[k][COLUMNS]. */
-INLINE void gather(vec *acc, const int rows, whole depth, const float *a, const int a_row, const int a_step,
-                   const float *panel) {
-    for (whole k = 0; k < depth; k++, a += a_step, panel += COLUMNS) {
-        vec first = load(panel), second = load(panel + LANES);
-        IN_REGISTER(first);
-        IN_REGISTER(second);
-        for (int i = 0; i < COLUMNS; i += 16) __builtin_prefetch(panel + 16 * COLUMNS + i);
-#pragma GCC unroll 14
-        for (int r = 0; r < rows; r++) {
-            acc[2 * r] += a[r * a_row] * first;
-            acc[2 * r + 1] += a[r * a_row] * second;
-        }
-    }
-}
-
-/* c = (add ? c : 0) + tile * panel, for `rows` rows of whole COLUMNS. */
-INLINE void few_rows(float *c, whole c_row, const int rows, int add, whole depth, const float *a, const float *panel,
-                     const int a_row, const int a_step) {
-    vec acc[2 * 14];
-#pragma GCC unroll 28
-    for (int i = 0; i < 2 * rows; i++) acc[i] = (vec){};
-    gather(acc, rows, depth, a, a_row, a_step, panel);
-#pragma GCC unroll 14
-    for (int r = 0; r < rows; r++) {
-        float *to = c + r * c_row;
-        store(to, add ? acc[2 * r] + load(to) : acc[2 * r]);
-        store(to + LANES, add ? acc[2 * r + 1] + load(to + LANES) : acc[2 * r + 1]);
-    }
-}
-
-/* The same where tile and panel hold words of two numbers. int8's sums count in the steps of the rows and the scales of the
-   columns, which stand behind the numbers, BEHIND words from where they begin. */
-INLINE void few_narrow_rows(float *c, whole c_row, const int rows, int add, whole depth, const float *a,
-                            const float *panel, const int a_row, const int a_step, const int format) {
-    nvec acc[2 * 14];
-    const float *scales = panel + BEHIND * COLUMNS;
-    const loose_int *two = (const loose_int *)a; /* as floats, words that look like signalling NaNs would change */
-#pragma GCC unroll 28
-    for (int i = 0; i < 2 * rows; i++) acc[i] = (nvec){0};
-    for (whole k = 0; k < words_of(depth); k++, two += a_step, panel += COLUMNS) {
-        nvec first = (nvec)load(panel), second = (nvec)load(panel + LANES);
-        IN_REGISTER(first);
-        IN_REGISTER(second);
-        for (int i = 0; i < COLUMNS; i += 16) __builtin_prefetch(panel + 16 * COLUMNS + i);
-#pragma GCC unroll 14
-        for (int r = 0; r < rows; r++) {
-            nvec both = (nvec){0} + two[r * a_row];
-            acc[2 * r] = add_products(acc[2 * r], both, first, format);
-            acc[2 * r + 1] = add_products(acc[2 * r + 1], both, second, format);
-        }
-    }
-#pragma GCC unroll 14
-    for (int r = 0; r < rows; r++)
-#pragma GCC unroll 2
-        for (int half = 0; half < 2; half++) {
-            float *to = c + r * c_row + half * LANES;
-            vec sum = sums_as_floats(acc[2 * r + half], format);
-            if (format == INT8) sum *= a[r * a_row + BEHIND] * load(scales + half * LANES);
-            store(to, add ? sum + load(to) : sum);
-        }
-}
-
-/* The same for a number of rows that is known at run time: `few` with the tile's a_row and what follows its name here. */
-#define BLOCK(name, a_row, few, ...)                                                                                   \
-    NOINLINE static void name(float *c, whole c_row, whole rows, int add, whole depth, const float *a,                \
-                              const float *panel) {                                                                    \
-        if (rows == BLOCK_ROWS) {                                                                                      \
-            few(c, c_row, BLOCK_ROWS, add, depth, a, panel, __VA_ARGS__);                                              \
-            return;                                                                                                    \
-        }                                                                                                              \
-        for (; BLOCK_ROWS > 8 && rows >= 8; rows -= 8, c += 8 * c_row, a += 8 * (a_row))                               \
-            few(c, c_row, 8, add, depth, a, panel, __VA_ARGS__);                                                       \
-        for (; rows >= 4; rows -= 4, c += 4 * c_row, a += 4 * (a_row))                                                 \
-            few(c, c_row, 4, add, depth, a, panel, __VA_ARGS__);                                                       \
-        for (; rows > 0; rows--, c += c_row, a += (a_row)) few(c, c_row, 1, add, depth, a, panel, __VA_ARGS__);        \
-    }
-BLOCK(block_by_row, TILE_ROW, few_rows, TILE_ROW, 1)
-BLOCK(block_by_depth, 1, few_rows, 1, TILE_STEP)
-#if NARROW_BF16
-BLOCK(bf16_block, TILE_ROW, few_narrow_rows, TILE_ROW, 1, BF16)
-BLOCK(bf16_block_by_depth, 1, few_narrow_rows, 1, TILE_STEP, BF16)
-#endif
-#if NARROW_INT8
-BLOCK(int8_block, TILE_ROW, few_narrow_rows, TILE_ROW, 1, INT8)
-#endif
-
-/* How rows of X meet weights of a format; and rows of dY^T rows of X. */
-static block *block_of(int format) {
-#if NARROW_BF16
-    if (format == BF16 || format == ROUNDED) return bf16_block;
-#endif
-#if NARROW_INT8
-    if (format == INT8) return int8_block;
-#endif
-    (void)format;
-    return block_by_row;
-}
-
-static block *block_by_depth_of(int format) {
-#if NARROW_BF16
-    if (format == ROUNDED) return bf16_block_by_depth;
-#endif
-    (void)format;
-    return block_by_depth;
-}
-
-/* panel[k][COLUMNS] from `count` rows of x, which are its columns; zeros beyond. */
-static void pack_turned(float *panel, const float *const *x, whole count, whole depth) {
-    for (whole i = 0; i < COLUMNS; i += LANES)
-        for (whole k = 0; k < depth; k += LANES) {
-            vec v[LANES];
-#pragma GCC unroll 16
-            for (int r = 0; r < LANES; r++) v[r] = i + r < count ? load_part(x[i + r] + k, depth - k) : (vec){};
-            transpose(v);
-            for (int r = 0; r < least(LANES, depth - k); r++) store(panel + (k + r) * COLUMNS + i, v[r]);
-        }
-}
-
-/* `width` numbers at `to`, or words of two numbers, the second of each a zero where there is no `high`; zeros beyond `count`. */
-INLINE void lay_numbers(float *to, const float *x, whole count, const int width) {
-    for (int i = 0; i < width; i += LANES) store(to + i, load_part(x + i, count - i));
-}
-
-INLINE void lay_words(float *to, const float *low, const float *high, whole count, const int width) {
-    for (int i = 0; i < width; i += LANES)
-        store(to + i, (vec)rounded_pairs(load_part(low + i, count - i), high ? load_part(high + i, count - i) : (vec){}));
 }
 
 /* Columns [n, n + count) of all Y, from a block that fills no panel of one matrix. */

@@ -1,5 +1,5 @@
-"""memory_read in C: cpu.c for many queries, cpu_few.c for a few (decoding). fp32; under autocast in bf16, where the
-processor multiplies it, all operands of many queries are rounded but the scores'."""
+"""memory_read in C: cpu.c and cpu_backward.c for many queries, cpu_few.c for a few (decoding). fp32; under autocast in bf16,
+where the processor multiplies it, all operands of many queries are rounded but the scores'."""
 
 from __future__ import annotations
 
@@ -19,16 +19,20 @@ FEW = 8  # up to so many queries, without gradients, cpu_few.c reads the pairs i
 # Floats of keys below which a second thread costs more than it brings: waking one takes 2-5 us.
 _WORTH_A_THREAD = 65_536
 
-# struct call of memory_read_call.h, and struct backward of cpu.c, as bytes: a decoder calls this twice a layer for each
-# token, and a ctypes.Structure of so many fields took 4 us to fill where this takes 2.
+# struct call of memory_read_call.h, and struct backward of cpu_backward.c, as bytes: a decoder calls this twice a layer for
+# each token, and a ctypes.Structure of so many fields took 4 us to fill where this takes 2.
 _CALL = struct.Struct("31q").pack
 _BACKWARD = struct.Struct("6q").pack
 
 
 _C = native.functions(
     Path(__file__).with_name("cpu.c"),
-    memory_read_scratch=(ctypes.c_long, [ctypes.c_char_p, ctypes.c_long]),
+    memory_read_forward_scratch=(ctypes.c_long, [ctypes.c_char_p]),
     memory_read_forward=[ctypes.c_char_p, ctypes.c_void_p],
+)
+_C_BACKWARD = native.functions(
+    Path(__file__).with_name("cpu_backward.c"),
+    memory_read_backward_scratch=(ctypes.c_long, [ctypes.c_char_p]),
     memory_read_backward=[ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p],
 )
 _C_FEW = native.functions(Path(__file__).with_name("cpu_few.c"), memory_read_few=[ctypes.c_char_p, ctypes.c_void_p])
@@ -86,7 +90,7 @@ def _forward(queries, keys, values, bandwidths, place, keep: bool, rounded: bool
     statistics = torch.empty(2, batch, heads, length) if keep else None
     shares = _shares(batch * heads, length, threads)
     call = _call(queries, keys, values, bandwidths, place, out, statistics, threads, shares, rounded)
-    scratch = torch.empty(threads * _C.memory_read_scratch(call, 2))
+    scratch = torch.empty(threads * _C.memory_read_forward_scratch(call))
     _C.memory_read_forward(call, scratch.data_ptr())
     return out, statistics
 
@@ -137,8 +141,8 @@ def _run_backward(
     grad_bandwidth = torch.empty(shares, batch, heads, 3, dtype=torch.float64)
     tensors = (grad, out, grad_queries, grad_keys, grad_values, grad_bandwidth)
     sides = _BACKWARD(*(0 if t is None else t.data_ptr() for t in tensors))
-    scratch = torch.empty(threads * _C.memory_read_scratch(call, 4))
-    _C.memory_read_backward(call, sides, scratch.data_ptr())
+    scratch = torch.empty(threads * _C_BACKWARD.memory_read_backward_scratch(call))
+    _C_BACKWARD.memory_read_backward(call, sides, scratch.data_ptr())
     grad_keys, grad_values = (t[0] if shares == 1 else t.sum(0) for t in (grad_keys, grad_values))
     if same:
         grad_keys = grad_keys if in_place else grad_keys.add_(grad_queries)
