@@ -17,7 +17,6 @@ import psutil
 
 from mmcore.config import Recipe
 from mmcore.errors import ConfigError
-from mmcore.kernels.linear.cpu import multiplies_bf16
 from mmcore.model import accounting
 
 GIB = 2**30
@@ -131,11 +130,16 @@ def _cpu_peaks() -> dict[str, float]:
     cores = psutil.cpu_count(logical=False) or psutil.cpu_count()
     if frequency is None or not cores or not (frequency.max or frequency.current):
         return {}
-    info = Path("/proc/cpuinfo")
-    flags = info.read_text(encoding="utf-8", errors="replace") if info.exists() else ""
+    flags = _cpu_flags()
     lanes = 16 if "avx512f" in flags else 8 if "avx2" in flags else 4
     peak = cores * (frequency.max or frequency.current) * 1e6 * 2 * 2 * lanes
     return {"fp32": peak, "bf16": 2 * peak} if "avx512_bf16" in flags else {"fp32": peak}
+
+
+def _cpu_flags() -> str:
+    """What this processor can, as Linux says it. Kernels are asked where training begins; a plan does without torch."""
+    info = Path("/proc/cpuinfo")
+    return info.read_text(encoding="utf-8", errors="replace") if info.exists() else ""
 
 
 def plan(recipe: Recipe, machine: Machine) -> dict:
@@ -283,7 +287,7 @@ def _reduction_copies(recipe: Recipe, beside_sum: bool) -> int:
 
 def _precision(recipe: Recipe, machine: Machine) -> str:
     if recipe.training.precision == "auto":
-        return "fp32" if machine.is_cpu and not multiplies_bf16() else "bf16"
+        return "fp32" if machine.is_cpu and "avx512_bf16" not in _cpu_flags() else "bf16"
     return recipe.training.precision
 
 
