@@ -138,10 +138,17 @@ def kept_bytes(config: ModelConfig, tokens: int, compute_bytes: int, checkpointi
 def loss_bytes(config: ModelConfig, tokens: int, compute_bytes: int, cpu: bool) -> int:
     """Bytes of the loss at its peak: a chunk of logits (with an fp32 copy where products are bf16), and the gradients
     that are made in the forward pass, of the hidden states [N, d] and of the classifier [V, d] in fp32."""
-    rows = min(tokens, 256 if cpu else max(256, 2**28 // config.vocab_size))
+    rows = min(tokens, loss_rows(config.vocab_size, cpu))
     copies = compute_bytes if compute_bytes == FP32 else compute_bytes + FP32
     gradients = tokens * config.hidden_size * compute_bytes + FP32 * config.vocab_size * config.hidden_size
     return rows * config.vocab_size * copies + gradients
+
+
+def loss_rows(vocabulary: int, cpu: bool) -> int:
+    """Rows of logits that the loss holds at once: `chunk_rows` of its kernel, for a plan that does without torch."""
+    if cpu:
+        return max(128, min(1024, max(2**22 // vocabulary, min(512, 2**26 // vocabulary))))
+    return max(256, 2**28 // vocabulary // 256 * 256)
 
 
 def decoding_state_bytes(config: ModelConfig, value_bytes: int = FP32) -> dict[str, int]:
