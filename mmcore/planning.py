@@ -7,6 +7,7 @@ with its reason.
 
 from __future__ import annotations
 
+import functools
 import re
 import shutil
 import subprocess
@@ -133,11 +134,17 @@ def _cpu_peaks() -> dict[str, float]:
     flags = _cpu_flags()
     lanes = 16 if "avx512f" in flags else 8 if "avx2" in flags else 4
     peak = cores * (frequency.max or frequency.current) * 1e6 * 2 * 2 * lanes
-    return {"fp32": peak, "bf16": 2 * peak} if "avx512_bf16" in flags else {"fp32": peak}
+    return {"fp32": peak, "bf16": 2 * peak} if _cpu_multiplies_bf16() else {"fp32": peak}
 
 
+def _cpu_multiplies_bf16() -> bool:
+    """By its flags: kernels are asked where training begins, and a plan does without torch."""
+    return "avx512_bf16" in _cpu_flags()
+
+
+@functools.cache
 def _cpu_flags() -> str:
-    """What this processor can, as Linux says it. Kernels are asked where training begins; a plan does without torch."""
+    """What this processor can, as Linux says it."""
     info = Path("/proc/cpuinfo")
     return info.read_text(encoding="utf-8", errors="replace") if info.exists() else ""
 
@@ -204,8 +211,8 @@ def memory_per_device(recipe: Recipe, machine: Machine, micro_batch: int) -> dic
     several, `collectives` are the copies that gloo reduces the largest group's gradient in.
     """
     model = recipe.model
-    # a CPU's products round what they read in fp32
-    compute = accounting.FP32 if machine.is_cpu or _precision(recipe, machine) == "fp32" else 2
+    wide = _precision(recipe, machine) == "fp32" or machine.is_cpu and _cpu_multiplies_bf16()  # and rounds what it reads
+    compute = accounting.FP32 if wide else 2
     tokens = micro_batch * recipe.training.sequence_length
     states = _states(recipe, machine)
     if recipe.distributed.cpu_offload and not machine.is_cpu:
@@ -287,7 +294,7 @@ def _reduction_copies(recipe: Recipe, beside_sum: bool) -> int:
 
 def _precision(recipe: Recipe, machine: Machine) -> str:
     if recipe.training.precision == "auto":
-        return "fp32" if machine.is_cpu and "avx512_bf16" not in _cpu_flags() else "bf16"
+        return "fp32" if machine.is_cpu and not _cpu_multiplies_bf16() else "bf16"
     return recipe.training.precision
 
 

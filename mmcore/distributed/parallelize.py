@@ -62,8 +62,8 @@ def shard(model: nn.Module, distributed: DistributedConfig, world: World, precis
     in the root all vectors of the model (norms and per-head scalars, 0.02 % of an 8b) with the matrix that embedding and
     classifier share where they are tied. Under bf16 matrices travel and are used in bf16, while the vectors stay in
     fp32: a bandwidth's exponent rounded to 8 bits would be off by a percent. A CPU that multiplies bf16 rounds what its
-    products are given, and there all travel in fp32. Gradients are added up in fp32, not
-    averaged: the loss is divided by the global number of labels before (training/step.py).
+    products are given, and there all travel in fp32. Gradients are added up in fp32, not averaged: the loss is divided by
+    the global number of labels before (training/step.py).
     """
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
     from torch.distributed.fsdp import register_fsdp_forward_method as gather_around

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from mmcore.config import ModelConfig
+from mmcore.kernels.loss_chunks import chunk_rows
 
 FP32 = 4
 """Bytes of a master weight, a gradient, and of each of AdamW's two moments."""
@@ -138,17 +139,10 @@ def kept_bytes(config: ModelConfig, tokens: int, compute_bytes: int, checkpointi
 def loss_bytes(config: ModelConfig, tokens: int, compute_bytes: int, cpu: bool) -> int:
     """Bytes of the loss at its peak: a chunk of logits (with an fp32 copy where products are bf16), and the gradients
     that are made in the forward pass, of the hidden states [N, d] and of the classifier [V, d] in fp32."""
-    rows = min(tokens, loss_rows(config.vocab_size, cpu))
+    rows = min(tokens, chunk_rows(config.vocab_size, "cpu" if cpu else "cuda"))
     copies = compute_bytes if compute_bytes == FP32 else compute_bytes + FP32
     gradients = tokens * config.hidden_size * compute_bytes + FP32 * config.vocab_size * config.hidden_size
     return rows * config.vocab_size * copies + gradients
-
-
-def loss_rows(vocabulary: int, cpu: bool) -> int:
-    """Rows of logits that the loss holds at once: `chunk_rows` of its kernel, for a plan that does without torch."""
-    if cpu:
-        return max(128, min(1024, max(2**22 // vocabulary, min(512, 2**26 // vocabulary))))
-    return max(256, 2**28 // vocabulary // 256 * 256)
 
 
 def decoding_state_bytes(config: ModelConfig, value_bytes: int = FP32) -> dict[str, int]:

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mmcore.config import ARCHITECTURES, DistributedConfig, ModelConfig, V1Config
 from mmcore.distributed.parallelize import parallelize
 from mmcore.kernels.linear import cpu
-from mmcore.kernels.linear_cross_entropy.blocked import chunk_rows
+from mmcore.kernels.loss_chunks import chunk_rows
 from mmcore.model import accounting, build_model
 
 LARGE = {
@@ -173,7 +173,10 @@ def kept_bytes(config, batch, length, half, checkpointing="none"):
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("vocabulary", [100, 8192, 32_768, 128_256, 262_144, 10**6])
 def test_the_loss_holds_as_many_rows_as_the_plan_counts(vocabulary, device):
-    assert accounting.loss_rows(vocabulary, device == "cpu") == chunk_rows(vocabulary, torch.device(device))
+    config = ModelConfig(**TINY | {"vocab_size": vocabulary})
+    counted = [accounting.loss_bytes(config, tokens, 4, device == "cpu") - 4 * config.hidden_size * (tokens + vocabulary)
+               for tokens in (50, 10**7)]  # fmt: skip
+    assert counted == [4 * vocabulary * rows for rows in (50, chunk_rows(vocabulary, device))]
 
 
 TRAINED = [(kind, how) for kind in ARCHITECTURES for how in ("none", "selective", "full")

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mmcore.kernels import registry
 from mmcore.kernels.linear import cpu as products
+from mmcore.kernels.loss_chunks import chunk_rows
 
 IGNORED = -100
 
@@ -61,20 +62,6 @@ def softmax_step(logits: Tensor, labels: Tensor, with_gradient: bool) -> Tensor:
 STEPS["blocked"] = softmax_step
 
 
-def chunk_rows(vocabulary: int, device: torch.device) -> int:
-    """Rows of logits held at once.
-
-    CPU, d 512, V 8192, 4,096 rows, loss with gradients: 797 ms with 128 rows, 752 with 256, 669 with 512, 646 with
-    1,024 (F.linear and F.cross_entropy 1,152). 512 rows there are 16 MiB, which still fit the third-level cache; and with
-    more words, whose gradient every chunk goes through once: V 128,256 and 1,024 rows 2,555 ms with 128, 2,288 with 256,
-    2,188 with 512, in bf16 1,545, 1,350, 1,221. A GPU needs thousands of rows to fill its cores, and 1 GiB of logits is
-    small beside what else a step holds there.
-    """
-    if device.type == "cpu":  # at most 256 MiB
-        return max(128, min(1024, max(2**22 // vocabulary, min(512, 2**26 // vocabulary))))
-    return max(256, 2**28 // vocabulary // 256 * 256)
-
-
 class _Chunks:
     """The products of the chunks of one call, with the buffer they share."""
 
@@ -84,7 +71,7 @@ class _Chunks:
         # the C products go with the C softmax
         self.rounded = step == "rounded"
         self.compiled = step in ("cpu", "rounded") and products.why_not(hidden, [self.weight], None) is None
-        self.rows = min(chunk_rows(len(weight), hidden.device), max(1, len(hidden)))
+        self.rows = min(chunk_rows(len(weight), hidden.device.type), max(1, len(hidden)))
         self.statistics = torch.promote_types(hidden.dtype, torch.float32)
         self.buffer = hidden.new_empty(self.rows, len(weight))
         self.grad_weight: Tensor | None = None
