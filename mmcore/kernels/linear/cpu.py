@@ -20,14 +20,21 @@ from mmcore.kernels.thin_linear.cpu import FORMATS
 _ADDRESS, _INT = ctypes.c_void_p, ctypes.c_int64
 _C = native.functions(
     Path(__file__).with_name("cpu.c"),
-    mm_linear=[ctypes.c_int, ctypes.c_char_p, _INT, ctypes.c_int] + [_ADDRESS] * 2 + [_INT] * 3 + [_ADDRESS, ctypes.c_int],
+    mm_linear=[ctypes.c_char_p, _INT, ctypes.c_int, _ADDRESS, *[_INT] * 3, _ADDRESS, ctypes.c_int],
     mm_linear_scratch=(_INT, [_INT] * 2 + [ctypes.c_int] * 2),
     mm_linear_rounds=(ctypes.c_int, []),
 )
+_BACKWARD = native.functions(
+    Path(__file__).with_name("cpu_backward.c"),
+    mm_linear_backward=[
+        ctypes.c_int, ctypes.c_char_p, _INT, ctypes.c_int, *[_ADDRESS] * 2, *[_INT] * 3, _ADDRESS, ctypes.c_int,
+    ],
+    mm_linear_backward_scratch=(_INT, [ctypes.c_int]),
+)
 _MATRIX = struct.Struct("4P2q").pack
-"""struct matrix of cpu.c: weight, scale, y, grad, out, y_row."""
+"""struct matrix of linear_call.h: weight, scale, y, grad, out, y_row."""
 
-_FORWARD, _INPUT, _WEIGHTS, _MORE_WEIGHTS = range(4)
+_INPUT, _WEIGHTS, _MORE_WEIGHTS = range(3)
 
 _ROUNDED = 3
 """What FORMATS counts, and beyond them fp32 that is rounded for its products."""
@@ -71,14 +78,14 @@ def _threads(rows: int, total: int, inside: int) -> int:
     return max(1, min(torch.get_num_threads(), rows * total * inside // _FLOPS_OF_A_THREAD))
 
 
-def _call(work: int, list_: bytes, outs: Sequence[int], x: Tensor | None, x_row: int, dx: Tensor | None, rows: int,
-          inside: int, weight_format: int) -> None:  # fmt: skip
+def _backward(work: int, list_: bytes, outs: Sequence[int], x: Tensor | None, x_row: int, dx: Tensor | None, rows: int,
+              inside: int, weight_format: int) -> None:  # fmt: skip
     threads = _threads(rows, sum(outs), inside)
-    scratch = torch.empty(_C.mm_linear_scratch(rows, inside, weight_format, threads))
-    _C.mm_linear(
+    scratch = torch.empty(_BACKWARD.mm_linear_backward_scratch(threads))
+    _BACKWARD.mm_linear_backward(
         work, list_, len(outs), weight_format, None if x is None else x.data_ptr(), None if dx is None else dx.data_ptr(),
         rows, inside, x_row, scratch.data_ptr(), threads,
-    )
+    )  # fmt: skip
 
 
 def _list(outs: Sequence[int], ys: Sequence[tuple[int, int]], weights: Sequence[Tensor] | None = None,
@@ -106,7 +113,10 @@ def products(
     places = [(y.data_ptr(), columns) for y, columns in zip(ys, outs, strict=True)]
     list_ = _list(outs, places, weights, scales)
     format_ = _ROUNDED if rounded else FORMATS[weights[0].dtype]
-    _call(_FORWARD, list_, outs, x, row, None, x.numel() // inside, inside, format_)
+    rows = x.numel() // inside
+    threads = _threads(rows, sum(outs), inside)
+    scratch = torch.empty(_C.mm_linear_scratch(rows, inside, format_, threads))
+    _C.mm_linear(list_, len(outs), format_, x.data_ptr(), rows, inside, row, scratch.data_ptr(), threads)
     return ys
 
 
@@ -115,7 +125,7 @@ def input_gradient(grads: Sequence[Tensor], weights: Sequence[Tensor], out: Tens
     weights, outs = [weight.contiguous() for weight in weights], [weight.shape[0] for weight in weights]
     list_ = _list(outs, [(g.data_ptr(), g.stride(0)) for g in grads], weights)
     rows, inside = out.shape
-    _call(_INPUT, list_, outs, None, inside, out, rows, inside, _format(rounded))
+    _backward(_INPUT, list_, outs, None, inside, out, rows, inside, _format(rounded))
     return out
 
 
@@ -129,7 +139,7 @@ def weight_gradients(
     """outs [out_i, in], contiguous, become dY_i^T x, or have it added to them. x [..., in]."""
     x, counts = _flat(x), [out.shape[0] for out in outs]
     list_ = _list(counts, [(g.data_ptr(), g.stride(0)) for g in grads], grads=outs)
-    _call(_MORE_WEIGHTS if add else _WEIGHTS, list_, counts, x, x.stride(0), None, *x.shape, _format(rounded))
+    _backward(_MORE_WEIGHTS if add else _WEIGHTS, list_, counts, x, x.stride(0), None, *x.shape, _format(rounded))
     return outs
 
 

@@ -1,0 +1,236 @@
+/* dX = sum of dY_i W_i and dW_i = dY_i^T X for several weight matrices in fp32, rounded or not (linear_call.h). */
+
+#include "linear_call.h"
+
+#define BACK_DEPTH 256 /* words of a round of dW */
+#define GROUP 16       /* tiles of A that a thread packs at once there at most: dY is read in runs */
+
+/* Rows of dY, outputs [n, n + depth) of all, side by side. */
+static void tile_of_gradients(const struct call *c, float *tile, whole row, whole rows, whole n, whole depth) {
+    for (whole k = 0; k < depth;) {
+        whole at = n + k;
+        const struct matrix *m = holder(c, &at);
+        whole count = least(depth - k, m->out - at);
+        for (whole r = 0; r < rows; r++) {
+            const float *y = m->y + (row + r) * m->y_row + at;
+            float *to = tile + r * TILE_ROW;
+            if (NARROW(c->format))
+                round_to_bf16((uint16_t *)to + k, y, count);
+            else
+                memcpy(to + k, y, count * sizeof *to);
+        }
+        k += count;
+    }
+    for (whole r = 0; NARROW(c->format) && depth % 2 && r < rows; r++) ((uint16_t *)(tile + r * TILE_ROW))[depth] = 0;
+}
+
+/* What it is packed from, as far as that is of one matrix. */
+static struct ahead rows_of_gradients(const struct call *c, whole row, whole end, whole n, whole depth) {
+    whole at = n;
+    const struct matrix *m = holder(c, &at);
+    return (struct ahead){.at = (const char *)(m->y + row * m->y_row + at), .width = 4 * least(depth, m->out - at),
+                          .row = 4 * m->y_row, .rows = least(BLOCK_ROWS, end - row)};
+}
+
+/* Numbers [from, from + COLUMNS) of the weights of outputs [n, n + depth) of all, as a panel. */
+static void pack_outputs(const struct call *c, float *panel, whole n, whole from, whole depth) {
+    const float *before = NULL;
+    for (whole k = 0; k < depth; k++) {
+        whole at = n + k;
+        const struct matrix *m = holder(c, &at);
+        const float *w = (const float *)m->weight + at * c->in + from;
+        if (!NARROW(c->format))
+            lay_numbers(panel + k * COLUMNS, w, c->in - from, COLUMNS);
+        else if (k % 2 || k + 1 == depth)
+            lay_words(panel + k / 2 * COLUMNS, k % 2 ? before : w, k % 2 ? w : NULL, c->in - from, COLUMNS);
+        before = w;
+    }
+}
+
+/* c [rows, columns] += tile * panel where `columns` may end inside the panel. */
+static void partial(block *block, float *to, whole row, whole rows, whole columns, int add, whole depth, const float *tile,
+                    const float *panel, struct ahead *next) {
+    if (columns >= COLUMNS) {
+        block(to, row, rows, add, depth, tile, panel, next);
+        return;
+    }
+    float whole_block[BLOCK_ROWS * COLUMNS];
+    for (whole r = 0; add && r < rows; r++) memcpy(whole_block + r * COLUMNS, to + r * row, columns * sizeof *to);
+    block(whole_block, COLUMNS, rows, add, depth, tile, panel, next);
+    for (whole r = 0; r < rows; r++) memcpy(to + r * row, whole_block + r * COLUMNS, columns * sizeof *to);
+}
+
+/* dX: sums over up to DEPTH words of outputs, or half as many where X has so many columns that twice the panels save a
+   second copy of dY. */
+static void backward_input(const struct call *c, float *tile) {
+    whole words = c->in > PANELS * COLUMNS ? DEPTH / 2 : DEPTH, most = PANELS * DEPTH / words, each = words * COLUMNS;
+    whole first, end, in = c->in, deep = depth_of(words, c->format);
+    my_tiles(c->rows, &first, &end);
+    first *= BLOCK_ROWS, end = least(c->rows, end * BLOCK_ROWS);
+    for (whole n = 0; n < c->total; n += deep)
+        for (whole from = 0; from < in; from += most * COLUMNS) {
+            whole depth = least(deep, c->total - n), held = least(most, parts_of(in - from, COLUMNS));
+#pragma omp for schedule(static, 1)
+            for (whole p = 0; p < held; p++) pack_outputs(c, c->panels + p * each, n, from + p * COLUMNS, depth);
+            for (whole row = first; row < end; row += BLOCK_ROWS) {
+                whole rows = least(BLOCK_ROWS, end - row);
+                struct ahead next = rows_of_gradients(c, row + BLOCK_ROWS, end, n, depth);
+                tile_of_gradients(c, tile, row, rows, n, depth);
+                for (whole p = 0; p < held; p++) {
+                    whole column = from + p * COLUMNS;
+                    partial(c->block, c->dx + row * in + column, in, rows, in - column, n > 0, depth, tile,
+                            c->panels + p * each, &next);
+                }
+            }
+#pragma omp barrier
+        }
+}
+
+/* Tiles of dY^T, outputs [n, n + BLOCK_ROWS) and on, depth first: rows [k, k + depth) of dY. */
+static void tiles_of_gradients(const struct matrix *m, float *tiles, whole count, whole n, whole k, whole depth, int narrow) {
+    for (whole j = 0; j < depth; j += 1 + narrow) {
+        const float *y = m->y + (k + j) * m->y_row + n, *next = j + 1 < depth ? y + m->y_row : NULL;
+        for (whole q = 0; q < count; q++) {
+            float *to = tiles + (q * BACK_DEPTH + j / (1 + narrow)) * TILE_STEP;
+            whole at = q * BLOCK_ROWS, left = m->out - n - at;
+            if (narrow)
+                lay_words(to, y + at, next ? next + at : NULL, left, TILE_STEP);
+            else
+                lay_numbers(to, y + at, left, TILE_STEP);
+        }
+    }
+}
+
+/* Columns of X from `from` on, rows [k + j, k + j + 1 or, rounded, 2) of [k, k + depth), into `held` panels. */
+static void pack_inputs(const struct call *c, whole held, whole k, whole from, whole j, whole depth) {
+    whole narrow = NARROW(c->format);
+    const float *x = c->x + (k + j) * c->x_row + from, *next = j + 1 < depth ? x + c->x_row : NULL;
+    float *panel = c->panels + j / (1 + narrow) * COLUMNS;
+    for (whole p = 0; p < held; p++, panel += BACK_DEPTH * COLUMNS) {
+        whole at = p * COLUMNS, count = c->in - from - at;
+        if (narrow)
+            lay_words(panel, x + at, next ? next + at : NULL, count, COLUMNS);
+        else
+            lay_numbers(panel, x + at, count, COLUMNS);
+    }
+}
+
+/* A step of dW: rows of X and dY from k on, columns of X from `from` on, and of matrix i this thread's tiles [first, end)
+   from t on. */
+struct group {
+    whole k, from, i, t, first, end;
+};
+
+/* Panels of a round; its rows; tiles of a group. */
+static whole held_of(const struct call *c, whole from) {
+    return least(ROUND_FLOATS / (BACK_DEPTH * COLUMNS), parts_of(c->in - from, COLUMNS));
+}
+static whole depth_at(const struct call *c, whole k) { return least(depth_of(BACK_DEPTH, c->format), c->rows - k); }
+static whole tiles_of(const struct group *g) {
+    whole all = g->end - g->first, even = parts_of(all, parts_of(all, GROUP));
+    return least(even, g->end - g->t);
+}
+
+/* The first group of matrix i or of the next that has tiles for this thread; whether there is one. */
+static int open_matrix(const struct call *c, struct group *g) {
+    for (; g->i < c->count; g->i++) {
+        my_tiles(c->list[g->i].out, &g->first, &g->end);
+        g->t = g->first;
+        if (g->t < g->end) return 1;
+    }
+    return 0;
+}
+
+/* The next group of the round; whether there is one. */
+static int next_group(const struct call *c, struct group *g) {
+    if ((g->t += tiles_of(g)) < g->end) return 1;
+    g->i++;
+    return open_matrix(c, g);
+}
+
+/* The next round; whether there is one. */
+static int next_round(const struct call *c, struct group *g) {
+    g->i = 0;
+    if ((g->from += held_of(c, g->from) * COLUMNS) < c->in) return 1;
+    g->from = 0;
+    return (g->k += depth_of(BACK_DEPTH, c->format)) < c->rows;
+}
+
+/* What a group's tiles are packed from, and this thread's share of a round's panels. */
+static struct ahead gradients_of(const struct call *c, const struct group *g) {
+    const struct matrix *m = &c->list[g->i];
+    whole n = g->t * BLOCK_ROWS;
+    return (struct ahead){.at = (const char *)(m->y + g->k * m->y_row + n), .row = 4 * m->y_row, .rows = depth_at(c, g->k),
+                          .width = 4 * least(tiles_of(g) * BLOCK_ROWS, m->out - n)};
+}
+
+static struct ahead inputs_of(const struct call *c, const struct group *g) {
+    whole depth = depth_at(c, g->k), thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    whole first = depth * thread / threads;
+    return (struct ahead){.at = (const char *)(c->x + (g->k + first) * c->x_row + g->from), .row = 4 * c->x_row,
+                          .rows = depth * (thread + 1) / threads - first,
+                          .width = 4 * least(held_of(c, g->from) * COLUMNS, c->in - g->from)};
+}
+
+static void backward_group(const struct call *c, const struct group *g, int add, float *tiles, struct ahead *next) {
+    const struct matrix *m = &c->list[g->i];
+    whole in = c->in, depth = depth_at(c, g->k), count = tiles_of(g), held = held_of(c, g->from);
+    tiles_of_gradients(m, tiles, count, g->t * BLOCK_ROWS, g->k, depth, NARROW(c->format));
+    for (whole q = 0; q < count; q++) {
+        whole row = (g->t + q) * BLOCK_ROWS, rows = least(BLOCK_ROWS, m->out - row);
+        for (whole p = 0; p < held; p++) {
+            whole column = g->from + p * COLUMNS;
+            partial(c->block_by_depth, m->grad + row * in + column, in, rows, in - column, add || g->k > 0, depth,
+                    tiles + q * BACK_DEPTH * TILE_STEP, c->panels + p * BACK_DEPTH * COLUMNS, next);
+        }
+    }
+}
+
+static void backward_weights(const struct call *c, int add, float *tiles) {
+    struct group g = {0};
+    for (int more = 1; more;) {
+        whole depth = depth_at(c, g.k), held = held_of(c, g.from);
+#pragma omp for schedule(static)
+        for (whole j = 0; j < depth; j += 1 + NARROW(c->format)) pack_inputs(c, held, g.k, g.from, j, depth);
+        struct group round = g, first;
+        more = next_round(c, &round);
+        first = round;
+        for (int any = open_matrix(c, &g); any;) {
+            struct group now = g;
+            struct ahead next = {0}, later = {0};
+            any = next_group(c, &g);
+            if (any) {
+                next = gradients_of(c, &g);
+            } else if (more) {
+                next = inputs_of(c, &round);
+                if (open_matrix(c, &first)) later = gradients_of(c, &first);
+                next.then = &later;
+            }
+            backward_group(c, &now, add, tiles, &next);
+        }
+        g = round;
+#pragma omp barrier
+    }
+}
+
+enum work { INPUT, WEIGHTS, MORE_WEIGHTS };
+enum { OF_A_GROUP = GROUP * BACK_DEPTH * TILE_STEP, ONE = BLOCK_ROWS * TILE_ROW, TILES = OF_A_GROUP > ONE ? OF_A_GROUP : ONE };
+
+/* Floats of scratch for any of these. */
+whole mm_linear_backward_scratch(int threads) { return ROUND_FLOATS + threads * (whole)TILES; }
+
+/* MORE_WEIGHTS adds to what `grad` holds. */
+void mm_linear_backward(int work, const struct matrix *list, whole count, int format, const float *x, float *dx, whole rows,
+                        whole in, whole x_row, float *scratch, int threads) {
+    struct call c = {.list = list, .x = x, .dx = dx, .count = count, .total = outputs_of(list, count), .rows = rows, .in = in,
+                     .x_row = x_row, .format = format, .block = block_of(format), .block_by_depth = block_by_depth_of(format),
+                     .panels = scratch};
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        float *tiles = scratch + ROUND_FLOATS + omp_get_thread_num() * (whole)TILES;
+        if (work == INPUT)
+            backward_input(&c, tiles);
+        else
+            backward_weights(&c, work == MORE_WEIGHTS, tiles);
+    }
+}
