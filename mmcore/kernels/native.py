@@ -70,7 +70,7 @@ def _processor() -> str:
 def load(source: Path) -> ctypes.CDLL:
     """Build (once per machine and source) and load the C file `source`.
 
-    Raises HardwareError, with the compiler's last line, where it does not compile.
+    Raises HardwareError, with the compiler's first error, where it does not compile.
     """
     reason = why_not()
     if reason:
@@ -113,8 +113,9 @@ def _build(cc: str, source: Path, library: Path) -> None:
         command = [cc, *FLAGS, f"-I{Path(__file__).parent}", "-o", str(built), str(source), "-lm"]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:
-            last = (result.stderr.strip().splitlines() or ["no message"])[-1]
-            raise HardwareError(f"{cc} could not build {source.name}: {last}; MM_KERNELS=blocked does without it")
+            lines = result.stderr.strip().splitlines() or ["no message"]
+            first = next((line for line in lines if "error" in line), lines[-1])  # after it come the source and a caret
+            raise HardwareError(f"{cc} could not build {source.name}: {first}; MM_KERNELS=blocked does without it")
         os.replace(built, library)  # atomic: two processes that build at once leave one whole library
 
 
