@@ -26,7 +26,7 @@ static long tile_of(long size) { return size <= 96 ? 96 : 48; }
 static long word_row_of(long size) { return row_of(size) / 2; }
 static long panels_of(long size) { return larger(1, smaller(MAX_PANELS, 512 / padded(size))); }
 
-static int rounds(const struct call *c) { return NARROW_BF16 && c->rounded && !c->narrow; }
+static int rounds(const struct call *c) { return NARROW_BF16 && (c->rounded || c->narrow); }
 
 /* One block of queries of one head, and the pairs that each of its panels reads. */
 struct block {
@@ -142,12 +142,12 @@ static void open_share(struct share *s, const struct call *c, long unit, int bac
         pack_pairs(s->values, row, padded(size), v, c->v_stride[1], s->rows, size, c->narrow);
     } else if (!back) {
         s->values = take(scratch, (s->rows + 1) / 2 * row);
-        pack_row_pairs(s->values, row, padded(size), (const float *)v, c->v_stride[1], s->rows, size);
+        pack_row_pairs(s->values, row, padded(size), v, c->v_stride[1], s->rows, size, c->narrow);
     } else {
         s->values = take(scratch, (s->rows + 3) * word_row_of(size));
         s->key_words = take(scratch, (s->rows + 1) / 2 * row);
         pack_neighbours(s->values, word_row_of(size), padded(size), (const float *)v, c->v_stride[1], s->rows, size);
-        pack_row_pairs(s->key_words, row, padded(size), s->keys, row, s->rows, padded(size));
+        pack_row_pairs(s->key_words, row, padded(size), (const char *)s->keys, row, s->rows, padded(size), 0);
     }
 }
 

@@ -1,4 +1,5 @@
-"""What number formats cost a trained Memory Mosaic that decodes on a CPU: the loss of held-out text, token by token.
+"""What number formats cost a trained Memory Mosaic on a CPU: the loss of held-out text that it decodes token by token, or
+reads in pieces, as prompts are.
 
 Each row of the table is a format of the weights, what they meet in the products, and what pairs are kept in. The first is
 fp32 throughout. "x in fp32" means the rounded weights in an fp32 model, so that what is left is the weights' own
@@ -46,15 +47,16 @@ def model_in(checkpoint: str, weights: str, met_by: str) -> Any:
 
 
 @torch.no_grad()
-def losses(model: Any, tokens: Tensor, pairs: str) -> Tensor:
-    """Nats of tokens[:, 1:], decoded one by one: [rows, length - 1] in float64."""
+def losses(model: Any, tokens: Tensor, pairs: str, piece: int) -> Tensor:
+    """Nats of tokens[:, 1:], fed `piece` at a time: [rows, length - 1] in float64."""
     with mock.patch.object(MosaicBlock, "pair_dtype", staticmethod(lambda model: PAIRS[pairs])):
         state = model.new_state(len(tokens))
     found = []
-    for at in range(tokens.shape[1] - 1):
-        logits = model.advance(tokens[:, at : at + 1], state)
-        found.append(F.cross_entropy(logits.double().view(len(tokens), -1), tokens[:, at + 1], reduction="none"))
-    return torch.stack(found, dim=1)
+    for at in range(0, tokens.shape[1] - 1, piece):
+        following = tokens[:, at + 1 : at + 1 + piece]
+        logits = model.advance(tokens[:, at : at + following.shape[1]], state, last_only=False)
+        found.append(F.cross_entropy(logits.double().transpose(1, 2), following, reduction="none"))
+    return torch.cat(found, dim=1)
 
 
 def main() -> None:
@@ -62,16 +64,17 @@ def main() -> None:
     parser.add_argument("checkpoint")
     parser.add_argument("text")
     parser.add_argument("--tokens", type=int, default=1000, help="of each sequence")
+    parser.add_argument("--piece", type=int, default=1, help="tokens that are fed at once")
     parser.add_argument("--sequences", type=int, default=4, help="decoded side by side")
     arguments = parser.parse_args()
     text = Path(arguments.text).read_text(encoding="utf-8")[: 20 * arguments.tokens * arguments.sequences]
     ids = mmcore.load_tokenizer(arguments.checkpoint).encode(text)
     tokens = torch.tensor(ids[: arguments.tokens * arguments.sequences]).view(arguments.sequences, -1)
-    report: dict[str, Any] = {"environment": common.environment(), "tokens": tokens.numel(), "rows": []}
+    report: dict[str, Any] = {"environment": common.environment(), "tokens": tokens.numel(), "piece": arguments.piece, "rows": []}
     exact = None
     print(f"{'weights':<8} {'met by x in':<12} {'pairs':<6} {'loss':>8} {'change':>9} {'RMS a token':>12}")
     for weights, met_by, pairs in ROWS:
-        found = losses(model_in(arguments.checkpoint, weights, met_by), tokens, pairs)
+        found = losses(model_in(arguments.checkpoint, weights, met_by), tokens, pairs, arguments.piece)
         exact = found if exact is None else exact
         change = found - exact
         row = {"weights": weights, "x": met_by, "pairs": pairs, "loss": float(found.mean()), "change": float(change.mean()),

@@ -50,9 +50,9 @@ def memory_read(
 
     Args:
         queries: [B, Tq, H, D].
-        keys, values: [B, Tk, H, D], of the queries' dtype, or fp16 under fp32 queries without gradients (widened, on
-            a CPU as they are read). Any strides: slices of a larger store are read in place. `keys` may
-            be the very tensor `queries`; both gradients then add up.
+        keys, values: [B, Tk, H, D], of the queries' dtype, or fp16 under fp32 queries without gradients: widened, on
+            a CPU as they are read, and values of many queries rounded to bf16 where it multiplies that. Any strides: slices
+            of a larger store are read in place. `keys` may be the very tensor `queries`; both gradients then add up.
         bandwidth_base, bandwidth_slope, bandwidth_exponent: [H], beta_0, beta_1 and alpha of each head.
         starts: int32 [B, Tq], the first position that a query may read (the start of its document, or the
             number of padding positions on its left); None means 0.

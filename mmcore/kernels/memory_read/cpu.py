@@ -1,5 +1,5 @@
 """memory_read in C: cpu.c and cpu_backward.c for many queries, cpu_few.c for a few (decoding). fp32; under autocast in bf16,
-where the processor multiplies it, all operands of many queries are rounded but the scores'."""
+and of pairs in fp16, all operands of many queries are rounded to bf16 but the scores', where the processor multiplies it."""
 
 from __future__ import annotations
 
