@@ -58,10 +58,15 @@ static const struct matrix *holder(const struct call *c, whole *n) {
     return m;
 }
 
-/* The tiles of rows, BLOCK_ROWS each, that are this thread's. */
-static void my_tiles(whole rows, whole *first, whole *end) {
-    whole tiles = parts_of(rows, BLOCK_ROWS), thread = omp_get_thread_num(), threads = omp_get_num_threads();
-    *first = tiles * thread / threads, *end = tiles * (thread + 1) / threads;
+/* This thread's [first, end) of `count` things; and its rows of X, in whole tiles of BLOCK_ROWS. */
+static void my_share(whole count, whole *first, whole *end) {
+    whole thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    *first = count * thread / threads, *end = count * (thread + 1) / threads;
+}
+
+static void my_rows(const struct call *c, whole *first, whole *end) {
+    my_share(parts_of(c->rows, BLOCK_ROWS), first, end);
+    *first *= BLOCK_ROWS, *end = least(c->rows, *end * BLOCK_ROWS);
 }
 
 #endif

@@ -204,11 +204,15 @@ static void unpack_panel(float *rows, long row, const float *panel, const float 
     }
 }
 
-/* Calls for the row 8 further on. A head's rows lie heads * size floats apart, often on pages of their own, where the
-hardware does not see them coming. */
-INLINE void expect(const float *rows, long row, long j, long count, long size) {
+/* Calls for the row 8 further on, of numbers of so many bytes. A head's rows lie heads * size numbers apart, often on pages
+of their own, where the hardware does not see them coming. */
+INLINE void expect_pair(const char *rows, long row, long j, long count, long size, const long bytes) {
     if (j + 8 < count)
-        for (long d = 0; d < size; d += 16) __builtin_prefetch(rows + (j + 8) * row + d);
+        for (long d = 0; d < size * bytes; d += 64) __builtin_prefetch(rows + (j + 8) * row * bytes + d);
+}
+
+INLINE void expect(const float *rows, long row, long j, long count, long size) {
+    expect_pair((const char *)rows, row, j, count, size, 4);
 }
 
 /* out[j][0 .. width) = row j of `count` strided rows; zeros from `size` columns up to width, a multiple of LANES. */
@@ -226,9 +230,9 @@ static void pack_pairs(float *out, long out_row, long width, const char *pairs, 
         pack_rows(out, out_row, width, (const float *)pairs, row, count, size);
         return;
     }
-    for (long j = 0; j < count; j++, pairs += row * 2) {
-        for (long d = 0; j + 8 < count && d < size; d += 32) __builtin_prefetch(pairs + (8 * row + d) * 2);
-        for (long d = 0; d < width; d += LANES) store(out + j * out_row + d, load_pair(pairs, d, size - d, 1));
+    for (long j = 0; j < count; j++) {
+        expect_pair(pairs, row, j, count, size, 2);
+        for (long d = 0; d < width; d += LANES) store(out + j * out_row + d, load_pair(pairs + j * row * 2, d, size - d, 1));
     }
 }
 

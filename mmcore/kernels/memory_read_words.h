@@ -56,27 +56,16 @@ NOINLINE static void add_word_columns_times_panel(float *out, const float *scale
 
 /* Words of two rows: row j of out from rows 2j and 2j + 1 of `count` pairs of either width, of which the last may miss; zeros
 beyond `size`. */
-INLINE void pack_row_pairs_of(float *out, long out_row, long width, const char *rows, long row, long count, long size,
-                              const int narrow) {
+static void pack_row_pairs(float *out, long out_row, long width, const char *rows, long row, long count, long size,
+                           const int narrow) {
     const long bytes = narrow ? 2 : 4;
     for (long j = 0; j < count; j += 2, out += out_row) {
         const char *low = rows + j * row * bytes, *high = low + row * bytes;
-        for (long d = 0; j + 9 < count && d < size; d += 64 / bytes) {
-            __builtin_prefetch(low + (8 * row + d) * bytes);
-            __builtin_prefetch(high + (8 * row + d) * bytes);
-        }
+        expect_pair(rows, row, j, count, size, bytes), expect_pair(rows, row, j + 1, count, size, bytes);
         for (long d = 0; d < width; d += LANES)
             store(out + d, (vec)rounded_pairs(load_pair(low, d, size - d, narrow),
                                               j + 1 < count ? load_pair(high, d, size - d, narrow) : (vec){}));
     }
-}
-
-static void pack_row_pairs(float *out, long out_row, long width, const char *rows, long row, long count, long size,
-                           int narrow) {
-    if (narrow)
-        pack_row_pairs_of(out, out_row, width, rows, row, count, size, 1);
-    else
-        pack_row_pairs_of(out, out_row, width, rows, row, count, size, 0);
 }
 
 /* Words of neighbours, width / 2 in a row and LANES / 2 zeros after them, where width is an odd number of vectors. */

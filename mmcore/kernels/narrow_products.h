@@ -1,8 +1,8 @@
 /* Products of numbers of 16 bits, two neighbours of x by two of W in an instruction and lane.
 
-   bf16 weights, and fp32 numbers that are rounded to it, meet in bf16 where the processor has AVX512-BF16, and their sums are fp32. int8 weights meet x as
-   whole numbers of 16 bits, a step of each row's own being its largest number over 32,767, and their sums are exact. Zen 4
-   does as many of either instruction as fused multiply-adds, 3.65 G a second and core, so twice the products of fp32,
+   bf16 weights, and fp32 numbers that are rounded to it, meet in bf16 where the processor has AVX512-BF16, and their sums are
+   fp32. int8 weights meet x as whole numbers of 16 bits, a step of each row's own being its largest number over 32,767, and
+   their sums are exact. Zen 4 does as many of either instruction as fused multiply-adds, 3.65 G a second and core, so twice the products of fp32,
    and nothing need be widened to fp32. Of a row's largest number the step is 3e-5: its error is below 1.1e-3 of a
    product's size for any x of 16,384 numbers, where rounding to bf16 has 1.1e-3 of each, and int8 itself some 1e-2.
 

@@ -49,12 +49,13 @@ typedef void block(float *c, whole c_row, whole rows, int add, whole depth, cons
 /* Words that `n` numbers fill, two in each. */
 static whole words_of(whole n) { return (n + 1) / 2; }
 
+/* Words that `n` numbers of `format` fill in a tile or a panel; one each where they are not narrow. */
 static whole words_in(whole n, int format) { return NARROW(format) ? words_of(n) : n; }
 
-/* Floats of a panel, which for int8 has scales BEHIND its numbers. */
-static whole panel_floats(whole depth, int format) {
-    return (format == INT8 && NARROW(INT8) ? DEPTH : words_in(depth, format)) * COLUMNS;
-}
+/* Whether rows of X count in steps of their own, and columns in scales, which both lie BEHIND the numbers. */
+static int in_steps(int format) { return format == INT8 && NARROW(INT8); }
+
+static whole panel_floats(whole depth, int format) { return (in_steps(format) ? DEPTH : words_in(depth, format)) * COLUMNS; }
 
 /* Numbers of `format` that fill `words`. */
 static whole depth_of(whole words, int format) { return NARROW(format) && format != INT8 ? 2 * words : words; }
@@ -136,17 +137,17 @@ INLINE void few_narrow_rows(float *c, whole c_row, const int rows, int add, whol
 
 /* The same for a number of rows that is known at run time: `few` with the tile's a_row and what follows its name here. */
 #define BLOCK(name, a_row, few, ...)                                                                                   \
-    NOINLINE static void name(float *c, whole c_row, whole rows, int add, whole depth, const float *a,                \
+    NOINLINE static void name(float *c, whole c_row, whole rows, int add, whole depth, const float *a,                 \
                               const float *panel, struct ahead *next) {                                                \
         if (rows == BLOCK_ROWS) {                                                                                      \
-            few(c, c_row, BLOCK_ROWS, add, depth, a, panel, next, __VA_ARGS__);                                              \
+            few(c, c_row, BLOCK_ROWS, add, depth, a, panel, next, __VA_ARGS__);                                        \
             return;                                                                                                    \
         }                                                                                                              \
         for (; BLOCK_ROWS > 8 && rows >= 8; rows -= 8, c += 8 * c_row, a += 8 * (a_row))                               \
-            few(c, c_row, 8, add, depth, a, panel, next, __VA_ARGS__);                                                       \
+            few(c, c_row, 8, add, depth, a, panel, next, __VA_ARGS__);                                                 \
         for (; rows >= 4; rows -= 4, c += 4 * c_row, a += 4 * (a_row))                                                 \
-            few(c, c_row, 4, add, depth, a, panel, next, __VA_ARGS__);                                                       \
-        for (; rows > 0; rows--, c += c_row, a += (a_row)) few(c, c_row, 1, add, depth, a, panel, next, __VA_ARGS__);        \
+            few(c, c_row, 4, add, depth, a, panel, next, __VA_ARGS__);                                                 \
+        for (; rows > 0; rows--, c += c_row, a += (a_row)) few(c, c_row, 1, add, depth, a, panel, next, __VA_ARGS__);  \
     }
 BLOCK(block_by_row, TILE_ROW, few_rows, TILE_ROW, 1)
 BLOCK(block_by_depth, 1, few_rows, 1, TILE_STEP)

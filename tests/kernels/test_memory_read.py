@@ -370,17 +370,18 @@ def test_pairs_in_fp16_are_widened(form, queries, size):
     """Exactly: the result is that of the same numbers in fp32. Only where many queries meet on a processor that multiplies
     bf16 are weights and values rounded to it, and no more off than that allows."""
     case = Case(queries, 77, offset=77 - queries + 1, heads=3, batch=2, size=size)
-    (q, k, v, *bandwidths), upstream = case.tensors()
+    inputs, upstream = case.tensors()
+    q, k, v, *bandwidths = [t.float() for t in inputs]
     k, v = k.half(), v.half()
-    exact, bound = exact_and_bounds(case, bandwidths, q, k.double(), v.double(), upstream)[0]
-    q, *bandwidths = [t.float() for t in (q, *bandwidths)]
+    expected = loop(inputs[0], k.double(), v.double(), *inputs[3:], **case.place())
     with torch.no_grad():
         out = memory_read(q, k, v, *bandwidths, **case.place(), implementation=form)
     assert out.dtype == torch.float32
     if form == "cpu" and queries > 8 and multiplies_bf16():
-        assert ((out.double() - exact).abs() <= bound + 1e-5).all()
+        _, bound = exact_and_bounds(case, inputs[3:], inputs[0], k.double(), v.double(), upstream)[0]
+        assert ((out.double() - expected).abs() <= bound + 1e-5).all()
     else:
-        torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
     with pytest.raises(ConfigError, match="one dtype"):
         memory_read(q.requires_grad_(), k, v, *bandwidths, **case.place(), implementation=form)
 

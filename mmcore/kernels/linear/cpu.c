@@ -6,9 +6,6 @@
 #define EVEN_TILES 32 /* for each thread: with fewer, one more or less leaves another waiting (5 % of 512 rows) */
 #define TILE_FLOATS (BLOCK_ROWS * TILE_ROW)
 
-/* Whether X is kept in 16 bits with the steps of its rows: the steps of int8 need whole rows. */
-static int in_steps(int format) { return format == INT8 && NARROW(INT8); }
-
 /* Columns [n, n + count) of all Y, from a block that fills no panel of one matrix. */
 static void scatter(const struct call *c, const float *from, whole row, whole rows, whole n, whole count) {
     for (whole i = 0; i < count; i++) {
@@ -68,7 +65,7 @@ static void pack_weights(const struct call *c, float *panel, whole n, whole k, w
         float scale = m->scale ? m->scale[at] : 1;
         rows[i] = as_they_are ? (const float *)w : unpacked + i * TILE_ROW;
         if (!as_they_are) unpack_weights(unpacked + i * TILE_ROW, w, scale, depth, c->format);
-        if (c->format == INT8 && NARROW(INT8)) scales[i] = scale;
+        if (in_steps(c->format)) scales[i] = scale;
     }
     pack_turned(panel, rows, count, words_in(depth, c->format));
 }
@@ -118,8 +115,7 @@ static void forward_round(const struct call *c, whole row, whole n, whole held, 
 /* Y where there are many rows: threads share the panels, and each takes rows of its own. */
 static void forward(const struct call *c, float *tile) {
     whole first, end, deep = depth_of(DEPTH, c->format);
-    my_tiles(c->rows, &first, &end);
-    first *= BLOCK_ROWS, end = least(c->rows, end * BLOCK_ROWS);
+    my_rows(c, &first, &end);
     for (whole k = 0; k < c->in; k += deep) {
         whole depth = least(deep, c->in - k), each = panel_floats(depth, c->format), most = ROUND_FLOATS / each;
         for (whole n = 0; n < c->total; n += most * COLUMNS) {
@@ -139,8 +135,8 @@ static void forward(const struct call *c, float *tile) {
 /* Y where there are few: each thread takes panels of its own, and all rows. Up to HELD tiles are packed once and meet the
    panels one by one, more are packed for each round of panels. */
 static void forward_columns(const struct call *c, float *panels, float *tiles) {
-    whole all = parts_of(c->total, COLUMNS), thread = omp_get_thread_num(), threads = omp_get_num_threads();
-    whole first = all * thread / threads, end = all * (thread + 1) / threads, deep = depth_of(DEPTH, c->format);
+    whole first, end, deep = depth_of(DEPTH, c->format);
+    my_share(parts_of(c->total, COLUMNS), &first, &end);
     int keep = parts_of(c->rows, BLOCK_ROWS) <= HELD;
     for (whole k = 0; k < c->in; k += deep) {
         whole depth = least(deep, c->in - k), each = panel_floats(depth, c->format), most = keep ? 1 : ROUND_FLOATS / each;

@@ -65,8 +65,7 @@ static void partial(block *block, float *to, whole row, whole rows, whole column
 static void backward_input(const struct call *c, float *tile) {
     whole words = c->in > PANELS * COLUMNS ? DEPTH / 2 : DEPTH, most = PANELS * DEPTH / words, each = words * COLUMNS;
     whole first, end, in = c->in, deep = depth_of(words, c->format);
-    my_tiles(c->rows, &first, &end);
-    first *= BLOCK_ROWS, end = least(c->rows, end * BLOCK_ROWS);
+    my_rows(c, &first, &end);
     for (whole n = 0; n < c->total; n += deep)
         for (whole from = 0; from < in; from += most * COLUMNS) {
             whole depth = least(deep, c->total - n), held = least(most, parts_of(in - from, COLUMNS));
@@ -134,7 +133,7 @@ static whole tiles_of(const struct group *g) {
 /* The first group of matrix i or of the next that has tiles for this thread; whether there is one. */
 static int open_matrix(const struct call *c, struct group *g) {
     for (; g->i < c->count; g->i++) {
-        my_tiles(c->list[g->i].out, &g->first, &g->end);
+        my_share(parts_of(c->list[g->i].out, BLOCK_ROWS), &g->first, &g->end);
         g->t = g->first;
         if (g->t < g->end) return 1;
     }
@@ -165,10 +164,10 @@ static struct ahead gradients_of(const struct call *c, const struct group *g) {
 }
 
 static struct ahead inputs_of(const struct call *c, const struct group *g) {
-    whole depth = depth_at(c, g->k), thread = omp_get_thread_num(), threads = omp_get_num_threads();
-    whole first = depth * thread / threads;
+    whole first, end;
+    my_share(depth_at(c, g->k), &first, &end);
     return (struct ahead){.at = (const char *)(c->x + (g->k + first) * c->x_row + g->from), .row = 4 * c->x_row,
-                          .rows = depth * (thread + 1) / threads - first,
+                          .rows = end - first,
                           .width = 4 * least(held_of(c, g->from) * COLUMNS, c->in - g->from)};
 }
 
