@@ -48,6 +48,16 @@ static inline uint16_t float_to_half(float x) {
 #endif
 }
 
+/* The same for count of them. gcc 12 leaves a loop over one number at a time as it is. */
+static inline __attribute__((always_inline)) void floats_to_halves(uint16_t *to, const float *x, int64_t count) {
+    int64_t i = 0;
+#ifdef __F16C__
+    for (; i + 8 <= count; i += 8)
+        _mm_storeu_si128((void *)(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT));
+#endif
+    for (; i < count; i++) to[i] = float_to_half(x[i]);
+}
+
 /* A vector of floats from as many halves at p. */
 #define HALVES_TO_VECTOR(vector, p)                                                                                    \
     ({                                                                                                                 \

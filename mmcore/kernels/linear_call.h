@@ -19,20 +19,12 @@ Every sum has an order of its own that depends on the shapes alone: neither timi
 #include <omp.h>
 #include <stdint.h>
 
+#include "linear_matrix.h"
 #include "product_blocks.h"
 #include "weight_formats.h"
 
 #define PANELS 8 /* of DEPTH words in a round, or more that are less deep */
 #define ROUND_FLOATS (PANELS * DEPTH * COLUMNS)
-
-/* W [out, in] of `format`, scale [out] for int8; y [rows, out] the product or its gradient, y_row floats from row to row;
-   grad [out, in] is dW. */
-struct matrix {
-    const char *weight;
-    const float *scale;
-    float *y, *grad;
-    whole out, y_row;
-};
 
 /* A list of matrices, and X [rows, in]; for int8 weights that meet it in 16 bits, `narrow` is X so, words_of(in) words a row,
    and `steps` what each row is counted in. Threads may share `panels`. */

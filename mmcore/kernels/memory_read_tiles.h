@@ -37,6 +37,7 @@ the library's fp32 GEMM reached 80-88. */
 
 typedef float vec __attribute__((vector_size(LANES * 4)));
 typedef int ivec __attribute__((vector_size(LANES * 4)));
+typedef unsigned uvec __attribute__((vector_size(LANES * 4)));
 typedef float loose_vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef int loose_ivec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 
@@ -98,7 +99,7 @@ INLINE vec exp2_of(vec x) {
     p = p * f + splat(0.24022242084015083f);
     p = p * f + splat(0.6931469775983555f);
     p = p * f + splat(1.0f);
-    ivec bits = (ivec)p + ((ivec)shifted << 23);
+    ivec bits = (ivec)((uvec)p + ((uvec)shifted << 23)); /* unsigned: below -126 it runs over */
     return (vec)(bits & ~(x < splat(-126.0f)));
 }
 

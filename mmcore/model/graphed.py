@@ -60,8 +60,10 @@ class _Fixed:
 
 
 class GraphedStep:
-    """`step(x, memories, position, padding) -> logits`, as `MosaicBlock.whole_step` describes it. Belongs to one state:
-    it looks at the weights' addresses when it records."""
+    """`step(x, memories, position, padding, last_only) -> logits`, as `mosaic_step` describes it, for one token. Belongs to
+    one state: it looks at the weights' addresses when it records."""
+
+    pieces = False  # one token of each row at a time
 
     def __init__(self, model: LanguageModel) -> None:
         self._model = model
@@ -70,7 +72,8 @@ class GraphedStep:
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(
-        self, x: Tensor, memories: Sequence[MemoryState], position: int, padding: Tensor | None = None
+        self, x: Tensor, memories: Sequence[MemoryState], position: int, padding: Tensor | None = None,
+        last_only: bool = True,
     ) -> Tensor:
         for memory in memories:
             memory.store.reserve(1, memory.pending_key)
@@ -87,7 +90,7 @@ class GraphedStep:
         self._replay()
         for memory in memories:
             memory.store.used += 1
-        return self._logits.clone()
+        return self._logits.clone() if last_only else self._logits[:, None].clone()
 
     def _body(self) -> None:
         """The step, from fixed tensors to fixed tensors."""

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from mmcore.config import ModelConfig
 from mmcore.errors import ConfigError
 from mmcore.kernels.linear_cross_entropy import linear_cross_entropy
-from mmcore.kernels.thin_linear import MOST_ROWS
 from mmcore.model.documents import packing
 from mmcore.model.graphed import GraphedStep
 from mmcore.model.layers import Linear, RMSNorm, draw_normal, fan_in_sigma
@@ -145,14 +144,13 @@ class LanguageModel(nn.Module):
         return state
 
     def _whole_step(self, state: DecodingState) -> Callable | bool:
-        """A compiled form of a step of a few rows, where the architecture has one and it can run here, else False."""
+        """A compiled form of `advance`, where the architecture has one and it can run here, else False."""
         block = type(self.model.layers[0])
         if not hasattr(block, "whole_step"):
             return False
         if self.cuda_graphs and self.classifier_weight.is_cuda:
             return GraphedStep(self)
-        fits = state.batch_size <= MOST_ROWS and self.kernels in ("auto", "cpu")
-        return block.whole_step(self) if fits else False
+        return block.whole_step(self) if self.kernels in ("auto", "cpu") else False
 
     @torch.no_grad()
     def advance(self, tokens: Tensor, state: DecodingState, last_only: bool = True) -> Tensor:
@@ -160,13 +158,16 @@ class LanguageModel(nn.Module):
 
         `state` goes on. Equal to the full forward pass over all that was fed, whatever the sizes of the pieces.
         """
-        if tokens.shape[1] == 1 and state.length and not self.knocked_out:
-            if state.whole_step is None:  # when it is wanted: beside 64 tokens it took 4 % (S2, bf16, one thread)
+        one = tokens.shape[1] == 1 and state.length > 0
+        if (one or tokens.is_cpu) and not self.knocked_out:
+            if state.whole_step is None:  # when it is wanted: it takes 1 ms
                 state.whole_step = self._whole_step(state)
-            if state.whole_step:
-                logits = state.whole_step(self.embed(tokens), tuple(state.memories.values()), state.length, state.padding)
-                state.length += 1
-                return logits if last_only else logits[:, None]
+            if state.whole_step and (one or state.whole_step.pieces):
+                logits = state.whole_step(
+                    self.embed(tokens), tuple(state.memories.values()), state.length, state.padding, last_only
+                )
+                state.length += tokens.shape[1]
+                return logits
         x, T, last = self.embed(tokens), tokens.shape[1], len(self.model.layers) - 1
         for depth, layer in enumerate(self.model.layers):
             states = {name: state.memories[f"layers.{depth}.{name}"] for name in layer.READS}

@@ -121,7 +121,7 @@ class MosaicBlock(TwoMemoryBlock):
 
     @staticmethod
     def whole_step(model: LanguageModel) -> Callable | bool:
-        """The compiled step of a whole mosaic for a few rows, or False where it cannot run."""
+        """The compiled step of a whole mosaic, or False where it cannot run."""
         config = model.config
         if not config.gated_keys:
             return False

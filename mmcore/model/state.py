@@ -186,6 +186,11 @@ class MemoryState(AttentionState):
         self.pending_key: Tensor | None = None  # [B, 1, H, D]
         self.pending_raw: Tensor | None = None  # [B, 1, H, D], v~ of the newest token
 
+    def begin(self, rows: int, heads: int, size: int) -> None:
+        """Make room for the recurrence and the pair that waits, before the first token, on a CPU."""
+        self.pending_key, self.pending_raw = torch.zeros(rows, 1, heads, size), torch.zeros(rows, 1, heads, size)
+        self.scan = torch.zeros(rows, heads, size), torch.zeros(rows, heads)
+
     def append(self, keys_BTHD: Tensor, raw_BTHD: Tensor, complete: Callable[[Tensor, Tensor], Tensor]) -> None:
         """Complete the waiting pair and all new ones but the last, which waits in its turn.
 
@@ -313,7 +318,8 @@ class DecodingState:
         delay): their pairs are not copied.
         """
         self.length = source.length
-        self.whole_step = False  # made for states that live longer
+        step = source.whole_step  # a new one takes longer to make than most branches live
+        self.whole_step = step and step.pieces and step.for_another_state()
         for name, memory in self.memories.items():
             memory.branch(source.memories[name], self.batch_size, room, name in lent)
 

@@ -85,12 +85,15 @@ def test_the_short_term_state_stays_small_and_the_long_term_grows():
     assert all(sizes[-1][name] == 999 for name in sizes[-1] if "long" in name)
 
 
-def test_last_only_is_the_last_of_all():
+@pytest.mark.parametrize("rows, padding", [(2, None), (3, [0, 7, 16]), (18, None)])
+@pytest.mark.parametrize("sizes", [[17], [8, 9], [1, 14, 1, 1]])
+def test_last_only_is_the_last_of_all(rows, padding, sizes):
     model = tiny()
-    tokens = random_tokens(2, 17)
-    assert torch.allclose(
-        model.advance(tokens, model.new_state(2)), model.advance(tokens, model.new_state(2), last_only=False)[:, -1],
-        atol=1e-5)
+    tokens = random_tokens(rows, 17)
+    some, all_ = (model.new_state(rows, padding=None if padding is None else torch.tensor(padding)) for _ in range(2))
+    for piece in tokens.split(sizes, dim=1):
+        got, want = model.advance(piece, some), model.advance(piece, all_, last_only=False)[:, -1]
+        assert torch.allclose(got, want, atol=1e-5)
 
 
 @pytest.mark.parametrize("memory", ["short_term", "long_term"])
@@ -172,16 +175,18 @@ def test_values_too_large_for_fp16_are_kept_as_they_are(log_scale, dtype):
 @pytest.mark.parametrize("sizes", ODD_SIZES)
 @pytest.mark.usefixtures("exact_pairs")
 def test_the_compiled_step_equals_the_equations(monkeypatch, threads, dtype, sizes):
-    """Few rows, one token at a time, past the window and the delay, against the float64 reference over the whole."""
+    """One token at a time and several, of few rows and of many, past the window and the delay, against the float64
+    reference over the whole."""
     model, exact = in_format(dtype, **sizes)
     round_in_library(monkeypatch, dtype)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        for rows in (1, 3, 8):
+        single = [4] + [1] * 86
+        for rows, pieces in (1, single), (3, single), (8, single), (1, [90]), (3, [1, 1, 40, 1, 30, 8, 9]), (18, [50, 1, 2, 37]):
             tokens = random_tokens(rows, 90)
             state = model.new_state(rows)
-            got = feed(model, state, tokens, [4] + [1] * 86)
+            got = feed(model, state, tokens, pieces)
             assert state.whole_step, "the compiled step was not taken"
             with torch.no_grad():
                 whole = exact(tokens)
@@ -190,9 +195,10 @@ def test_the_compiled_step_equals_the_equations(monkeypatch, threads, dtype, siz
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("pieces", [[3] + [1] * 57, [3, 40, 1, 16], [60]])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 @pytest.mark.usefixtures("exact_pairs")
-def test_the_compiled_step_knows_where_padded_rows_begin(monkeypatch, dtype):
+def test_the_compiled_step_knows_where_padded_rows_begin(monkeypatch, dtype, pieces):
     """Rows that begin at every place before, at and after the first piece; the shortest begins within the steps."""
     model, exact = in_format(dtype)
     round_in_library(monkeypatch, dtype)
@@ -200,7 +206,7 @@ def test_the_compiled_step_knows_where_padded_rows_begin(monkeypatch, dtype):
     padding = torch.tensor([60 - n for n in lengths])
     tokens = random_tokens(5, 60)
     state = model.new_state(5, padding=padding)
-    got = feed(model, state, tokens, [3] + [1] * 57)
+    got = feed(model, state, tokens, pieces)
     assert state.whole_step, "the compiled step was not taken"
     for row, pad in enumerate(padding.tolist()):
         with torch.no_grad():
@@ -225,15 +231,15 @@ def test_int8_weights_lose_little(tokens=40):
         assert 0 < abs(model.loss(text, labels) / kept.loss(text, labels) - 1) < 0.01
 
 
-def test_the_compiled_step_is_made_at_the_first_token_that_it_reads():
-    """It looks at the weights then, not when the prompt was read: the logits double with the last norm."""
+def test_the_compiled_step_is_made_at_the_first_token_that_is_read():
+    """It looks at the weights then, not when the state was made: the logits double with the last norm."""
     model, tokens = tiny(), random_tokens(1, 11)
-    plain, state = model.new_state(1), model.new_state(1)
-    want = feed(model, plain, tokens, [10, 1])[:, -1]
-    model.advance(tokens[:, :10], state)
+    want = feed(model, model.new_state(1), tokens, [10, 1])
+    state = model.new_state(1)
     assert state.whole_step is None
     model.model.norm.weight.data.mul_(2)
-    assert torch.allclose(model.advance(tokens[:, 10:], state), 2 * want, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(feed(model, state, tokens, [10, 1]), 2 * want, rtol=1e-5, atol=1e-6)
+    assert state.whole_step
 
 
 def test_the_compiled_step_and_the_layers_one_by_one_share_a_state():

@@ -1,4 +1,4 @@
-"""One token of each of a few conversations through a whole Memory Mosaic, at the speed the weights are read."""
+"""Tokens through a whole Memory Mosaic in one call: one of each of a few rows, at the speed of memory, or prompts."""
 
 from __future__ import annotations
 
@@ -69,13 +69,14 @@ def why_not(layers: Sequence[LayerWeights], classifier: Matrix) -> str | None:
 
 
 def mosaic_step(layers: Sequence[LayerWeights], norm: Tensor, classifier: Matrix, heads: int, eps: float) -> Step:
-    """Prepare the compiled step: a function `step(x, memories, position, padding) -> logits` for 1 to 16 rows.
+    """Prepare the compiled step: a function `step(x, memories, position, padding, last_only) -> logits`.
 
-    x is the tokens' embeddings, fp32 [B, d]; `memories` are the states of the layers' memories, short-term and long-term
-    in turn, which have `scan`, `pending_key`, `pending_raw` and `store` (mmcore.model.state) and go on by one token;
-    `position` counts the tokens before this one; `padding`, int64 [B] or None, those that fill each row on the left.
-    Returns fp32 logits [B, V]. Equal to the layers run one by one, with sums in another order. The weights are looked at
-    now: build a new step when they change.
+    x is the tokens' embeddings, fp32 [B, T, d], of any number of rows and of tokens; `memories` are the states of the
+    layers' memories, short-term and long-term in turn, which have `scan`, `pending_key`, `pending_raw`, `store` and `begin`
+    (mmcore.model.state) and go on by these tokens; `position` counts the tokens before them; `padding`, int64 [B] or None,
+    those that fill each row on the left. Returns fp32 logits [B, V] after the last token, or without `last_only` [B, T, V].
+    Equal to the layers run one by one, with sums in another order. The weights are looked at now: build a new step when
+    they change; `step.for_another_state()` makes one for another state.
 
     Raises HardwareError where `why_not` has a reason.
     """

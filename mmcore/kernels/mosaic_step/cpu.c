@@ -8,44 +8,13 @@
    0.9 of the speed of a plain sum, 0.74 without. (Neighbouring pairs side by side, a head at a time, which saves loads of the
    query and the sums, read 0.75.) Pairs may be kept in fp16. */
 
-#include <math.h>
 #include <omp.h>
 
-#include "exponential.h"
-#include "half.h"
+#include "mosaic_layers.h"
 #include "thin_rows.h"
 
 #define BLOCK 32 /* pairs scored before their values are added: whole vectors of scores */
 #define CHUNK 256 /* numbers of SwiGLU at a time */
-
-struct matrix {
-    const char *weight;
-    const float *scale; /* of the rows of int8 weights */
-};
-
-struct memory {
-    struct matrix key, value, gate, decay;                /* [d, d], [d, d], [H, d], [H, d] */
-    const float *mix, *scale, *base, *slope, *exponent;   /* [H] */
-    float *vector, *log_scale;                            /* recurrence: [B, H, D], [B, H] */
-    float *pending_key, *pending_raw;                     /* [B, H, D]: the pairs that this token completes */
-    char *keys, *values;                                  /* [B, capacity, H, D], fp16 if `narrow`, else fp32 */
-    int64_t narrow, capacity;
-    int64_t used;                                         /* pairs stored of each row before this token */
-    int64_t first;                                        /* time of the pairs in slot 0 */
-    int64_t window, delay;                                /* window 0: none */
-};
-
-struct layer {
-    const float *memory_norm, *persistent_norm;
-    struct matrix out, gate, up, down;                    /* [d, 2d], [F, d], [F, d], [d, F] */
-    struct memory memories[2];
-};
-
-struct shape {
-    int64_t layers, width, heads, inner, vocabulary;
-    float eps;
-    int32_t format;
-};
 
 /* One call: B rows at `position`; padding [B] counts the tokens that fill each row on the left, NULL for none. */
 struct call {
@@ -59,9 +28,6 @@ struct call {
     float *x, *input, *projected[2][4], *delta, *gate, *up;
     float *most, *total, *sums;                           /* [2, threads, B, H] twice, [2, threads, B, d] */
 };
-
-static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* A row of `input` as the weights meet it. */
 static void row_as_operand(struct call *c, int64_t row, int64_t in) {
@@ -78,11 +44,7 @@ static void add_and_norm(struct call *c, const float *delta, const float *weight
     int64_t d = c->shape->width;
 #pragma omp for schedule(static)
     for (int64_t r = 0; r < c->rows; r++) {
-        float *x = c->x + r * d, *y = c->input + r * d, squares = 0;
-        for (int64_t i = 0; delta && i < d; i++) x[i] += delta[r * d + i];
-        for (int64_t i = 0; i < d; i++) squares += x[i] * x[i];
-        float factor = 1 / sqrtf(squares / d + c->shape->eps);
-        for (int64_t i = 0; i < d; i++) y[i] = x[i] * factor * weight[i];
+        add_and_norm_row(c->input + r * d, c->x + r * d, delta ? delta + r * d : NULL, weight, d, c->shape->eps);
         row_as_operand(c, r, d);
     }
 }
@@ -93,43 +55,15 @@ static __attribute__((noinline)) void multiply_input(struct call *c, const struc
     multiply(list, count, c->operand, c->rows, in, c->shape->format);
 }
 
-static struct product product(struct matrix m, int64_t out, float *y) { return (struct product){m.weight, m.scale, out, y}; }
+static struct product product(struct weights m, int64_t out, float *y) { return (struct product){m.weight, m.scale, out, y}; }
 
-/* y = scale x / ||x||, zero for zero. */
-static void to_length(float *y, const float *x, float scale, int64_t size) {
-    float squares = 0;
-    for (int64_t i = 0; i < size; i++) squares += x[i] * x[i];
-    float factor = squares > 0 ? scale / sqrtf(squares) : 0;
-    for (int64_t i = 0; i < size; i++) y[i] = x[i] * factor;
-}
-
-/* A head's numbers of a pair, number `at` of all. */
-static void put_pair(char *to, int64_t at, const float *x, int64_t size, int64_t narrow) {
-    if (!narrow) memcpy((float *)to + at, x, size * sizeof *x);
-    for (int64_t i = 0; narrow && i < size; i++) ((uint16_t *)to)[at + i] = float_to_half(x[i]);
-}
-
-/* Equations (8) and (9) for one head of one row: store the waiting pair, advance the recurrence, let the new pair
-   wait. The recurrence of a padded row begins at its first token. */
-static void remember(const struct call *c, struct memory *m, float *const projected[4], int64_t row, int64_t h) {
-    int64_t width = c->shape->width, heads = c->shape->heads, size = width / heads, place = row * width + h * size;
-    const float *raw_key = projected[0] + place, *raw_value = projected[1] + place;
-    float *u = m->vector + place, *waiting = m->pending_raw + place, *key = m->pending_key + place, mixed[size];
-    int64_t slot = (row * m->capacity + m->used) * width + h * size;
-    for (int64_t i = 0; i < size; i++) mixed[i] = m->mix[h] * waiting[i] + (1 - m->mix[h]) * raw_value[i];
-    to_length(mixed, mixed, m->scale[h], size);
-    put_pair(m->values, slot, mixed, size, m->narrow);
-    put_pair(m->keys, slot, key, size, m->narrow);
-    memcpy(waiting, raw_value, size * sizeof *waiting);
-
-    int begins = c->padding && c->padding[row] == c->position;
-    float *log_scale = m->log_scale + row * heads + h, gate = projected[2][row * heads + h];
-    float kept = begins ? -INFINITY : *log_scale - fabsf(projected[3][row * heads + h]);
-    float largest = gate > kept ? gate : kept;
-    float a = exp_negative(gate - largest), b = begins ? 0 : exp_negative(kept - largest);
-    *log_scale = largest;
-    for (int64_t i = 0; i < size; i++) u[i] = a * raw_key[i] + b * u[i];
-    to_length(key, u, 1, size);
+/* Head h of one row: its pair of the token before is stored, and this token's waits. */
+static void remember_token(const struct call *c, const struct memory *m, float *const projected[4], int64_t row, int64_t h) {
+    int64_t heads = c->shape->heads, size = c->shape->width / heads, place = row * c->shape->width + h * size;
+    /* The recurrence of a padded row begins at its first token. */
+    remember(m, c->shape, row, h, m->used, c->padding && c->padding[row] == c->position,
+             (struct projected){projected[0] + place, projected[1] + place, projected[2][row * heads + h],
+                                projected[3][row * heads + h]});
 }
 
 /* LANES numbers of pairs from number i on; and one of them. */
@@ -256,7 +190,7 @@ static void reach(const struct call *c, const struct memory *m, int64_t row, int
 
 /* Equations (6) and (4): this thread's share of what one row reads of one memory. `place` counts in rows. */
 static void read_share(struct call *c, const struct memory *m, int64_t row, int thread, int threads, int64_t place) {
-    int64_t low, high, heads = c->shape->heads, width = c->shape->width, base = row * m->capacity * width;
+    int64_t low, high, heads = c->shape->heads, width = c->shape->width, base = row * m->apart;
     float bandwidth[heads];
     reach(c, m, row, &low, &high);
     for (int64_t h = 0; h < heads; h++)
@@ -294,7 +228,7 @@ static void read_memories(struct call *c, struct layer *l, int threads) {
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < 2 * B * H; i++) {
         int64_t k = i / (B * H);
-        remember(c, &l->memories[k], c->projected[k], i / H % B, i % H);
+        remember_token(c, &l->memories[k], c->projected[k], i / H % B, i % H);
     }
     for (int64_t k = 0; k < 2; k++)
         for (int64_t row = 0; row < B; row++)
@@ -311,10 +245,7 @@ static void activate(struct call *c) {
 #pragma omp for schedule(static)
     for (int64_t part = 0; part < c->rows * chunks; part++) {
         int64_t from = part % chunks * CHUNK, count = smaller(CHUNK, F - from), at = part / chunks * F + from;
-        for (int64_t i = at; i < at + count; i++) {
-            float z = c->gate[i], e = exp_negative(z < 0 ? z : -z); /* both sides of the sigmoid without overflow */
-            c->input[i] = z * (z < 0 ? e : 1) / (1 + e) * c->up[i];
-        }
+        gated(c->input + at, c->gate + at, c->up + at, count);
     }
     rows_as_operands(c, F);
 }
@@ -372,7 +303,7 @@ int64_t mm_mosaic_step_scratch(const struct shape *s, int64_t rows, int threads)
 }
 
 /* x [B, d], the tokens' embeddings -> logits [B, V]. The memories' states go on by one token, `used` excepted. */
-void mm_mosaic_step(const struct shape *s, struct layer *layers, const float *final_norm, struct matrix classifier,
+void mm_mosaic_step(const struct shape *s, struct layer *layers, const float *final_norm, struct weights classifier,
                     const float *x, float *logits, float *scratch, int64_t rows, int64_t position,
                     const int64_t *padding, int threads) {
     struct call call = {.shape = s, .rows = rows, .position = position, .padding = padding}, *c = &call;

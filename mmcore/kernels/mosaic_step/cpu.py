@@ -1,8 +1,10 @@
-"""The compiled step: addresses of weights once, of states when they move."""
+"""The compiled steps: addresses of weights once, of states when they move."""
 
 from __future__ import annotations
 
+import copy
 import ctypes
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +13,10 @@ import torch
 from torch import Tensor
 
 from mmcore.kernels import native
-from mmcore.kernels.thin_linear.cpu import FORMATS
+from mmcore.kernels.linear import cpu as linear
+from mmcore.kernels.memory_read import cpu as memory_read
+from mmcore.kernels.thin_linear import cpu as thin_linear
+from mmcore.kernels.thin_linear.cpu import FORMATS, MOST_ROWS
 
 if TYPE_CHECKING:
     from mmcore.kernels.mosaic_step import LayerWeights, Matrix, MemoryWeights
@@ -22,33 +27,56 @@ def _structure(name: str, **fields: type) -> type[ctypes.Structure]:
 
 
 _ADDRESS, _INT = ctypes.c_void_p, ctypes.c_int64
-_Matrix = _structure("Matrix", weight=_ADDRESS, scale=_ADDRESS)
+_Weights = _structure("Weights", weight=_ADDRESS, scale=_ADDRESS)
 _Memory = _structure(
     "Memory",
-    **dict.fromkeys(("key", "value", "gate", "decay"), _Matrix),
+    **dict.fromkeys(("key", "value", "gate", "decay"), _Weights),
     **dict.fromkeys(("mix", "scale", "base", "slope", "exponent", "vector", "log_scale", "pending_key", "pending_raw",
                      "keys", "values"), _ADDRESS),
-    **dict.fromkeys(("narrow", "capacity", "used", "first", "window", "delay"), _INT),
+    **dict.fromkeys(("narrow", "apart", "used", "first", "window", "delay", "fresh", "lent"), _INT),
 )
 _Layer = _structure(
-    "Layer", memory_norm=_ADDRESS, persistent_norm=_ADDRESS, **dict.fromkeys(("out", "gate", "up", "down"), _Matrix),
+    "Layer", memory_norm=_ADDRESS, persistent_norm=_ADDRESS, **dict.fromkeys(("out", "gate", "up", "down"), _Weights),
     memories=_Memory * 2,
 )
 _Shape = _structure(
     "Shape", **dict.fromkeys(("layers", "width", "heads", "inner", "vocabulary"), _INT),
     eps=ctypes.c_float, format=ctypes.c_int32,
 )
+_Functions = _structure(
+    "Functions",
+    **dict.fromkeys(("linear", "linear_scratch", "thin", "thin_scratch", "read", "read_scratch", "read_few"), _ADDRESS),
+    **dict.fromkeys(("thin_rows", "few_queries"), _INT),
+)
 
 
 _C = native.functions(
     Path(__file__).with_name("cpu.c"),
-    mm_mosaic_step=[_ADDRESS] * 3 + [_Matrix] + [_ADDRESS] * 3 + [_INT] * 2 + [_ADDRESS, ctypes.c_int],
+    mm_mosaic_step=[_ADDRESS] * 3 + [_Weights] + [_ADDRESS] * 3 + [_INT] * 2 + [_ADDRESS, ctypes.c_int],
     mm_mosaic_step_scratch=(_INT, [_ADDRESS, _INT, ctypes.c_int]),
+)
+_C_PIECE = native.functions(
+    Path(__file__).with_name("cpu_piece.c"),
+    mm_mosaic_piece=[_ADDRESS] * 4 + [_Weights] + [_ADDRESS] * 3 + [_INT] * 4 + [_ADDRESS] + [_INT] * 2,
+    mm_mosaic_piece_scratch=(_INT, [_ADDRESS] * 3 + [_INT] * 4),
 )
 
 
+@functools.cache
+def _functions() -> ctypes.Structure:
+    """The other kernels, as a piece calls them."""
+    found = [
+        linear._C.mm_linear, linear._C.mm_linear_scratch,
+        thin_linear._C.mm_thin_linear, thin_linear._C.mm_thin_linear_scratch,
+        memory_read._C.memory_read_forward, memory_read._C.memory_read_forward_scratch, memory_read._C_FEW.memory_read_few,
+    ]  # fmt: skip
+    return _Functions(*(ctypes.cast(function, _ADDRESS).value for function in found), MOST_ROWS, memory_read.FEW)
+
+
 class Step:
-    """`step(x, memories, position, padding) -> logits`; see `mosaic_step`."""
+    """`step(x, memories, position, padding, last_only) -> logits`; see `mosaic_step`."""
+
+    pieces = True  # it takes any number of tokens, and the first ones, too
 
     def __init__(self, layers: Sequence[LayerWeights], norm: Tensor, classifier: Matrix, heads: int, eps: float) -> None:
         self._kept: list[Tensor] = []  # what the addresses point to must live as long as they
@@ -58,30 +86,73 @@ class Step:
         inner = layers[0].gate.weight.shape[0]
         self._shape = _Shape(len(layers), width, heads, inner, vocabulary, eps, FORMATS[classifier.weight.dtype])
         self._layers = (_Layer * len(layers))(*map(self._layer, layers))
+        self._take_no_state()
+
+    def for_another_state(self) -> Step:
+        """The same weights, for another state of the same model: the addresses of states are each step's own."""
+        other = copy.copy(self)
+        other._layers = type(self._layers).from_buffer_copy(self._layers)
+        other._take_no_state()
+        return other
+
+    def _take_no_state(self) -> None:
         self._memories = [memory for layer in self._layers for memory in layer.memories]
         self._bound: list[tuple[Tensor | None, ...]] = [(None,) * 6] * len(self._memories)  # whose addresses are in place
-        self._scratch: dict[tuple[int, int], Tensor] = {}
+        self._scratch: dict[tuple[int, int], Tensor] = {}  # of tokens, by rows and threads
+        self._work: Tensor | None = None  # of pieces, the largest so far
 
-    def __call__(self, x: Tensor, memories: Sequence[Any], position: int, padding: Tensor | None = None) -> Tensor:
-        rows, threads = x.numel() // self._shape.width, torch.get_num_threads()
+    def __call__(
+        self, x: Tensor, memories: Sequence[Any], position: int, padding: Tensor | None = None, last_only: bool = True
+    ) -> Tensor:
+        rows, count, _ = x.shape
+        one = count == 1 and rows <= MOST_ROWS and all(memory.pending_key is not None for memory in memories)
+        self._take(memories, count, rows)
+        padding = None if padding is None else padding.data_ptr()
+        logits = (self._token if one else self._piece)(x.contiguous(), position, padding, 1 if last_only else count)
+        return logits[:, 0] if last_only else logits
+
+    def _token(self, x: Tensor, position: int, padding: int | None, wanted: int) -> Tensor:
+        """One token of each of a few rows; x [B, 1, d] -> [B, 1, V]."""
+        rows, threads = len(x), torch.get_num_threads()
         if (rows, threads) not in self._scratch:
             size = _C.mm_mosaic_step_scratch(ctypes.byref(self._shape), rows, threads)
             self._scratch[rows, threads] = torch.empty(size)
+        logits = torch.empty(rows, 1, self._shape.vocabulary)
+        _C.mm_mosaic_step(
+            ctypes.byref(self._shape), self._layers, self._norm, self._classifier, x.data_ptr(), logits.data_ptr(),
+            self._scratch[rows, threads].data_ptr(), rows, position, padding, threads,
+        )
+        return logits
+
+    def _piece(self, x: Tensor, position: int, padding: int | None, wanted: int) -> Tensor:
+        """Any number of tokens; x [B, T, d] -> [B, wanted, V]."""
+        rows, count, _ = x.shape
+        threads = torch.get_num_threads()
+        shares = memory_read._shares(rows * self._shape.heads, count, threads)
+        model = ctypes.byref(self._shape), ctypes.byref(_functions()), self._layers
+        size = _C_PIECE.mm_mosaic_piece_scratch(*model, rows, count, threads, shares)
+        if self._work is None or self._work.numel() < size:
+            self._work = torch.empty(size)
+        logits = torch.empty(rows, wanted, self._shape.vocabulary)
+        _C_PIECE.mm_mosaic_piece(
+            *model, self._norm, self._classifier, x.data_ptr(), logits.data_ptr(), self._work.data_ptr(), rows, count,
+            position, wanted, padding, threads, shares,
+        )
+        return logits
+
+    def _take(self, memories: Sequence[Any], count: int, rows: int) -> None:
+        """Make room for `count` tokens in every memory and take its addresses. Its counters are those after them."""
         for number, (memory, fields) in enumerate(zip(memories, self._memories, strict=True)):
-            store = memory.store
-            store.reserve(1, memory.pending_key)
+            store, fields.fresh = memory.store, memory.pending_key is None
+            if fields.fresh:
+                memory.begin(rows, self._shape.heads, self._shape.width // self._shape.heads)
+            store.reserve(count, memory.pending_key)
             tensors = (*memory.scan, memory.pending_key, memory.pending_raw, store.keys, store.values)
             if any(new is not old for new, old in zip(tensors, self._bound[number], strict=True)):
                 self._bind(number, tensors)
-            fields.used, fields.first = store.used, store.first
-            store.used += 1
-        logits = torch.empty(rows, self._shape.vocabulary)
-        _C.mm_mosaic_step(
-            ctypes.byref(self._shape), self._layers, self._norm, self._classifier, x.data_ptr(), logits.data_ptr(),
-            self._scratch[rows, threads].data_ptr(), rows, position, None if padding is None else padding.data_ptr(),
-            threads,
-        )
-        return logits
+            fields.used, fields.first, fields.lent = store.used, store.first, store.lent
+            if not store.lent:
+                store.used += count - fields.fresh
 
     def _bind(self, number: int, tensors: tuple[Tensor, ...]) -> None:
         """Take the addresses of a memory's tensors, which stay where they are from token to token, but for a growth of the
@@ -91,7 +162,7 @@ class Step:
             tensor.data_ptr() for tensor in tensors
         )
         keys = tensors[4]
-        fields.narrow, fields.capacity = keys.dtype is torch.float16, keys.shape[1]
+        fields.narrow, fields.apart = keys.dtype is torch.float16, keys.stride(0)
 
     def _layer(self, layer: LayerWeights) -> ctypes.Structure:
         memories = (_Memory * 2)(self._memory(layer.short_term), self._memory(layer.long_term))
@@ -108,7 +179,7 @@ class Step:
         return fields
 
     def _matrix(self, matrix: Matrix) -> ctypes.Structure:
-        return _Matrix(self._address(matrix.weight), None if matrix.scale is None else self._exact(matrix.scale))
+        return _Weights(self._address(matrix.weight), None if matrix.scale is None else self._exact(matrix.scale))
 
     def _address(self, tensor: Tensor) -> int:
         self._kept.append(tensor)
