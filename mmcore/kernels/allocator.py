@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 HUGE_PAGE = 1 << 21
-WORTH_HUGE_PAGES = 4 * HUGE_PAGE
+WORTH_HUGE_PAGES = 2 * HUGE_PAGE
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 

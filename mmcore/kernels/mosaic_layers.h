@@ -52,6 +52,13 @@ struct projected {
 static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
+/* The next part of a work space. Parts begin with a cache line: a vector that lies across two takes twice as long. */
+static float *cut(float **rest, int64_t count) {
+    float *part = *rest;
+    *rest += (count + 15) / 16 * 16;
+    return part;
+}
+
 /* The sum of squares. Side by side: one sum after the other waits four cycles for each number. */
 ALWAYS_INLINE float squares_of(const float *x, int64_t count) {
     float sums[16] = {0}, all = 0;

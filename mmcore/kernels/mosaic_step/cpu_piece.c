@@ -142,12 +142,6 @@ static void one_layer(const struct piece *p, struct layer *l, const float *befor
     multiply(p, &down, 1, p->input, rows, F);
 }
 
-static float *cut(float **rest, int64_t count) {
-    float *part = *rest;
-    *rest += (count + 15) / 16 * 16;
-    return part;
-}
-
 /* Floats that the other kernels need besides. */
 static int64_t spare_floats(const struct piece *p, const struct layer *layers) {
     int64_t d = p->shape->width, F = p->shape->inner, rows = p->rows * p->steps, most = 0;
