@@ -99,7 +99,7 @@ class Step:
         self._memories = [memory for layer in self._layers for memory in layer.memories]
         self._bound: list[tuple[Tensor | None, ...]] = [(None,) * 6] * len(self._memories)  # whose addresses are in place
         self._scratch: dict[tuple[int, int], Tensor] = {}  # of tokens, by rows and threads
-        self._work: Tensor | None = None  # of pieces, the largest so far
+        self._work: Tensor | None = None  # of pieces, from one to the next
 
     def __call__(
         self, x: Tensor, memories: Sequence[Any], position: int, padding: Tensor | None = None, last_only: bool = True
@@ -113,6 +113,7 @@ class Step:
 
     def _token(self, x: Tensor, position: int, padding: int | None, wanted: int) -> Tensor:
         """One token of each of a few rows; x [B, 1, d] -> [B, 1, V]."""
+        self._work = None  # 20 MB at d = 512 for a piece of 512 tokens: not to be held while nothing is read
         rows, threads = len(x), torch.get_num_threads()
         if (rows, threads) not in self._scratch:
             size = _C.mm_mosaic_step_scratch(ctypes.byref(self._shape), rows, threads)

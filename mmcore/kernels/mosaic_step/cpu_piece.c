@@ -159,20 +159,22 @@ static int64_t spare_floats(const struct piece *p, const struct layer *layers) {
 /* Lays the work space out; returns the floats it takes. */
 static int64_t lay_out(struct piece *p, const struct layer *layers, float *scratch) {
     int64_t d = p->shape->width, H = p->shape->heads, F = p->shape->inner, rows = p->rows * p->steps;
-    float *rest = scratch;
+    float *rest = scratch, *either;
     p->x = cut(&rest, rows * d);
     p->input = cut(&rest, rows * larger(2 * d, F));
+    p->delta = cut(&rest, rows * d);
+    either = rest; /* of the memories or of SwiGLU */
+    p->gate = cut(&rest, rows * F);
+    p->up = cut(&rest, rows * F);
+    p->spare = rest, rest = either;
     for (int k = 0; k < 2; k++) {
         for (int part = 0; part < 4; part++) p->projected[k][part] = cut(&rest, rows * (part < 2 ? d : H));
         p->queries[k] = cut(&rest, rows * d);
         p->read[k] = cut(&rest, rows * d);
     }
-    p->delta = cut(&rest, rows * d);
-    p->gate = cut(&rest, rows * F);
-    p->up = cut(&rest, rows * F);
     p->starts = (int *)cut(&rest, rows);
-    p->spare = cut(&rest, spare_floats(p, layers));
-    return rest - scratch;
+    p->spare = p->spare > rest ? p->spare : rest;
+    return p->spare + spare_floats(p, layers) - scratch;
 }
 
 /* Floats of scratch that mm_mosaic_piece needs for such a call. */
