@@ -272,7 +272,7 @@ class DecodingState:
         self.length = 0
         self.padding = padding
         self.memories: dict[str, AttentionState] = {}
-        # The compiled form of a one-token step, made at the first; False: there is none. It looks at the weights when
+        # The compiled form of `advance`, made when it is first called; False: there is none. It looks at the weights when
         # it is made, so a state must not outlive a change of weights (its memories would not fit them anyway).
         self.whole_step: Callable | bool | None = None
 

@@ -11,6 +11,7 @@
 #include "weight_formats.h"
 
 #define WORTH_A_THREAD (1 << 19) /* multiply-adds; as in linear/cpu.py */
+#define NUMBERS_OF_A_THREAD 8192 /* that a pass takes some 2 us for, twice what a thread that still spins takes to come */
 
 /* The other kernels' functions, and what they can take. */
 struct functions {
@@ -43,6 +44,11 @@ static struct matrix times(struct weights w, int64_t out, float *y) {
     return (struct matrix){.weight = w.weight, .scale = w.scale, .y = y, .out = out, .y_row = out};
 }
 
+/* Threads for a pass over so many numbers. */
+static int threads_for(const struct piece *p, int64_t numbers) {
+    return (int)larger(1, smaller(p->threads, numbers / NUMBERS_OF_A_THREAD));
+}
+
 /* y = x W^T for each matrix of the list, x [rows, in]. */
 static void multiply(const struct piece *p, const struct matrix *list, int64_t count, const float *x, int64_t rows, int64_t in) {
     int64_t total = 0, format = p->shape->format;
@@ -59,7 +65,7 @@ static void multiply(const struct piece *p, const struct matrix *list, int64_t c
 /* input = norm(x + delta) for `rows` rows. */
 static void add_and_norm(const struct piece *p, int64_t rows, const float *delta, const float *weight) {
     int64_t d = p->shape->width;
-#pragma omp parallel for schedule(static) num_threads(p->threads)
+#pragma omp parallel for schedule(static) num_threads(threads_for(p, rows * d))
     for (int64_t r = 0; r < rows; r++)
         add_and_norm_row(p->input + r * d, p->x + r * d, delta ? delta + r * d : NULL, weight, d, p->shape->eps);
 }
@@ -106,7 +112,7 @@ static void read_memory(const struct piece *p, const struct memory *m, int64_t w
 /* input [., 2d] = what `rows` queries read of both memories. */
 static void side_by_side(const struct piece *p, int64_t rows) {
     int64_t d = p->shape->width;
-#pragma omp parallel for schedule(static) num_threads(p->threads)
+#pragma omp parallel for schedule(static) num_threads(threads_for(p, 2 * rows * d))
     for (int64_t r = 0; r < rows; r++)
         for (int k = 0; k < 2; k++) memcpy(p->input + (2 * r + k) * d, p->read[k] + r * d, d * sizeof *p->input);
 }
@@ -124,7 +130,7 @@ static void one_layer(const struct piece *p, struct layer *l, const float *befor
     }
     add_and_norm(p, rows, before, l->memory_norm);
     multiply(p, memories, 8, p->input, rows, d);
-#pragma omp parallel for schedule(static) num_threads(p->threads)
+#pragma omp parallel for schedule(static) num_threads(threads_for(p, 2 * rows * d))
     for (int64_t i = 0; i < 2 * p->rows * H; i++) {
         int64_t k = i / (p->rows * H);
         remember_all(p, &l->memories[k], p->projected[k], p->queries[k], i / H % p->rows, i % H);
@@ -137,7 +143,7 @@ static void one_layer(const struct piece *p, struct layer *l, const float *befor
     multiply(p, &out, 1, p->input, rows, 2 * d);
     add_and_norm(p, rows, p->delta, l->persistent_norm);
     multiply(p, inner, 2, p->input, rows, d);
-#pragma omp parallel for schedule(static) num_threads(p->threads)
+#pragma omp parallel for schedule(static) num_threads(threads_for(p, rows * F))
     for (int64_t r = 0; r < rows; r++) gated(p->input + r * F, p->gate + r * F, p->up + r * F, F);
     multiply(p, &down, 1, p->input, rows, F);
 }
