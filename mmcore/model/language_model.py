@@ -158,18 +158,18 @@ class LanguageModel(nn.Module):
 
         `state` goes on. Equal to the full forward pass over all that was fed, whatever the sizes of the pieces.
         """
-        count = tokens.shape[1]
-        one = count == 1 and state.length > 0
-        if (one or (count and tokens.is_cpu)) and not self.knocked_out:
+        T = tokens.shape[1]
+        one = T == 1 and state.length > 0
+        if (one or (T and tokens.is_cpu)) and not self.knocked_out:
             if state.whole_step is None:  # when it is wanted: it takes 1 ms
                 state.whole_step = self._whole_step(state)
             if state.whole_step and (one or state.whole_step.pieces):
                 logits = state.whole_step(
                     self.embed(tokens), tuple(state.memories.values()), state.length, state.padding, last_only
                 )
-                state.length += count
+                state.length += T
                 return logits
-        x, T, last = self.embed(tokens), count, len(self.model.layers) - 1
+        x, last = self.embed(tokens), len(self.model.layers) - 1
         for depth, layer in enumerate(self.model.layers):
             states = {name: state.memories[f"layers.{depth}.{name}"] for name in layer.READS}
             # The last layer need not finish positions that nobody asks for: 9 % of a prefill at 8 layers.

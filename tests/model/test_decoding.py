@@ -143,20 +143,25 @@ def exact_pairs(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
 def test_pairs_are_kept_in_fp16_where_weights_are_narrow(dtype):
-    """Right to rounding: with pairs rounded as stored, the layers one by one give what the compiled step gives, to a step of
-    fp16, for a pair may fall to the other side; and both are as far from the equations without rounding."""
+    """Right to rounding: from the same memories, pairs rounded as stored, the layers one by one give what the compiled step
+    gives; and a whole text through it, prompt and all, ends as far from the equations without rounding as through them."""
     model, exact = in_format(dtype)
     tokens = random_tokens(2, 70)
-    state, layers = model.new_state(2), model.new_state(2)
+    state, step, layers = (model.new_state(2) for _ in range(3))
     layers.whole_step = False
-    got, want = (feed(model, s, tokens, [10] + [1] * 60) for s in (state, layers))
-    assert state.whole_step
-    for memory in (*state.memories.values(), *layers.memories.values()):
+    want, got = [feed(model, layers, tokens[:, :10], [10])], []
+    for token in tokens[:, 10:].split(1, dim=1):
+        step.load(layers.tensors())  # or a pair of long ago, fallen to the other side, would show in all that follows
+        got.append(model.advance(token, step, last_only=False))
+        want.append(model.advance(token, layers, last_only=False))
+    through, want, got = feed(model, state, tokens, [10] + [1] * 60), torch.cat(want, 1), torch.cat(got, 1)
+    assert state.whole_step and step.whole_step
+    for memory in (*state.memories.values(), *step.memories.values(), *layers.memories.values()):
         assert memory.store.keys.dtype == memory.store.values.dtype == torch.float16
-    assert (got - want).abs().max() < max(far(dtype), 2**-10) * want.abs().max()
+    assert (got - want[:, 10:]).abs().max() < max(far(dtype), 5e-4) * want.abs().max()  # fp16 falls to the other side, too
     with torch.no_grad():
         whole = exact(tokens)
-    assert (got - whole).abs().max() < 1.1 * (want - whole).abs().max()  # 1.03 was seen
+    assert (through - whole).abs().max() < 1.1 * (want - whole).abs().max()  # 1.03 was seen
     saved = state.tensors()
     again = model.new_state(2)
     again.load(saved)

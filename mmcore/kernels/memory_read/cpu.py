@@ -35,7 +35,11 @@ _C_BACKWARD = native.functions(
     memory_read_backward_scratch=(ctypes.c_long, [ctypes.c_char_p]),
     memory_read_backward=[ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p],
 )
-_C_FEW = native.functions(Path(__file__).with_name("cpu_few.c"), memory_read_few=[ctypes.c_char_p, ctypes.c_void_p])
+_C_FEW = native.functions(
+    Path(__file__).with_name("cpu_few.c"),
+    memory_read_few_scratch=(ctypes.c_long, [ctypes.c_char_p]),
+    memory_read_few=[ctypes.c_char_p, ctypes.c_void_p],
+)
 
 
 def _call(queries, keys, values, bandwidths, place, out, statistics, threads: int, shares: int, rounded=False) -> bytes:
@@ -77,8 +81,9 @@ def _few(queries, keys, values, bandwidths, place) -> Tensor:
     units = batch * heads if keys.stride(2) > keys.stride(1) else batch
     shares = 1 if units % threads == 0 else threads
     out = torch.empty_like(queries, memory_format=torch.contiguous_format)  # 1 us; torch.empty(shape) takes 3
-    states = torch.empty(shares * batch * heads * length * (16 + (size + 15) // 16 * 16))
-    _C_FEW.memory_read_few(_call(queries, keys, values, bandwidths, place, out, None, threads, shares), states.data_ptr())
+    call = _call(queries, keys, values, bandwidths, place, out, None, threads, shares)
+    states = torch.empty(_C_FEW.memory_read_few_scratch(call))
+    _C_FEW.memory_read_few(call, states.data_ptr())
     return out
 
 

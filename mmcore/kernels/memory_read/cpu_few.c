@@ -18,7 +18,7 @@ query, and they are joined in the order of the shares: the result does not depen
 weights, and, behind them, the weighted sum of values. Rows of `record(size)` floats. */
 enum { SCALE, LARGEST, TOTAL, SUMS = 16 };
 
-static long record(long size) { return SUMS + (size + 15) / 16 * 16; } /* as in _few of cpu.py */
+static long record(long size) { return SUMS + (size + 15) / 16 * 16; }
 static long smaller(long a, long b) { return a < b ? a : b; }
 static long larger(long a, long b) { return a > b ? a : b; }
 
@@ -147,7 +147,11 @@ static void join(const struct call *c, const float *states, long unit) {
     for (long d = 0; d < size; d++) out[d] /= total;
 }
 
-/* `states`: [shares, B, H, Tq] records. */
+/* Floats of `states`, [shares, B, H, Tq] records. */
+long memory_read_few_scratch(const struct call *c) {
+    return c->shares * c->batch * c->heads * c->queries * record(c->size);
+}
+
 void memory_read_few(const struct call *c, float *states) {
     long all = c->batch * c->heads * c->queries, each = record(c->size);
     int by_heads = c->k_stride[2] > c->k_stride[1];

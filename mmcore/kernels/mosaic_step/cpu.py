@@ -45,8 +45,9 @@ _Shape = _structure(
 )
 _Functions = _structure(
     "Functions",
-    **dict.fromkeys(("linear", "linear_scratch", "thin", "thin_scratch", "read", "read_scratch", "read_few"), _ADDRESS),
-    **dict.fromkeys(("thin_rows", "few_queries"), _INT),
+    **dict.fromkeys(("linear", "linear_scratch", "thin", "thin_scratch", "read", "read_scratch", "read_few",
+                     "read_few_scratch"), _ADDRESS),
+    **dict.fromkeys(("thin_rows", "few_queries", "flops_of_a_thread"), _INT),
 )
 
 
@@ -68,9 +69,11 @@ def _functions() -> ctypes.Structure:
     found = [
         linear._C.mm_linear, linear._C.mm_linear_scratch,
         thin_linear._C.mm_thin_linear, thin_linear._C.mm_thin_linear_scratch,
-        memory_read._C.memory_read_forward, memory_read._C.memory_read_forward_scratch, memory_read._C_FEW.memory_read_few,
+        memory_read._C.memory_read_forward, memory_read._C.memory_read_forward_scratch,
+        memory_read._C_FEW.memory_read_few, memory_read._C_FEW.memory_read_few_scratch,
     ]  # fmt: skip
-    return _Functions(*(ctypes.cast(function, _ADDRESS).value for function in found), MOST_ROWS, memory_read.FEW)
+    addresses = (ctypes.cast(function, _ADDRESS).value for function in found)
+    return _Functions(*addresses, MOST_ROWS, memory_read.FEW, linear._FLOPS_OF_A_THREAD)
 
 
 class Step:
@@ -108,10 +111,14 @@ class Step:
         one = count == 1 and rows <= MOST_ROWS and all(memory.pending_key is not None for memory in memories)
         self._take(memories, count, rows)
         padding = None if padding is None else padding.data_ptr()
-        logits = (self._token if one else self._piece)(x.contiguous(), position, padding, 1 if last_only else count)
+        x = x.contiguous()
+        if one:
+            logits = self._token(x, position, padding)
+        else:
+            logits = self._piece(x, position, padding, 1 if last_only else count)
         return logits[:, 0] if last_only else logits
 
-    def _token(self, x: Tensor, position: int, padding: int | None, wanted: int) -> Tensor:
+    def _token(self, x: Tensor, position: int, padding: int | None) -> Tensor:
         """One token of each of a few rows; x [B, 1, d] -> [B, 1, V]."""
         self._work = None  # 20 MB at d = 512 for a piece of 512 tokens: not to be held while nothing is read
         rows, threads = len(x), torch.get_num_threads()

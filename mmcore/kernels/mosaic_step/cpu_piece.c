@@ -10,7 +10,6 @@
 #include "mosaic_layers.h"
 #include "weight_formats.h"
 
-#define WORTH_A_THREAD (1 << 19) /* multiply-adds; as in linear/cpu.py */
 #define NUMBERS_OF_A_THREAD 8192 /* that a pass takes some 2 us for, twice what a thread that still spins takes to come */
 
 /* The other kernels' functions, and what they can take. */
@@ -22,7 +21,8 @@ struct functions {
     void (*read)(const struct call *, float *);
     int64_t (*read_scratch)(const struct call *);
     void (*read_few)(const struct call *, float *);
-    int64_t thin_rows, few_queries;
+    int64_t (*read_few_scratch)(const struct call *);
+    int64_t thin_rows, few_queries, flops_of_a_thread;
 };
 
 /* One call: T tokens of B rows, the first at `position`; padding [B] counts the tokens that fill each row on the left, NULL
@@ -53,7 +53,7 @@ static int threads_for(const struct piece *p, int64_t numbers) {
 static void multiply(const struct piece *p, const struct matrix *list, int64_t count, const float *x, int64_t rows, int64_t in) {
     int64_t total = 0, format = p->shape->format;
     for (int64_t i = 0; i < count; i++) total += list[i].out;
-    int threads = (int)larger(1, smaller(p->threads, rows * total * in / WORTH_A_THREAD));
+    int threads = (int)larger(1, smaller(p->threads, rows * total * in / p->do_->flops_of_a_thread));
     if (rows > p->do_->thin_rows) {
         p->do_->linear(list, count, format, x, rows, in, in, p->spare, threads);
         return;
@@ -151,13 +151,14 @@ static void one_layer(const struct piece *p, struct layer *l, const float *befor
 /* Floats that the other kernels need besides. */
 static int64_t spare_floats(const struct piece *p, const struct layer *layers) {
     int64_t d = p->shape->width, F = p->shape->inner, rows = p->rows * p->steps, most = 0;
-    int64_t widest = larger(2 * d, F), records = 16 + (d / p->shape->heads + 15) / 16 * 16; /* memory_read/cpu_few.c */
+    int64_t widest = larger(2 * d, F), few = smaller(p->steps, p->do_->few_queries);
     most = larger(most, p->do_->linear_scratch(rows, widest, p->shape->format, p->threads));
     most = larger(most, p->do_->thin_scratch(smaller(rows, p->do_->thin_rows), widest));
-    most = larger(most, p->threads * p->rows * p->shape->heads * p->do_->few_queries * records);
     for (int k = 0; k < 2; k++) {
-        struct call c = read_of(p, &layers[0].memories[k], p->steps, NULL, NULL);
-        most = larger(most, p->threads * p->do_->read_scratch(&c));
+        const struct memory *m = &layers[0].memories[k];
+        struct call all = read_of(p, m, p->steps, NULL, NULL), last = read_of(p, m, few, NULL, NULL);
+        most = larger(most, p->threads * p->do_->read_scratch(&all));
+        most = larger(most, p->do_->read_few_scratch(&last));
     }
     return most;
 }
