@@ -11,7 +11,6 @@ from mmcore.config import ModelConfig
 from mmcore.errors import ConfigError
 from mmcore.kernels.linear_cross_entropy import linear_cross_entropy
 from mmcore.model.documents import packing
-from mmcore.model.graphed import GraphedStep
 from mmcore.model.layers import Linear, RMSNorm, draw_normal, fan_in_sigma
 from mmcore.model.state import DecodingState
 
@@ -62,7 +61,6 @@ class LanguageModel(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.knocked_out: frozenset[str] = frozenset()
-        self.cuda_graphs = False  # whether one-token steps of a mosaic on a GPU are recorded and replayed
         self.stop_ids: frozenset[int] = frozenset()  # tokens that end a text, as the checkpoint's config.json says
 
     @torch.no_grad()
@@ -146,11 +144,8 @@ class LanguageModel(nn.Module):
     def _whole_step(self, state: DecodingState) -> Callable | bool:
         """A compiled form of `advance`, where the architecture has one and it can run here, else False."""
         block = type(self.model.layers[0])
-        if not hasattr(block, "whole_step"):
-            return False
-        if self.cuda_graphs and self.classifier_weight.is_cuda:
-            return GraphedStep(self)
-        return block.whole_step(self) if self.kernels in ("auto", "cpu") else False
+        ours = ("auto", "triton") if self.lm_head.weight.is_cuda else ("auto", "cpu")
+        return block.whole_step(self) if hasattr(block, "whole_step") and self.kernels in ours else False
 
     @torch.no_grad()
     def advance(self, tokens: Tensor, state: DecodingState, last_only: bool = True) -> Tensor:

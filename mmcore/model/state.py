@@ -34,17 +34,10 @@ class Store:
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
         self.lent = False  # the pairs are another store's, which must not change meanwhile: see branch
-        # While a step is recorded as a CUDA graph: int64 [1], the number of pairs at every replay (graphed.py).
-        self.clock: Tensor | None = None
 
     def append(self, keys_BTHD: Tensor, values_BTHD: Tensor) -> None:
         """Add T completed pairs."""
         if self.lent:
-            return
-        if self.clock is not None:
-            self.keys.index_copy_(1, self.clock, keys_BTHD)
-            self.values.index_copy_(1, self.clock, values_BTHD)
-            self.clock.add_(1)
             return
         count = keys_BTHD.shape[1]
         self.reserve(count, keys_BTHD)
@@ -76,9 +69,7 @@ class Store:
         self.used = kept
 
     def pairs(self) -> tuple[Tensor, Tensor]:
-        """Keys and values held, each [B, used, H, D], views; all of the buffers while a step is recorded."""
-        if self.clock is not None:
-            return self.keys, self.values
+        """Keys and values held, each [B, used, H, D], views."""
         return self.keys[:, : self.used], self.values[:, : self.used]
 
     def mark(self, room: int) -> tuple[Any, ...]:
@@ -151,7 +142,7 @@ class AttentionState(Part):
         """Become `rows` rows that go on from the only row of `source`; see Store.branch."""
         self.store = source.store.branch(rows, room, lent)
 
-    def query_offset(self) -> int | Tensor:
+    def query_offset(self) -> int:
         """Slot at which the first of the newest queries stands."""
         return self.owner.length - self.store.first
 
@@ -208,10 +199,6 @@ class MemoryState(AttentionState):
         else:
             self.store.reserve(1, keys)
         self.pending_key, self.pending_raw = keys[:, -1:].clone(), raw[:, -1:].clone()
-
-    def query_offset(self) -> int | Tensor:
-        # The newest pair that is complete belongs to the token before the query's.
-        return super().query_offset() if self.store.clock is None else self.store.clock
 
     def mark(self, room: int) -> tuple[Any, ...]:
         scan = None if self.scan is None else tuple(part.clone() for part in self.scan)

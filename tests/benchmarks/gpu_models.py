@@ -7,6 +7,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -143,12 +144,16 @@ def _steps(place: Place, model: torch.nn.Module, loss, config: ModelConfig, leng
     for _ in range(3):
         ahead, value = timed(forward)
         parts.append([ahead, timed(value.backward)[0], timed(update)[0]])
+    start = time.perf_counter()
+    forward().backward()
+    host = time.perf_counter() - start  # until the last launch is asked for
+    update()
     rate = MICRO_BATCHES * batch * length / spent
     ahead, back, last = (statistics.median(part) * 1e3 for part in zip(*parts, strict=True))
     return {
         "tokens_per_second": rate, "mfu": rate * accounting.training_flops_per_token(config, length) / PEAK,
         "batch": batch, "micro_batches": MICRO_BATCHES, "length": length, "forward_ms": ahead, "backward_ms": back,
-        "update_ms": last, "peak_gb": peak, "kernels_ms": costliest(place, lambda: forward().backward()),
+        "update_ms": last, "host_ms": host * 1e3, "peak_gb": peak, "kernels_ms": costliest(place, lambda: forward().backward()),
     }  # fmt: skip
 
 
@@ -185,8 +190,8 @@ def _llama(place: Place, config: ModelConfig, length: int) -> torch.nn.Module:
 
 
 def decoding(place: Place, report: dict[str, Any]) -> None:
-    """Steps of the 1.5b shape in bf16 after long contexts, eager and as CUDA graphs, beside the bytes that must be read
-    and beside Hugging Face's Llama of that shape."""
+    """Steps of the 1.5b shape in bf16 after long contexts, by the step's kernels and layer by layer, beside the bytes that
+    must be read and beside Hugging Face's Llama of that shape."""
     config = TINY if place.tiny else load_recipe(RECIPES / "1.5b.yaml").model
     bandwidth = copy_bandwidth(place)
     report["copy_gb_s"] = bandwidth / 1e9
@@ -196,11 +201,17 @@ def decoding(place: Place, report: dict[str, Any]) -> None:
     # 32 conversations of 32,768 tokens would hold 200 GB
     contexts = [(1, 4096), (1, 32_768), (32, 4096), (8, 32_768)]
     for rows, context in place.pick(contexts[: 1 if place.warm else None], [(1, 40), (2, 40)]):
-        for graphs in (True, False)[: 2 if (rows, context) == contexts[0] else 1] if place.gpu else (False,):
-            work = functools.partial(_decode, place, model, rows, context, graphs, bandwidth)
-            attempt(report, f"{rows} x {context}{' graphs' if graphs else ''}", work)
+        forms = ["step", "step, one launch after the other", "layers"] if (rows, context) == contexts[0] else ["step"]
+        for form in forms if place.gpu else ["layers"]:
+            work = functools.partial(_decode, place, model, rows, context, form, bandwidth)
+            with mock.patch("mmcore.kernels.mosaic_step.triton.overlaps", lambda device: False) if "," in form else nullcontext():
+                attempt(report, f"{rows} x {context} {form}", work)
             place.free()
-    del model
+    if place.gpu:
+        model.quantize()
+        work = functools.partial(_decode, place, model, 1, 4096, "step", bandwidth)
+        attempt(report, "1 x 4096 step int8", work)
+    del model, work
     place.free()
     if place.warm:
         return
@@ -209,10 +220,11 @@ def decoding(place: Place, report: dict[str, Any]) -> None:
         place.free()
 
 
-def _decode(place: Place, model: Any, rows: int, context: int, graphs: bool, bandwidth: float) -> dict[str, Any]:
-    model.cuda_graphs = graphs
+def _decode(place: Place, model: Any, rows: int, context: int, form: str, bandwidth: float) -> dict[str, Any]:
     config, count = model.config, place.pick(64, 3)
     state = model.new_state(rows)
+    state.whole_step = False if form == "layers" else None
+    count = count if form == "step" else min(count, 16)
     draw = functools.partial(torch.randint, 0, config.vocab_size, device=place.device)
     word = model.advance(draw((rows, 8)), state).argmax(-1, keepdim=True)
     for memory in state.memories.values():  # the rest of the context as it would lie there
@@ -235,8 +247,8 @@ def _decode(place: Place, model: Any, rows: int, context: int, graphs: bool, ban
         place.sync()
         times.append(time.perf_counter() - start)
     spent = statistics.median(times[len(times) // 2 :])
-    size = model.classifier_weight.element_size()
-    weights = size * (accounting.parameters(config)["total"] - config.vocab_size * config.hidden_size)
+    size = store.keys.element_size()
+    weights = model.lm_head.weight.element_size() * (accounting.parameters(config)["total"] - config.vocab_size * config.hidden_size)
     pairs = accounting.pairs_per_query(config, context, config.long_term_delay)
     read = min(pairs["short_term"], config.short_term_window) + context  # at this position, not on average
     pairs_bytes = rows * config.num_hidden_layers * 2 * config.hidden_size * size * read

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmcore.kernels import tuning
-from tests.benchmarks.gpu_timing import Place, attempt, seconds
+from tests.benchmarks.gpu_timing import Place, attempt, copy_bandwidth, seconds
 
 SCANS = {"whole heads": (8, 4096, 32, 128), "few heads": (3, 4096, 16, 128)}
 READ = (8, 4096, 32, 128)
@@ -24,18 +24,17 @@ BACKWARD = ("64 64 64 4 2\n64 64 64 4 3\n128 64 64 8 2\n128 64 64 8 3\n64 32 32 
 
 
 def scan(place: Place, report: dict[str, Any]) -> None:
-    """gated_scan by pieces walked side by side and registers of a thread, and for few heads by the programs of a
+    """gated_scan by pieces walked side by side and stretches called for ahead, and for few heads by the programs of a
     multiprocessor that segments aim at; in ms."""
     from mmcore.kernels.gated_scan import triton as kernel
 
     names = {"summary": kernel.summary_kernel, "forward": kernel.forward_kernel, "backward": kernel.backward_kernel}
     before = kernel._tuned, kernel.PROGRAMS
-    forms = [(1, None), (4, None), (4, 168), (8, None), (8, 128), (16, None)]
-    choices = [(form, programs) for form in forms for programs in (1, 2, 4)]
-    for (pieces, registers), programs in mine(place, place.pick(choices, [((2, None), 2)])):
+    choices = [(pieces, ahead, programs) for pieces in (4, 8) for ahead in (0, 1, 2) for programs in (2, 4, 8)]
+    for pieces, ahead, programs in mine(place, place.pick(choices, [(2, 0, 2)])):
 
-        def tuned(which: str, width: int, _, pieces=pieces, registers=registers) -> tuning.Tuned:
-            return tuning.Tuned(names[which], [kernel._config(width, pieces, registers)], ())
+        def tuned(which: str, width: int, _, pieces=pieces, ahead=ahead) -> tuning.Tuned:
+            return tuning.Tuned(names[which], [kernel._config(width, pieces, ahead)], ())
 
         kernel._tuned, kernel.PROGRAMS = tuned, programs
         shapes = place.pick(SCANS, {"few heads": (1, 40, 2, 16)})
@@ -54,7 +53,7 @@ def scan(place: Place, report: dict[str, Any]) -> None:
                     "backward_ms": 1e3 * seconds(place, lambda: kernel._run_backward(upstream, raw, gates, decays, *kept)),
                 }
 
-            attempt(report, f"{name}: {pieces} pieces, {registers} registers, {programs} programs", times)
+            attempt(report, f"{name}: {pieces} pieces, {ahead} ahead, {programs} programs", times)
     kernel._tuned, kernel.PROGRAMS = before
 
 
@@ -91,6 +90,50 @@ def read_backward(place: Place, report: dict[str, Any]) -> None:
                 "ms": 1e3 * seconds(place, lambda: kernel.run_backward(*arguments))
             })  # fmt: skip
     kernel._gatherer = before
+
+
+PRODUCTS = {
+    1: "4 1024 2 4\n4 2048 1 4\n4 512 4 4\n8 512 3 4\n8 1024 2 8\n2 2048 2 4\n8 256 4 4\n16 256 3 4\n4 1024 3 4",
+    16: "16 128 4 4\n16 256 3 4\n16 256 4 4\n32 128 4 4\n16 128 6 2\n16 512 2 4\n32 128 4 8\n64 64 4 4",
+    32: "64 64 4 4\n32 64 4 4\n32 128 3 4\n64 128 3 4\n64 128 3 8\n16 128 4 4",
+}
+"""By the rows of x that a program takes: rows of W, columns, stages, warps."""
+
+
+def step(place: Place, report: dict[str, Any]) -> None:
+    """The products of a decoding step of the 1.5b shape in bf16, each kind with each configuration and beside the library's,
+    weights from memory: ms, and the share of a copy's bandwidth. One row also through products of tiles."""
+    import triton
+
+    from mmcore.kernels.mosaic_step import Matrix
+    from mmcore.kernels.mosaic_step import triton as kernel
+
+    copy = copy_bandwidth(place)
+    d, inner, words = place.pick((2048, 6144, 128_256), (32, 48, 61))
+    norm = torch.rand(d, device=place.device)
+    shapes = {"project": (4 * d, d, False, True), "out": (d, 2 * d, False, False), "inner": (inner, d, True, True),
+              "down": (d, inner, False, False), "classify": (words, d, False, True)}  # fmt: skip
+    for kind, (out, width, gated, normed) in list(shapes.items())[: 1 if place.warm else None]:
+        weights = [numbers(place, out, width) for _ in range(1 + gated)]
+        for rows, block in place.pick([(1, 1), (1, 16), (8, 16), (32, 32)], [(1, 1)]):
+            x, result = torch.randn(rows, width, device=place.device), torch.empty(rows, out, device=place.device)
+            taken = sum(weight.numel() * weight.element_size() for weight in weights)
+            narrow = x.to(weights[0].dtype)
+
+            def timed(work, taken=taken) -> dict[str, float]:
+                spent = seconds(place, work, 0.04)
+                return {"ms": 1e3 * spent, "of_copy": taken / spent / copy}
+
+            attempt(report, f"{kind} {rows} library", lambda timed=timed, narrow=narrow, weights=weights: timed(
+                lambda: [F.linear(narrow, weight) for weight in weights]))  # fmt: skip
+            for line in place.pick(PRODUCTS[block], "64 64 1 4").split("\n"):
+                n, k, stages, warps = map(int, line.split())
+                products = kernel._Products([tuple(Matrix(weight) for weight in weights)], norm if normed else None)
+                config = triton.Config({"N": n, "K": k, "STAGES": stages}, num_warps=warps, num_stages=1)
+                products.block = lambda rows, block=block: block
+                products._tuned[block] = tuning.Tuned(kernel.product_kernel, [config], ())
+                attempt(report, f"{kind} {rows} by {block}: {line}", lambda timed=timed, products=products, x=x, result=result:
+                        timed(lambda: products(x, result, weights[0].dtype, 1e-5)))  # fmt: skip
 
 
 def mine(place: Place, choices: list[Any]) -> Iterator[Any]:

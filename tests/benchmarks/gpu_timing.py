@@ -100,7 +100,7 @@ def copy_bandwidth(place: Place) -> float:
     return 2 * source.numel() / seconds(place, lambda: target.copy_(source))
 
 
-def costliest(place: Place, work: Callable[[], Any], count: int = 25) -> dict[str, list[float]]:
+def costliest(place: Place, work: Callable[[], Any], count: int = 80) -> dict[str, list[float]]:
     """The kernels that `work` spends most of the device's time in: {name: [ms, launches]}, longest first."""
     if place.warm or not place.gpu:
         return {}

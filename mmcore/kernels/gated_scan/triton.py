@@ -37,7 +37,7 @@ from mmcore.kernels.gated_scan.triton_kernels import backward_kernel, forward_ke
 CHUNK = 16  # at D = 128 a backward pass over 32 has not the registers
 PIECES = 8  # chunks that a program walks side by side
 MOST_SEGMENTS = 64
-PROGRAMS = 2  # for each multiprocessor that the cut into segments aims at
+PROGRAMS = 4  # for each multiprocessor that the cut into segments aims at
 BLOCK = 4096  # steps whose maxima are found at a time
 _LANES = 32
 
@@ -49,19 +49,19 @@ def _tuned(which: str, width: int, pieces: int) -> tuning.Tuned:
         "summary": (summary_kernel, ()), "forward": (forward_kernel, ("SEGMENTS",)),
         "backward": (backward_kernel, ("SEGMENTS", "SUMMARY")),
     }[which]  # fmt: skip
-    choices = [(pieces, None), (max(1, pieces // 2), None), (1, None)]
-    if which != "backward" and pieces == 8:  # two and three programs of a multiprocessor's 65,536 registers
-        choices += [(8, 128), (4, 168)]
-    configs = {str(config): config for config in (_config(width, *choice) for choice in choices)}
+    choices = [max(1, pieces // 2), pieces]
+    configs = {str(config): config for config in (_config(width, choice) for choice in choices)}
     return tuning.Tuned(kernel, list(configs.values()), ("LENGTH", "D", *variants))
 
 
-def _config(width: int, pieces: int, registers: int | None = None) -> triton.Config:
-    """A warp for each piece, two in wide heads, half of one or less in narrow ones; 8 warps at most."""
+def _config(width: int, pieces: int, ahead: int = 1) -> triton.Config:
+    """A warp for each piece, two in wide heads, half of one or less in narrow ones; 8 warps at most. Stretches are called
+    for `ahead` of their turn."""
     lanes = width // (4 if width >= 128 else 2)  # a thread with single columns is given half of the steps by the compiler
     pieces = min(pieces, 8 * _LANES // lanes)
-    constants = {"W": pieces, "V": width // lanes}
-    return triton.Config(constants, num_warps=max(1, pieces * lanes // _LANES), num_stages=1, maxnreg=registers)
+    ahead = 0 if tuning.INTERPRETED or torch.version.hip else ahead
+    constants = {"W": pieces, "V": width // lanes, "AHEAD": ahead}
+    return triton.Config(constants, num_warps=max(1, pieces * lanes // _LANES), num_stages=1)
 
 
 @functools.cache

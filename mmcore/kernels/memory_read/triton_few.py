@@ -28,6 +28,49 @@ from mmcore.kernels.memory_read.triton_parts import (
 FEW = 16  # as many rows as a product on tensor cores has at least; FEW_ON_GPU of __init__.py
 
 
+@triton.jit
+def read_pairs(
+    q, scale, first, last, keys, values, key_step, value_step, begin, end, limit, size,
+    PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, EVEN: tl.constexpr,
+):
+    """What M queries read of the pairs begin <= j < end, as far as first <= j <= last: the weighted sum, the weights' sum,
+    the greatest score (in log2). `scale` is beta log2(e)."""
+    acc = tl.zeros([M, D], tl.float32)
+    total = tl.zeros([M], tl.float32)
+    top = tl.full([M], float("-inf"), tl.float32)
+    for n in range(begin, end, N):
+        numbers = n + tl.arange(0, N)
+        k = load_rows(keys, numbers, key_step, limit, size, D, EVEN)
+        v = load_rows(values, numbers, value_step, limit, size, D, EVEN)
+        products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        open_ = (numbers[None, :] >= first[:, None]) & (numbers[None, :] <= last[:, None])
+        scores = tl.where(open_, products * scale[:, None], float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        finite = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weights = tl.exp2(scores - finite[:, None])
+        shrink = tl.exp2(top - finite)
+        total = total * shrink + tl.sum(weights, 1)
+        acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+        top = new_top
+    return acc, total, top
+
+
+@triton.jit
+def join_shares(sums, totals, tops, shares, step, size, D: tl.constexpr, S: tl.constexpr):
+    """[D], the quotient of the sums of one query's shares, which lie `step` apart; 0 where nothing was read."""
+    columns = tl.arange(0, D)
+    numbers = tl.arange(0, S)
+    present = numbers < shares
+    top = tl.load(tops + numbers * step, mask=present, other=float("-inf"))
+    greatest = tl.max(top, 0)
+    finite = tl.where(greatest == float("-inf"), 0.0, greatest)
+    weight = tl.exp2(top - finite)
+    total = tl.sum(tl.load(totals + numbers * step, mask=present, other=0.0) * weight, 0)
+    inside = present[:, None] & (columns < size)[None, :]
+    parts = tl.load(sums + (numbers * step)[:, None] * size + columns[None, :], mask=inside, other=0.0)
+    return tl.sum(parts * weight[:, None], 0) / tl.where(total == 0, 1.0, total)
+
+
 @triton.jit(do_not_specialize=MOVING)
 def _share_kernel(
     queries, keys, values, base, slope, exponent, starts, place, sums, totals, tops, count, pairs, heads, size,
@@ -48,26 +91,13 @@ def _share_kernel(
     q = load_rows(queries + b * query_row + h * query_head, rows, query_step, count, size, D, EVEN)
     keys += b * key_row + h * key_head
     values += b * value_row + h * value_head
-    acc = tl.zeros([M, D], tl.float32)
-    total = tl.zeros([M], tl.float32)
-    top = tl.full([M], float("-inf"), tl.float32)
     begin, _, _, end = spans(first, last, rows < count, N)
     each = tl.cdiv(tl.cdiv(end - begin, N), tl.num_programs(0)) * N
     begin += share * each
-    for n in range(begin, tl.minimum(begin + each, end), N):
-        numbers = n + tl.arange(0, N)
-        k = load_rows(keys, numbers, key_step, end, size, D, EVEN)
-        v = load_rows(values, numbers, value_step, end, size, D, EVEN)
-        products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        open_ = (numbers[None, :] >= first[:, None]) & (numbers[None, :] <= last[:, None])
-        scores = tl.where(open_, products * scale[:, None], float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        finite = tl.where(new_top == float("-inf"), 0.0, new_top)
-        weights = tl.exp2(scores - finite[:, None])
-        shrink = tl.exp2(top - finite)
-        total = total * shrink + tl.sum(weights, 1)
-        acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
-        top = new_top
+    acc, total, top = read_pairs(
+        q, scale, first, last, keys, values, key_step, value_step, begin, tl.minimum(begin + each, end), end, size,
+        PRECISION, M, N, D, EVEN,
+    )
     at = (row * tl.num_programs(0) + share).to(tl.int64) * count
     store_rows(sums + at * size, acc, rows, size, count, size, D)
     tl.store(totals + at + rows, total, mask=rows < count)
@@ -81,18 +111,9 @@ def _join_kernel(
     """out of one query of one head from its shares."""
     query = tl.program_id(0)
     row = tl.program_id(1)
+    at = row.to(tl.int64) * shares * count + query
     columns = tl.arange(0, D)
-    numbers = tl.arange(0, S)
-    present = numbers < shares
-    at = (row.to(tl.int64) * shares + numbers) * count + query
-    top = tl.load(tops + at, mask=present, other=float("-inf"))
-    greatest = tl.max(top, 0)
-    finite = tl.where(greatest == float("-inf"), 0.0, greatest)
-    weight = tl.exp2(top - finite)
-    total = tl.sum(tl.load(totals + at, mask=present, other=0.0) * weight, 0)
-    inside = present[:, None] & (columns < size)[None, :]
-    parts = tl.load(sums + at[:, None] * size + columns[None, :], mask=inside, other=0.0)
-    read = tl.sum(parts * weight[:, None], 0) / tl.where(total == 0, 1.0, total)
+    read = join_shares(sums + at * size, totals + at, tops + at, shares, count, size, D, S)
     b, h = (row // heads).to(tl.int64), row % heads
     target = out + ((b * count + query) * heads + h) * size
     tl.store(target + columns, read.to(out.dtype.element_ty), mask=columns < size)
@@ -109,7 +130,7 @@ _SHARE = tuning.Tuned(_share_kernel, _configs(), ("LENGTH", "WINDOW", "D"))
 _JOIN = tuning.Tuned(_join_kernel, [triton.Config({}, num_warps=4, num_stages=1)], ())
 
 
-def _shares(rows: int, reach: int, on: Tensor) -> int:
+def share_count(rows: int, reach: int, on: Tensor) -> int:
     """Into how many shares `reach` pairs of each of `rows` heads are cut: four programs for each multiprocessor, but
     none with less than 128 pairs to read."""
     wanted = triton.cdiv(4 * tuning.processors(on), rows)
@@ -126,7 +147,7 @@ def memory_read(queries, keys, values, base, slope, exponent, starts, window, de
     if out.numel() == 0:
         return out
     reach = min(pairs, window + count) if window else pairs
-    shares = _shares(batch * heads, reach, queries)
+    shares = share_count(batch * heads, reach, queries)
     fp32 = {"dtype": torch.float32, "device": queries.device}
     sums = torch.empty(batch * heads, shares, count, size, **fp32)
     totals, tops = torch.empty(2, batch * heads, shares, count, **fp32)

@@ -72,14 +72,18 @@ def configs(fields: str, choices: str) -> list[triton.Config]:
     return [triton.Config(dict(zip(names, row, strict=False)), num_warps=row[-2], num_stages=row[-1]) for row in rows]
 
 
+def dot_precision(dtype: torch.dtype) -> str:
+    """`input_precision` of products of tiles in `dtype`."""
+    if dtype is not torch.float32 or torch.backends.cuda.matmul.allow_tf32:
+        return "tf32"  # 16-bit numbers know no other
+    return "ieee" if torch.version.hip else "tf32x3"  # three products, as good as fp32
+
+
 def constants(queries: Tensor, starts: Tensor | None, window: int | None) -> dict:
     size = queries.shape[3]
     width = max(16, triton.next_power_of_2(size))
-    precision = "tf32"  # 16-bit numbers know no other
-    if queries.dtype is torch.float32 and not torch.backends.cuda.matmul.allow_tf32:
-        precision = "ieee" if torch.version.hip else "tf32x3"  # three products, as good as fp32
-    return {"STARTS": starts is not None, "WINDOW": window is not None, "PRECISION": precision, "D": width,
-            "EVEN": width == size}  # fmt: skip
+    return {"STARTS": starts is not None, "WINDOW": window is not None, "PRECISION": dot_precision(queries.dtype),
+            "D": width, "EVEN": width == size}  # fmt: skip
 
 
 def plain(tensor: Tensor) -> Tensor:

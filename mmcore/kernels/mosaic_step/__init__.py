@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from mmcore.errors import HardwareError
-from mmcore.kernels import native
+from mmcore.kernels import dispatch, native
 from mmcore.kernels.mosaic_step.cpu import Step
+from mmcore.kernels.mosaic_step.graphed import GraphedStep
 
 
 class Matrix(NamedTuple):
@@ -55,32 +56,53 @@ class LayerWeights:
 
 def why_not(layers: Sequence[LayerWeights], classifier: Matrix) -> str | None:
     """The reason why these weights cannot take the compiled step, or None."""
-    matrices = [classifier]
-    for layer in layers:
-        matrices += [layer.out, layer.gate, layer.up, layer.down]
-        for memory in (layer.short_term, layer.long_term):
-            matrices += [memory.key, memory.value, memory.gate, memory.decay]
+    matrices = _matrices(layers, classifier)
     dtypes = {matrix.weight.dtype for matrix in matrices}
-    if len(dtypes) != 1 or not dtypes <= {torch.float32, torch.bfloat16, torch.int8}:
-        return f"the weights are {sorted(map(str, dtypes))}, and the step reads all fp32, all bf16 or all int8"
+    if len(dtypes) != 1:
+        return f"the weights are {sorted(map(str, dtypes))}, and the step reads all of one type"
+    if classifier.weight.is_cuda:
+        reason = dispatch.why_not("triton", classifier.weight.device)
+        if reason is None:
+            from mmcore.kernels.mosaic_step import triton
+
+            reason = triton.why_not(matrices)
+        return reason
+    if not dtypes <= {torch.float32, torch.bfloat16, torch.int8}:
+        return f"the weights are {dtypes.pop()}, and the step reads fp32, bf16 or int8"
     if not all(matrix.weight.is_cpu and matrix.weight.is_contiguous() for matrix in matrices):
         return "the weights are not contiguous CPU tensors"
     return native.why_not()
 
 
-def mosaic_step(layers: Sequence[LayerWeights], norm: Tensor, classifier: Matrix, heads: int, eps: float) -> Step:
+def _matrices(layers: Sequence[LayerWeights], classifier: Matrix) -> list[Matrix]:
+    found = [classifier]
+    for layer in layers:
+        found += [layer.out, layer.gate, layer.up, layer.down]
+        for memory in (layer.short_term, layer.long_term):
+            found += [memory.key, memory.value, memory.gate, memory.decay]
+    return found
+
+
+def mosaic_step(
+    layers: Sequence[LayerWeights], norm: Tensor, classifier: Matrix, heads: int, eps: float
+) -> Step | GraphedStep:
     """Prepare the compiled step: a function `step(x, memories, position, padding, last_only) -> logits`.
 
-    x is the tokens' embeddings, fp32 [B, T, d], of any number of rows and of tokens; `memories` are the states of the
-    layers' memories, short-term and long-term in turn, which have `scan`, `pending_key`, `pending_raw`, `store` and `begin`
-    (mmcore.model.state) and go on by these tokens; `position` counts the tokens before them; `padding`, int64 [B] or None,
-    those that fill each row on the left. Returns fp32 logits [B, V] after the last token, or without `last_only` [B, T, V].
-    Equal to the layers run one by one, with sums in another order. The weights are looked at now: build a new step when
-    they change; `step.for_another_state()` makes one for another state.
+    x is the tokens' embeddings [B, T, d], of any number of rows; on a CPU fp32 and of any number of tokens (`pieces`), on a
+    GPU of one. `memories` are the states of the layers' memories, short-term and long-term in turn, which have `scan`,
+    `pending_key`, `pending_raw` and `store`, on a CPU `begin` too (mmcore.model.state), and go on by these tokens;
+    `position` counts the tokens before them; `padding`, int64 [B] or None, those that fill each row on the left. Returns
+    fp32 logits [B, V] after the last token, or without `last_only` [B, T, V]. Equal to the layers run one by one, with sums
+    in another order. The weights are looked at now: build a new step when they change. A step belongs to one state; a
+    CPU's makes one for another (`for_another_state()`).
 
     Raises HardwareError where `why_not` has a reason.
     """
     reason = why_not(layers, classifier)
     if reason:
         raise HardwareError(f"mosaic_step cannot run: {reason}")
-    return Step(layers, norm, classifier, heads, eps)
+    if not classifier.weight.is_cuda:
+        return Step(layers, norm, classifier, heads, eps)
+    from mmcore.kernels.mosaic_step import triton
+
+    return GraphedStep(triton.Step(layers, norm, classifier, heads, eps))

@@ -1,0 +1,99 @@
+"""The step on a GPU: its launches (triton.py), soon as replays of a CUDA graph.
+
+A graph holds them all, with the addresses they were recorded with; so what changes from token to token lies in tensors that
+stay where they are: the token's embedding, the recurrences, the pairs that wait, and a counter of the pairs in each store.
+A store that moves (a long-term one that doubles, a short-term one whose end is reached) means another recording.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from mmcore.kernels.mosaic_step.triton import Step
+
+PATIENCE = 4
+"""Tokens after a move until a graph is recorded, which takes longer than some calls: answers of a word or two go without."""
+
+
+@dataclass
+class _Fixed:
+    """The tensors of one memory that steps read and write in place."""
+
+    key: Tensor
+    raw: Tensor
+    vector: Tensor
+    log_scale: Tensor
+    clock: Tensor
+    """int64 [1]: pairs in the store."""
+
+    @staticmethod
+    def of(memory: Any) -> _Fixed:
+        parts = (memory.pending_key, memory.pending_raw, *memory.scan)
+        copies = (part.clone(memory_format=torch.contiguous_format) for part in parts)
+        return _Fixed(*copies, torch.zeros(1, dtype=torch.int64, device=parts[0].device))
+
+    def hold(self, memory: Any, clock: int) -> None:
+        """Let the memory's own tensors be these, with the numbers that it has now."""
+        theirs = (memory.pending_key, memory.pending_raw, *memory.scan)
+        for mine, their in zip((self.key, self.raw, self.vector, self.log_scale), theirs, strict=True):
+            mine.copy_(their)
+        memory.pending_key, memory.pending_raw, memory.scan = self.key, self.raw, (self.vector, self.log_scale)
+        self.clock.fill_(clock)
+
+
+class GraphedStep:
+    """`step(x, memories, position, padding, last_only) -> logits`, as `mosaic_step` describes it, for one token. Belongs to
+    one state."""
+
+    pieces = False  # one token of each row at a time
+
+    def __init__(self, step: Step) -> None:
+        self._step = step
+        self._stores: list[tuple[int, int]] = []
+        self._fixed: list[_Fixed] = []
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(
+        self, x: Tensor, memories: Sequence[Any], position: int, padding: Tensor | None = None, last_only: bool = True
+    ) -> Tensor:
+        for memory in memories:
+            memory.store.reserve(1, memory.pending_key)
+        stores = [(memory.store.keys.data_ptr(), memory.store.first) for memory in memories]
+        if stores != self._stores:
+            self._bind(x, memories, padding)
+            self._stores = stores
+        self._x.copy_(x)
+        for fixed, memory in zip(self._fixed, memories, strict=True):
+            if memory.pending_key is not fixed.key:  # new, or gone on in some other way
+                fixed.hold(memory, position - memory.store.first - 1)
+        self._advance()
+        for memory in memories:
+            memory.store.used += not memory.store.lent
+        return self._logits.clone() if last_only else self._logits[:, None].clone()
+
+    def _bind(self, x: Tensor, memories: Sequence[Any], padding: Tensor | None) -> None:
+        self._fixed = [_Fixed.of(memory) for memory in memories]
+        self._x = x.clone()
+        self._graph, self._taken = None, 0
+        starts = None
+        if padding is not None:
+            starts = torch.stack([(padding - memory.store.first).clamp(min=0) for memory in memories]).to(torch.int32)
+        self._step.bind(memories, self._fixed, starts)
+
+    def _advance(self) -> None:
+        """One step, from fixed tensors to fixed tensors. The first ones compile the kernels, which no recording may."""
+        if self._graph is None and self._taken >= PATIENCE and self._x.is_cuda:
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._logits = self._step(self._x)
+        if self._graph is None:
+            self._logits = self._step(self._x)
+        else:
+            self._graph.replay()
+        self._taken += 1

@@ -1,0 +1,237 @@
+"""The step in Triton: seven launches a layer, whatever a CUDA graph then makes of them.
+
+    projected = [k~ v~ | k~ v~ | gates decays](RMSNorm(x))      product_kernel, NORM
+    pairs and recurrences go on                                 memory_kernel, both memories
+    shares of what the new keys read, joined                    share_kernel, join_kernel, both memories
+    x += W_o read                                               product_kernel, ADD
+    inner = SiLU(W_1 y) * W_3 y,  y = RMSNorm(x)                product_kernel, NORM and GATED
+    x += W_2 inner                                              product_kernel, ADD
+
+Layer by layer through PyTorch a step of 24 layers takes 1,930 launches: on an H100 5.7 ms as a CUDA graph, 3.5 of them in
+kernels that do next to nothing, and 84 ms as calls. x and all sums are fp32. Nothing that changes from token to token is an
+argument: the number of pairs is the memories' `clock`, which the step itself moves on.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mmcore.kernels import tuning
+from mmcore.kernels.memory_read.triton_few import FEW, share_count
+from mmcore.kernels.memory_read.triton_parts import dot_precision
+from mmcore.kernels.mosaic_step.triton_kernels import (
+    JOB,
+    MEMORY,
+    ROWS,
+    join_kernel,
+    memory_kernel,
+    product_kernel,
+    share_kernel,
+)  # fmt: skip
+
+if TYPE_CHECKING:
+    from mmcore.kernels.mosaic_step import LayerWeights, Matrix, MemoryWeights
+
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.int8: tl.int8}
+_ALL = 1 << 30  # the window of a memory without one
+MOST_ROWS = 64  # of x that a program takes
+
+
+def why_not(matrices: Sequence[Matrix]) -> str | None:
+    """The reason why these weights cannot take the step in Triton, or None."""
+    for matrix in matrices:
+        weight = matrix.weight
+        if weight.dtype not in _TYPES or (weight.dtype is torch.int8) != (matrix.scale is not None):
+            return f"the weights are {weight.dtype}"
+        if not weight.is_contiguous() or weight.data_ptr() % 16:
+            return "the weights are not contiguous tensors that begin at multiples of 16 bytes"
+        if weight.device.type != "cuda" and not tuning.INTERPRETED:
+            return f"Triton kernels need a CUDA device, and the weights are on {weight.device}"
+    return None
+
+
+def _configs(rows: int) -> list[triton.Config]:
+    """N rows of W and K columns a program and turn. One configuration: a conversation's first token waits for it."""
+    if tuning.INTERPRETED:
+        table = {"N": 64, "K": 64, "STAGES": 1}
+    elif rows == 1:
+        table = {"N": 4, "K": 1024, "STAGES": 2}
+    elif rows <= 16:
+        table = {"N": 16, "K": 128, "STAGES": 4}
+    else:
+        table = {"N": 64, "K": 64, "STAGES": 4}
+    return [triton.Config(table, num_warps=4, num_stages=1)]
+
+
+@functools.cache
+def overlaps(device: torch.device) -> bool:
+    """Whether launches may begin before the one before has ended, and weights be called for at once (Hopper and later)."""
+    if device.type != "cuda" or torch.version.hip:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _together(x: Tensor) -> dict[str, bool]:
+    return {"OVERLAP": True, "launch_pdl": True} if overlaps(x.device) else {"OVERLAP": False}
+
+
+class _Products:
+    """The products of one input: jobs, each a block of at most ROWS rows of a matrix (or of two whose rows go together)."""
+
+    def __init__(self, matrices: Sequence[tuple[Matrix, ...]], norm: Tensor | None = None) -> None:
+        self.norm = norm
+        self.type, self.scaled = matrices[0][0].weight.dtype, matrices[0][0].scale is not None
+        self.gated = len(matrices[0]) == 2
+        self.width = matrices[0][0].weight.shape[1]
+        self.even = self.width * self.type.itemsize % 16 == 0
+        jobs, self.columns = [], 0
+        for group in matrices:
+            count = group[0].weight.shape[0]
+            for first in range(0, count, ROWS.value):
+                places = [place for matrix in group for place in self._places(matrix, first)]
+                places += [0, 0] * (2 - len(group))
+                jobs.append([*places, self.columns + first, min(ROWS.value, count - first)])
+            self.columns += count
+        assert len(jobs[0]) == JOB.value
+        self.jobs = torch.tensor(jobs, dtype=torch.int64, device=matrices[0][0].weight.device)
+        self._tuned: dict[int, tuning.Tuned] = {}
+
+    @staticmethod
+    def block(rows: int) -> int:
+        """Rows of x that a program takes."""
+        return 1 if rows == 1 else min(MOST_ROWS, max(16, triton.next_power_of_2(rows)))
+
+    @staticmethod
+    def _places(matrix: Matrix, first: int) -> list[int]:
+        weight, scale = matrix
+        own = weight.data_ptr() + first * weight.shape[1] * weight.element_size()
+        return [own, 0 if scale is None else scale.data_ptr() + 4 * first]
+
+    def __call__(self, x: Tensor, out: Tensor, narrow: torch.dtype, eps: float = 0.0, add: bool = False) -> None:
+        """out [B, columns] = the products with x [B, width]. Several rows meet int8 weights in `narrow`."""
+        rows = len(x)
+        block = self.block(rows)
+        if block not in self._tuned:
+            self._tuned[block] = tuning.Tuned(product_kernel, _configs(block), ())
+        narrow = narrow if self.type is torch.int8 else self.type
+        self._tuned[block](
+            lambda meta: (len(self.jobs) * (ROWS.value // meta["N"]), triton.cdiv(rows, block)),
+            self.jobs, x, x if self.norm is None else self.norm, out, self.width, rows, x.stride(0), out.stride(0), eps,
+            on=x, TYPE=_TYPES[self.type], NARROW=_TYPES[narrow], PRECISION=dot_precision(narrow), NORM=self.norm is not None,
+            GATED=self.gated, ADD=add, SCALED=self.scaled, EVEN=False, AHEAD=self.even and overlaps(x.device), B=block,
+            **_together(x),
+        )  # fmt: skip
+
+
+_MEMORY = tuning.Tuned(memory_kernel, [triton.Config({}, num_warps=1, num_stages=1)], ())
+_SHARE = tuning.Tuned(
+    share_kernel, [triton.Config({"N": 16}, num_warps=4, num_stages=1) if tuning.INTERPRETED
+                   else triton.Config({"N": 64}, num_warps=4, num_stages=4)], ())  # fmt: skip
+_JOIN = tuning.Tuned(join_kernel, [triton.Config({}, num_warps=4, num_stages=1)], ())
+
+
+class _Layer:
+    """One layer's products, and its memories' numbers."""
+
+    def __init__(self, weights: LayerWeights, scales: list[Tensor]) -> None:
+        memories = (weights.short_term, weights.long_term)
+        wide = [matrix for memory in memories for matrix in (memory.key, memory.value)]
+        thin = [matrix for memory in memories for matrix in (memory.gate, memory.decay)]
+        self.project = _Products([(matrix,) for matrix in (*wide, *thin)], weights.memory_norm)
+        self.out = _Products([(weights.out,)])
+        self.inner = _Products([(weights.gate, weights.up)], weights.persistent_norm)
+        self.down = _Products([(weights.down,)])
+        self.numbers = [self._numbers(memory, scales) for memory in memories]
+
+    @staticmethod
+    def _numbers(memory: MemoryWeights, kept: list[Tensor]) -> tuple[list[int], int, int]:
+        """(addresses of mix, scale, base, slope, exponent; window; delay)."""
+        parts = [part.detach().to(torch.float32).contiguous() for part in
+                 (memory.mix, memory.scale, memory.base, memory.slope, memory.exponent)]  # fmt: skip
+        kept += parts
+        return [part.data_ptr() for part in parts], memory.window or _ALL, memory.delay
+
+
+class Step:
+    """`step(x) -> logits` of the states that it was bound to. `x`, embeddings [B, 1, d], becomes fp32 logits [B, V]."""
+
+    def __init__(self, layers: Sequence[LayerWeights], norm: Tensor, classifier: Matrix, heads: int, eps: float) -> None:
+        self._kept: list[Tensor] = []  # what addresses point to must live as long as they
+        self._layers = [_Layer(layer, self._kept) for layer in layers]
+        self._classify = _Products([(classifier,)], norm)
+        self._kept += [part for layer in layers for part in _tensors(layer)]
+        self._heads, self._eps = heads, eps
+
+    def bind(self, memories: Sequence[Any], fixed: Sequence[Any], starts: Tensor | None) -> None:
+        """The next steps go on from `fixed`, the tensors of the layers' short-term and long-term memories in turn, which are
+        contiguous and written in place, and from the stores of `memories`. `starts`, int32 [memories, B], is the slot of
+        each row's first pair."""
+        rows = []
+        numbers = [number for layer in self._layers for number in layer.numbers]
+        for memory, own, (scalars, window, delay) in zip(memories, fixed, numbers, strict=True):
+            keys, values = memory.store.keys, memory.store.values
+            parts = (own.log_scale, own.vector, own.key, own.raw, keys, values, own.clock)
+            places = [part.data_ptr() for part in parts]
+            rows.append([*places, *scalars, keys.stride(0), window, delay, memory.store.lent])
+        self._fixed = fixed  # what addresses point to must live as long as they
+        store = memories[0].store.keys
+        table = torch.tensor(rows, dtype=torch.int64, device=store.device)
+        self._memories = table.view(len(self._layers), 2, MEMORY.value)
+        self._starts = None if starts is None else starts.contiguous().view(len(self._layers), 2, -1)
+        batch, _, heads, self._size = store.shape
+        self._types = {"PAIRS": _TYPES[store.dtype], "WAITING": _TYPES[fixed[0].key.dtype]}
+        self._precision = dot_precision(store.dtype)
+        self._aligned = heads * self._size * store.element_size() % 16 == 0
+        self._shares = [share_count(batch * heads, self._reach(memory), store) for memory in memories[:2]]
+
+    @staticmethod
+    def _reach(memory: Any) -> int:
+        capacity, window = memory.store.keys.shape[1], memory.store.window
+        return capacity if window is None else min(capacity, window)
+
+    def __call__(self, x_B1d: Tensor) -> Tensor:
+        narrow = x_B1d.dtype
+        x = x_B1d[:, 0].to(torch.float32, copy=True).contiguous()
+        batch, width = x.shape
+        heads, size = batch * self._heads, self._size
+        layer = self._layers[0]
+        projected = x.new_empty(batch, layer.project.columns)
+        read = x.new_empty(batch, 2 * width, dtype=narrow)
+        inner = x.new_empty(batch, layer.inner.columns, dtype=narrow)
+        short, shares = self._shares[0], sum(self._shares)
+        sums, totals, tops = x.new_empty(heads, shares, size), *x.new_empty(2, heads, shares)
+        padded = max(16, triton.next_power_of_2(size))
+        for depth, layer in enumerate(self._layers):
+            memories = self._memories[depth]
+            starts = memories if self._starts is None else self._starts[depth]
+            given = {"STARTS": self._starts is not None, "D": padded, **self._types, **_together(x)}
+            layer.project(x, projected, narrow, self._eps)
+            _MEMORY((heads, 2), memories, projected, starts, self._heads, size, projected.stride(0), on=x, **given)
+            _SHARE(
+                (shares, heads), memories, starts, sums, totals, tops, self._heads, size, short, on=x, M=FEW,
+                PRECISION=self._precision, EVEN=padded == size, ALIGNED=self._aligned, **given,
+            )  # fmt: skip
+            _JOIN(
+                (heads, 2), memories, sums, totals, tops, read, self._heads, size, short, shares, on=x, D=padded,
+                S=triton.next_power_of_2(max(self._shares)), **_together(x),
+            )  # fmt: skip
+            layer.out(read, x, narrow, add=True)
+            layer.inner(x, inner, narrow, self._eps)
+            layer.down(inner, x, narrow, add=True)
+        logits = x.new_empty(batch, self._classify.columns)
+        self._classify(x, logits, narrow, self._eps)
+        return logits
+
+
+def _tensors(layer: LayerWeights) -> list[Tensor]:
+    memories = (layer.short_term, layer.long_term)
+    matrices = [layer.out, layer.gate, layer.up, layer.down]
+    matrices += [matrix for memory in memories for matrix in (memory.key, memory.value, memory.gate, memory.decay)]
+    return [layer.memory_norm, layer.persistent_norm, *(part for matrix in matrices for part in matrix if part is not None)]
