@@ -27,15 +27,15 @@ class Tuned:
 
     def __init__(self, kernel: Callable, configs: Sequence[triton.Config], key: Sequence[str]) -> None:
         self._kernel = kernel
-        self._first = configs[0]
+        self.configs = list(configs)
         alone = INTERPRETED or len(configs) == 1 or os.environ.get("MM_AUTOTUNE") == "0"
-        self._tuner = None if alone else triton.autotune(configs=list(configs), key=list(key))(kernel)
+        self._tuner = None if alone else triton.autotune(configs=self.configs, key=list(key))(kernel)
 
     def __call__(self, grid: tuple | Callable, *arguments, on: Tensor, **constants) -> None:
         """Launch on the device of `on`; `grid` is a tuple, or a function of the kernel's constants."""
         with _device_of(on):
             if self._tuner is None or torch.are_deterministic_algorithms_enabled():
-                self._kernel[grid](*arguments, **constants, **self._first.all_kwargs())
+                self._kernel[grid](*arguments, **constants, **self.configs[0].all_kwargs())
             else:
                 self._tuner[grid](*arguments, **constants)
 

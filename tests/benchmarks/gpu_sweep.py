@@ -5,6 +5,7 @@ What `Tuned` picks at run time comes from short lists; this is where the lists c
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,17 +25,17 @@ BACKWARD = ("64 64 64 4 2\n64 64 64 4 3\n128 64 64 8 2\n128 64 64 8 3\n64 32 32 
 
 
 def scan(place: Place, report: dict[str, Any]) -> None:
-    """gated_scan by pieces walked side by side and stretches called for ahead, and for few heads by the programs of a
-    multiprocessor that segments aim at; in ms."""
+    """gated_scan by pieces walked side by side, and for few heads by the programs of a multiprocessor that segments aim at;
+    in ms."""
     from mmcore.kernels.gated_scan import triton as kernel
 
     names = {"summary": kernel.summary_kernel, "forward": kernel.forward_kernel, "backward": kernel.backward_kernel}
     before = kernel._tuned, kernel.PROGRAMS
-    choices = [(pieces, ahead, programs) for pieces in (4, 8) for ahead in (0, 1, 2) for programs in (2, 4, 8)]
-    for pieces, ahead, programs in mine(place, place.pick(choices, [(2, 0, 2)])):
+    choices = [(pieces, programs) for pieces in (2, 4, 8) for programs in (2, 4, 8)]
+    for pieces, programs in mine(place, place.pick(choices, [(2, 2)])):
 
-        def tuned(which: str, width: int, _, pieces=pieces, ahead=ahead) -> tuning.Tuned:
-            return tuning.Tuned(names[which], [kernel._config(width, pieces, ahead)], ())
+        def tuned(which: str, width: int, _, pieces=pieces) -> tuning.Tuned:
+            return tuning.Tuned(names[which], [kernel._config(width, pieces)], ())
 
         kernel._tuned, kernel.PROGRAMS = tuned, programs
         shapes = place.pick(SCANS, {"few heads": (1, 40, 2, 16)})
@@ -53,7 +54,7 @@ def scan(place: Place, report: dict[str, Any]) -> None:
                     "backward_ms": 1e3 * seconds(place, lambda: kernel._run_backward(upstream, raw, gates, decays, *kept)),
                 }
 
-            attempt(report, f"{name}: {pieces} pieces, {ahead} ahead, {programs} programs", times)
+            attempt(report, f"{name}: {pieces} pieces, {programs} programs", times)
     kernel._tuned, kernel.PROGRAMS = before
 
 
@@ -92,17 +93,13 @@ def read_backward(place: Place, report: dict[str, Any]) -> None:
     kernel._gatherer = before
 
 
-PRODUCTS = {
-    1: "4 1024 2 4\n4 2048 1 4\n4 512 4 4\n8 512 3 4\n8 1024 2 8\n2 2048 2 4\n8 256 4 4\n16 256 3 4\n4 1024 3 4",
-    16: "16 128 4 4\n16 256 3 4\n16 256 4 4\n32 128 4 4\n16 128 6 2\n16 512 2 4\n32 128 4 8\n64 64 4 4",
-    32: "64 64 4 4\n32 64 4 4\n32 128 3 4\n64 128 3 4\n64 128 3 8\n16 128 4 4",
-}
+PRODUCTS = {1: "4 1024 3 4\n4 1024 4 4\n4 512 4 4\n4 2048 2 4\n8 512 3 4", 16: "64 64 4 4\n32 128 4 4\n64 128 3 4"}
 """By the rows of x that a program takes: rows of W, columns, stages, warps."""
 
 
 def step(place: Place, report: dict[str, Any]) -> None:
     """The products of a decoding step of the 1.5b shape in bf16, each kind with each configuration and beside the library's,
-    weights from memory: ms, and the share of a copy's bandwidth. One row also through products of tiles."""
+    weights from memory: ms, and the share of a copy's bandwidth."""
     import triton
 
     from mmcore.kernels.mosaic_step import Matrix
@@ -115,7 +112,7 @@ def step(place: Place, report: dict[str, Any]) -> None:
               "down": (d, inner, False, False), "classify": (words, d, False, True)}  # fmt: skip
     for kind, (out, width, gated, normed) in list(shapes.items())[: 1 if place.warm else None]:
         weights = [numbers(place, out, width) for _ in range(1 + gated)]
-        for rows, block in place.pick([(1, 1), (1, 16), (8, 16), (32, 32)], [(1, 1)]):
+        for rows, block in place.pick([(1, 1), (8, 16)], [(1, 1)]):
             x, result = torch.randn(rows, width, device=place.device), torch.empty(rows, out, device=place.device)
             taken = sum(weight.numel() * weight.element_size() for weight in weights)
             narrow = x.to(weights[0].dtype)
@@ -124,16 +121,50 @@ def step(place: Place, report: dict[str, Any]) -> None:
                 spent = seconds(place, work, 0.04)
                 return {"ms": 1e3 * spent, "of_copy": taken / spent / copy}
 
-            attempt(report, f"{kind} {rows} library", lambda timed=timed, narrow=narrow, weights=weights: timed(
-                lambda: [F.linear(narrow, weight) for weight in weights]))  # fmt: skip
+            work = functools.partial(lambda x, weights: [F.linear(x, weight) for weight in weights], narrow, weights)
+            attempt(report, f"{kind} {rows} library", functools.partial(timed, work))
             for line in place.pick(PRODUCTS[block], "64 64 1 4").split("\n"):
                 n, k, stages, warps = map(int, line.split())
                 products = kernel._Products([tuple(Matrix(weight) for weight in weights)], norm if normed else None)
                 config = triton.Config({"N": n, "K": k, "STAGES": stages}, num_warps=warps, num_stages=1)
-                products.block = lambda rows, block=block: block
                 products._tuned[block] = tuning.Tuned(kernel.product_kernel, [config], ())
-                attempt(report, f"{kind} {rows} by {block}: {line}", lambda timed=timed, products=products, x=x, result=result:
-                        timed(lambda: products(x, result, weights[0].dtype, 1e-5)))  # fmt: skip
+                work = functools.partial(products._launch, products._all, x, result, weights[0].dtype, 1e-5, False)
+                attempt(report, f"{kind} {rows} by {block}: {line}", functools.partial(timed, work))
+
+
+SHARES = "64 4 4 4\n64 4 2 4\n64 4 3 4\n32 4 4 4\n32 2 4 4\n128 4 2 4\n64 4 2 8\n32 4 4 8\n64 4 3 3"
+
+
+def shares(place: Place, report: dict[str, Any]) -> None:
+    """What a new key of each row reads of both memories of a layer, by pairs N, warps, stages, and the programs of a
+    multiprocessor that a memory's shares aim at: ms after 4,096 and 32,768 tokens of one row, and 4,096 of 32."""
+    import triton
+
+    from mmcore.kernels.mosaic_step import triton as kernel
+
+    H, D, W = place.pick((16, 128, 256), (2, 16, 9))
+    kind = kernel._TYPES[torch.float32 if place.tiny else torch.bfloat16]
+    for rows, context in place.pick([(1, 4096), (1, 32_768), (32, 4096)], [(1, 40)]):
+        reads = [min(context, 4 * W), context]
+        pairs = [[numbers(place, rows, count, H, D) for _ in range(2)] for count in reads]
+        query, scalars = numbers(place, rows, 1, H, D), torch.full((H,), 4.0, device=place.device)
+        clocks = [torch.tensor([count - 1], device=place.device) for count in reads]
+        table = torch.tensor([
+            [0, 0, query.data_ptr(), 0, keys.data_ptr(), values.data_ptr(), clock.data_ptr(), 0, 0, *[scalars.data_ptr()] * 3,
+             keys.stride(0), window, delay, 0]
+            for (keys, values), clock, window, delay in zip(pairs, clocks, (W, 1 << 30), (1, 64), strict=True)
+        ], device=place.device)  # fmt: skip
+        for line in mine(place, place.pick(SHARES, "16 4 1 4").split("\n")):
+            n, warps, stages, programs = map(int, line.split())
+            one = tuning.Tuned(kernel.share_kernel, [triton.Config({"N": n}, num_warps=warps, num_stages=stages)], ())
+            wanted = max(1, programs * tuning.processors(query) // (rows * H))
+            short, far = (max(1, min(wanted, -(-reach // n))) for reach in (W, context))
+            sums, totals, tops = (torch.empty(rows * H, short + far, *size, device=place.device) for size in ((D,), (), ()))
+            work = functools.partial(
+                one, (short + far, rows * H), table, table, sums, totals, tops, H, D, short, on=query, M=16, STARTS=False,
+                PRECISION="tf32", EVEN=True, ALIGNED=True, D=D, PAIRS=kind, WAITING=kind,
+            )  # fmt: skip
+            attempt(report, f"{rows} x {context}: {line}", lambda work=work: {"ms": 1e3 * seconds(place, work, 0.04)})
 
 
 def mine(place: Place, choices: list[Any]) -> Iterator[Any]:

@@ -1,6 +1,6 @@
 """One visit to a GPU: everything that only a card can answer, part by part, each with its own time.
 
-`python -m tests.benchmarks.gpu_visit [--parts bcdefghijlsrqk] [--out FOLDER]` on the card, from the project's root;
+`python -m tests.benchmarks.gpu_visit [--parts bcdefghijlsrqkt] [--out FOLDER]` on the card, from the project's root;
 `python -m tests.benchmarks.gpu_visit --tiny --device cpu` tries every part on toy shapes, with Triton's interpreter.
 What fails prints its traceback, and the rest goes on; the JSON, named after the device, is written after every part.
 """
@@ -36,6 +36,7 @@ def parts() -> dict[str, tuple[str, int, Callable]]:
         "l": ("rivals of gated_scan", 120, gpu_kernels.scan_rivals),
         "s": ("configurations of gated_scan", 60, gpu_sweep.scan),
         "k": ("products of a decoding step", 120, gpu_sweep.step),
+        "t": ("shares of a decoding step", 60, gpu_sweep.shares),
         "r": ("configurations of memory_read forward", 60, gpu_sweep.read_forward),
         "q": ("configurations of memory_read backward", 90, gpu_sweep.read_backward),
     }
@@ -79,7 +80,7 @@ def run(names: str, place: Any, file: Path, report: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", default="bcdefghijlsrqk", help="letters of the parts, in the order to run them")
+    parser.add_argument("--parts", default="bcdefghijlsrqkt", help="letters of the parts, in the order to run them")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--warm", action="store_true", help="all once and untimed, to fill the compilers' caches")
     parser.add_argument("--share", default="0/1", help="which of how many processes this is: sweeps are shared out")

@@ -48,9 +48,7 @@ class Launches:
         self._before = tuning.Tuned.__call__
 
         def remember(tuned, grid, *arguments, on, **constants):
-            tuner = tuned._tuner
-            configs = tuner.configs if tuner is not None else [tuned._first]
-            self.calls.append((tuned._kernel, arguments, constants, configs))
+            self.calls.append((tuned._kernel, arguments, constants, tuned.configs))
 
         tuning.Tuned.__call__ = remember
         return self

@@ -54,13 +54,11 @@ def _tuned(which: str, width: int, pieces: int) -> tuning.Tuned:
     return tuning.Tuned(kernel, list(configs.values()), ("LENGTH", "D", *variants))
 
 
-def _config(width: int, pieces: int, ahead: int = 1) -> triton.Config:
-    """A warp for each piece, two in wide heads, half of one or less in narrow ones; 8 warps at most. Stretches are called
-    for `ahead` of their turn."""
+def _config(width: int, pieces: int) -> triton.Config:
+    """A warp for each piece, two in wide heads, half of one or less in narrow ones; 8 warps at most."""
     lanes = width // (4 if width >= 128 else 2)  # a thread with single columns is given half of the steps by the compiler
     pieces = min(pieces, 8 * _LANES // lanes)
-    ahead = 0 if tuning.INTERPRETED or torch.version.hip else ahead
-    constants = {"W": pieces, "V": width // lanes, "AHEAD": ahead}
+    constants = {"W": pieces, "V": width // lanes}
     return triton.Config(constants, num_warps=max(1, pieces * lanes // _LANES), num_stages=1)
 
 

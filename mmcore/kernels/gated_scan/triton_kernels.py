@@ -3,7 +3,7 @@
 A tile [C, W, D] has W pieces of C steps. It lies in registers so that each piece is a warp's, and all its steps of a column
 one thread's: scans over C then are plain multiply-adds, without shuffles, shared memory or barriers. The compiler lays
 tiles out so because they are read as [C, W * D], V neighbours (`_columns`) for each thread; [C, W, D] it lays out now one
-way, now another. Stretches are called for AHEAD of their turn: a program has but one in hand.
+way, now another.
 """
 
 from __future__ import annotations
@@ -98,17 +98,6 @@ def _tile(base, offsets, t0, step, inside, C: tl.constexpr, W: tl.constexpr, D: 
 
 
 @triton.jit
-def _call_for(base, t0, step, first, end, W: tl.constexpr, C: tl.constexpr, D: tl.constexpr):
-    """Ask for the rows of the stretch from t0 on, those in first .. end, to be brought into the level-2 cache."""
-    LINE: tl.constexpr = 128 // (base.dtype.element_ty.primitive_bitwidth // 8)
-    steps = tl.minimum(tl.maximum(t0 + tl.arange(0, W * C), first), end - 1)
-    lines = tl.arange(0, (D + LINE - 1) // LINE) * LINE
-    at = base + steps.to(tl.int64)[:, None] * step + lines[None, :]
-    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32,
-                              is_pure=False, pack=1)
-
-
-@triton.jit
 def _store(base, tile, offsets, t0, step, inside, C: tl.constexpr, W: tl.constexpr, D: tl.constexpr):
     tile = tl.reshape(tile.to(base.dtype.element_ty), (C, W * D))
     tl.store(base + t0 * tl.full((), step, tl.int64) + offsets, tile, mask=inside)
@@ -181,7 +170,7 @@ def _decay_gradients(for_gate, forget, arriving, C: tl.constexpr):
 @triton.jit
 def summary_kernel(
     raw, forgets, inputs, vectors, factors, length, heads, size, raw_row, raw_step, raw_head, per_segment, LENGTH,
-    EVEN: tl.constexpr, C: tl.constexpr, W: tl.constexpr, D: tl.constexpr, V: tl.constexpr, AHEAD: tl.constexpr,
+    EVEN: tl.constexpr, C: tl.constexpr, W: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
 ):
     """What a segment adds to the state: u at its end when it starts from nothing, and the factor of the state that it
     starts from."""
@@ -200,8 +189,6 @@ def summary_kernel(
     last = tl.minimum(first + per_segment * C, chunks * C)
     end = tl.minimum(last, length)
     for t0 in range(first, last, W * C):
-        if AHEAD:
-            _call_for(raw, t0 + AHEAD * W * C, raw_step, first, end, W, C, D)
         inside = _inside(spread, t0, end, size, W, D, V, EVEN)
         tile = _tile(raw, offsets, t0, raw_step, inside, C, W, D)
         forget, weight = _factors(forgets, places, t0, last, 1.0), _factors(inputs, places, t0, last, 0.0)
@@ -228,7 +215,7 @@ def forward_kernel(
     raw, forgets, inputs, vector, keys, new_vector, entries, inverses, vectors, factors,
     length, heads, size, raw_row, raw_step, raw_head, per_segment, LENGTH,
     STATE: tl.constexpr, KEEP: tl.constexpr, SEGMENTS: tl.constexpr, EVEN: tl.constexpr,
-    C: tl.constexpr, W: tl.constexpr, D: tl.constexpr, V: tl.constexpr, AHEAD: tl.constexpr,
+    C: tl.constexpr, W: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
 ):
     """Keys of one segment of one head; the last segment's program also writes the state after the last step."""
     segment = tl.program_id(0)
@@ -258,8 +245,6 @@ def forward_kernel(
     last = tl.minimum(first + per_segment * C, chunks * C)
     end = tl.minimum(last, length)
     for t0 in range(first, last, W * C):
-        if AHEAD:
-            _call_for(raw, t0 + AHEAD * W * C, raw_step, first, end, W, C, D)
         inside = _inside(spread, t0, end, size, W, D, V, EVEN)
         tile = _tile(raw, offsets, t0, raw_step, inside, C, W, D)
         forget, weight = _factors(forgets, places, t0, last, 1.0), _factors(inputs, places, t0, last, 0.0)
@@ -280,7 +265,7 @@ def backward_kernel(
     grad, raw, forgets, inputs, entries, inverses, grad_raw, grad_gates, grad_decays, ends, factors,
     length, heads, size, grad_row, grad_step, grad_head, raw_row, raw_step, raw_head, per_segment, LENGTH,
     SUMMARY: tl.constexpr, SEGMENTS: tl.constexpr, EVEN: tl.constexpr,
-    C: tl.constexpr, W: tl.constexpr, D: tl.constexpr, V: tl.constexpr, AHEAD: tl.constexpr,
+    C: tl.constexpr, W: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
 ):
     """Gradients of one segment of one head, walked backwards: g_t = direct_t + forget_{t+1} g_{t+1} for u_t. Tiles are
     mirrored, their first row is a piece's last step, so that g is summed as u is in the forward pass.
@@ -320,9 +305,6 @@ def backward_kernel(
     end = tl.minimum(last, length)
     for back in range(0, last - first, W * C):
         t0 = first + (last - first - 1) // (W * C) * (W * C) - back
-        if AHEAD:
-            _call_for(raw, t0 - AHEAD * W * C, raw_step, first, end, W, C, D)
-            _call_for(grad, t0 - AHEAD * W * C, grad_step, first, end, W, C, D)
         inside = _inside(spread, t0, end, size, W, D, V, EVEN)
         tile = _tile(raw, offsets, t0, raw_step, inside, C, W, D)
         upstream = _tile(grad, grad_offsets, t0, grad_step, inside, C, W, D)

@@ -55,36 +55,51 @@ class GraphedStep:
 
     def __init__(self, step: Step) -> None:
         self._step = step
-        self._stores: list[tuple[int, int]] = []
-        self._fixed: list[_Fixed] = []
+        self._bound: list[tuple[Any, _Fixed, Tensor]] = []  # memories, their tensors, the keys of their stores
+        self._room = 0  # tokens until a store may have to move
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(
         self, x: Tensor, memories: Sequence[Any], position: int, padding: Tensor | None = None, last_only: bool = True
     ) -> Tensor:
-        for memory in memories:
-            memory.store.reserve(1, memory.pending_key)
-        stores = [(memory.store.keys.data_ptr(), memory.store.first) for memory in memories]
-        if stores != self._stores:
-            self._bind(x, memories, padding)
-            self._stores = stores
+        if not (self._room > 0 and self._is_bound(memories)):
+            self._follow(x, memories, position, padding)
         self._x.copy_(x)
-        for fixed, memory in zip(self._fixed, memories, strict=True):
-            if memory.pending_key is not fixed.key:  # new, or gone on in some other way
-                fixed.hold(memory, position - memory.store.first - 1)
         self._advance()
+        # While the card works: the host's part of a token was a tenth of its time.
+        self._room -= 1
         for memory in memories:
             memory.store.used += not memory.store.lent
         return self._logits.clone() if last_only else self._logits[:, None].clone()
 
+    def _is_bound(self, memories: Sequence[Any]) -> bool:
+        """Whether nothing but this step has touched the memories since it was last called."""
+        return all(
+            memory is own and memory.store.keys is keys and memory.pending_key is fixed.key
+            for memory, (own, fixed, keys) in zip(memories, self._bound, strict=True)
+        )
+
+    def _follow(self, x: Tensor, memories: Sequence[Any], position: int, padding: Tensor | None) -> None:
+        """Catch up with memories that are new, have moved, or went on in some other way."""
+        for memory in memories:
+            memory.store.reserve(1, memory.pending_key)
+        stores = [memory.store for memory in memories]
+        if len(self._bound) != len(stores) or any(s.keys is not b[2] for s, b in zip(stores, self._bound, strict=True)):
+            self._bind(x, memories, padding)
+        for memory, fixed, _ in self._bound:
+            if memory.pending_key is not fixed.key:
+                fixed.hold(memory, position - memory.store.first - 1)
+        self._room = min((store.keys.shape[1] - store.used for store in stores if not store.lent), default=1)
+
     def _bind(self, x: Tensor, memories: Sequence[Any], padding: Tensor | None) -> None:
-        self._fixed = [_Fixed.of(memory) for memory in memories]
+        fixed = [_Fixed.of(memory) for memory in memories]
+        self._bound = [(memory, own, memory.store.keys) for memory, own in zip(memories, fixed, strict=True)]
         self._x = x.clone()
         self._graph, self._taken = None, 0
         starts = None
         if padding is not None:
             starts = torch.stack([(padding - memory.store.first).clamp(min=0) for memory in memories]).to(torch.int32)
-        self._step.bind(memories, self._fixed, starts)
+        self._step.bind(memories, fixed, starts)
 
     def _advance(self) -> None:
         """One step, from fixed tensors to fixed tensors. The first ones compile the kernels, which no recording may."""

@@ -1,15 +1,12 @@
 """The Triton kernels of a decoding step; see triton.py for how they follow one another.
 
 Weights and states are found through tables of addresses: one launch then reads many matrices, or both memories of a layer.
-OVERLAP, with launch_pdl: a launch begins while the one before still runs, and waits for its results only where it needs them
-(programmatic dependent launch). Each waits, or a third launch could overtake the first.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mmcore.kernels.memory_read.triton_few import join_shares, read_pairs
 from mmcore.kernels.memory_read.triton_parts import LOG2E, count_power, load_rows
@@ -35,22 +32,6 @@ def _address(place, TYPE: tl.constexpr, ALIGNED: tl.constexpr = True):
 
 
 @triton.jit
-def _call_for(weight, bytes):
-    """Ask for bytes from an address on, both multiples of 16, to be brought into the level-2 cache; one thread asks."""
-    tl.inline_asm_elementwise(
-        """{
-        .reg .pred %one;
-        .reg .u32 %thread;
-        mov.u32 %thread, %tid.x;
-        setp.eq.u32 %one, %thread, 0;
-        @%one cp.async.bulk.prefetch.L2.global [$1], $2;
-        mov.u32 $0, 0;
-        }""",
-        "=r,l,r", [weight.to(tl.int64), bytes], dtype=tl.int32, is_pure=False, pack=1,
-    )
-
-
-@triton.jit
 def _block(weight, n, count, width, columns, EVEN: tl.constexpr):
     """Rows n of a block of a matrix, zero from `count` on: [N, K]."""
     inside = (n < count)[:, None]
@@ -63,15 +44,14 @@ def _block(weight, n, count, width, columns, EVEN: tl.constexpr):
 def product_kernel(
     jobs, x, norm, out, width, rows, x_row, out_row, eps,
     TYPE: tl.constexpr, NARROW: tl.constexpr, PRECISION: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr,
-    ADD: tl.constexpr, SCALED: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr, OVERLAP: tl.constexpr,
-    B: tl.constexpr, N: tl.constexpr, K: tl.constexpr, STAGES: tl.constexpr,
+    ADD: tl.constexpr, SCALED: tl.constexpr, EVEN: tl.constexpr, B: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """out[b, column + n] = sum_k W[n, k] x[b, k] for N rows of a job and B rows of x; with ADD, added to what lies there.
 
     NORM: RMSNorm(x) stands for x; its reciprocal root is applied to the sums. GATED: a job has two matrices, and the result
     is SiLU(W x) * (W' x). SCALED: weights of TYPE int8, with a scale for each row. One row takes multiply-adds; B > 1 takes
-    products of tiles, in which both sides are NARROW. AHEAD: weights are called for at once, before what they multiply is
-    there: with OVERLAP, while the launch before still runs.
+    products of tiles, in which both sides are NARROW.
     """
     parts: tl.constexpr = ROWS // N
     job = jobs + tl.program_id(0) // parts * JOB
@@ -81,17 +61,6 @@ def product_kernel(
     count = tl.load(job + 5)
     weight = _address(job, TYPE)
     second = _address(job + 2 if GATED else job, TYPE)
-    if OVERLAP:
-        gdc_launch_dependents()
-    if AHEAD:
-        first = tl.program_id(0) % parts * N
-        bytes = tl.minimum(count - first, N).to(tl.int32) * width * (TYPE.primitive_bitwidth // 8)
-        if bytes > 0:
-            _call_for(weight + first * width, bytes)
-            if GATED:
-                _call_for(second + first * width, bytes)
-    if OVERLAP:
-        gdc_wait()
     sums = tl.zeros([N, K] if B == 1 else [B, N], tl.float32)
     others = sums
     squares = tl.zeros([B, K], tl.float32)
@@ -132,18 +101,36 @@ def product_kernel(
 
 
 @triton.jit
+def norm_kernel(x, weight, out, width, eps, W: tl.constexpr):
+    """RMSNorm of a row."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, W)
+    inside = columns < width
+    values = tl.load(x + row * width + columns, mask=inside, other=0.0)
+    root = 1.0 / tl.sqrt(tl.sum(values * values, 0) / width + eps)
+    result = values * root * tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * width + columns, result.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gate_kernel(gate, up, out, count, BLOCK: tl.constexpr):
+    """SiLU(gate) * up, fp32, of `count` numbers."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    a, b = tl.load(gate + at, mask=inside, other=0.0), tl.load(up + at, mask=inside, other=0.0)
+    tl.store(out + at, (a / (1.0 + tl.exp(-a)) * b).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def memory_kernel(
     memories, projected, starts, heads, size, row_step, PAIRS: tl.constexpr, WAITING: tl.constexpr, STARTS: tl.constexpr,
-    OVERLAP: tl.constexpr, D: tl.constexpr,
+    D: tl.constexpr,
 ):
     """One head of one row of one memory takes a token: the waiting pair gets its value (9) and goes into the store, the
     recurrence goes a step on (8), and the new key and v~ wait.
 
     `projected` [B, .] holds k~ and v~ of the short-term memory, of the long-term one, then gates and decays of each.
     """
-    if OVERLAP:
-        gdc_launch_dependents()
-        gdc_wait()
     row, m = tl.program_id(0), tl.program_id(1)
     rows = tl.num_programs(0) // heads
     b, h = row // heads, row % heads
@@ -191,14 +178,11 @@ def memory_kernel(
 @triton.jit(do_not_specialize=("short",))
 def share_kernel(
     memories, starts, sums, totals, tops, heads, size, short, PAIRS: tl.constexpr, WAITING: tl.constexpr,
-    PRECISION: tl.constexpr, STARTS: tl.constexpr, EVEN: tl.constexpr, ALIGNED: tl.constexpr, OVERLAP: tl.constexpr,
-    D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    PRECISION: tl.constexpr, STARTS: tl.constexpr, EVEN: tl.constexpr, ALIGNED: tl.constexpr, D: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr,
 ):
     """One share of what a head's new key reads: the first `short` programs share the short-term memory's pairs, the others
     the long-term memory's."""
-    if OVERLAP:
-        gdc_launch_dependents()
-        gdc_wait()
     program, row = tl.program_id(0), tl.program_id(1)
     b, h = row // heads, row % heads
     m = (program >= short).to(tl.int32)
@@ -237,13 +221,8 @@ def share_kernel(
 
 
 @triton.jit(do_not_specialize=("short", "shares"))
-def join_kernel(
-    memories, sums, totals, tops, read, heads, size, short, shares, OVERLAP: tl.constexpr, D: tl.constexpr, S: tl.constexpr
-):
+def join_kernel(memories, sums, totals, tops, read, heads, size, short, shares, D: tl.constexpr, S: tl.constexpr):
     """What a head of a memory has read, into [short-term heads | long-term heads]; and its store has one more pair."""
-    if OVERLAP:
-        gdc_launch_dependents()
-        gdc_wait()
     row, m = tl.program_id(0), tl.program_id(1)
     first = m * short
     count = tl.where(m == 1, shares - short, short)
