@@ -10,6 +10,7 @@ It is PyTorch's LocalElasticAgent (rendezvous, watching, restarts) with what a t
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -18,7 +19,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import psutil
 
@@ -56,6 +57,8 @@ class Agent(LocalElasticAgent):
         self.asked: signal.Signals | None = None
         """The signal that asks the run to stop."""
         self._told: set[int] = set()
+        self._ended: set[tuple[int, int]] = set()
+        """The processes of this start that the launcher has ended, each with a signal that it sent."""
         self._first_left: float | None = None
         self._starts = 0
 
@@ -80,7 +83,19 @@ class Agent(LocalElasticAgent):
         if self.asked is not None:
             raise SignalException(f"{self.asked.name} before the ranks were started", self.asked)
         self._name_start(worker_group)
-        return super()._start_workers(worker_group)
+        started = super()._start_workers(worker_group)
+        self._note_ends()
+        return started
+
+    def _note_ends(self) -> None:
+        """Have noted whom torchrun ends once a rank has failed: its result does not tell them from those that failed."""
+        self._ended.clear()
+        for handler in self._pcontext.subprocess_handlers.values():
+            handler.close = functools.partial(self._end, handler.proc.pid, handler.close)
+
+    def _end(self, pid: int, close: Callable[..., None], death_sig: signal.Signals) -> None:
+        self._ended.add((pid, death_sig))
+        close(death_sig=death_sig)
 
     def _name_start(self, worker_group: WorkerGroup) -> None:
         """Let the ranks of all nodes know a name for this start, and whether there was one before.
@@ -107,6 +122,7 @@ class Agent(LocalElasticAgent):
             self._kill_stopped()
         result = super()._monitor_workers(worker_group)
         if result.is_failed():
+            result.failures = own_failures(result.failures, self._ended)
             if self.asked is not None or first_failure(result).exitcode in FINAL:
                 self._remaining_restarts = 0
             self._say(result)
@@ -120,6 +136,7 @@ class Agent(LocalElasticAgent):
     def _kill_stopped(self) -> None:
         for process in self._processes():
             if process.poll() is None and psutil.Process(process.pid).status() == psutil.STATUS_STOPPED:
+                self._ended.add((process.pid, signal.SIGKILL))
                 process.kill()
 
     def _say(self, result: RunResult) -> None:
@@ -135,9 +152,37 @@ class Agent(LocalElasticAgent):
         print(f"mm: rank {rank} {how}{why}{then}", file=sys.stderr, flush=True)
 
 
+def own_failures(failures: Mapping[int, ProcessFailure], ended: set[tuple[int, int]]) -> dict[int, ProcessFailure]:
+    """`failures` without the deaths that the launcher caused; `ended`: the processes that it ended, and with which signals.
+
+    A rank that was sent SIGTERM may die of another signal on its way out. A SIGKILL that the launcher did not send came
+    before, however: the system takes a while to end a process that holds a GPU's memory, and others fail meanwhile.
+    """
+
+    def by_launcher(failure: ProcessFailure) -> bool:
+        told, killed = ((failure.pid, number) in ended for number in (signal.SIGTERM, signal.SIGKILL))
+        return failure.exitcode < 0 and (killed or (told and failure.exitcode != -signal.SIGKILL))
+
+    return {rank: failure for rank, failure in failures.items() if not by_launcher(failure)}
+
+
 def first_rank(result: RunResult) -> int:
-    """The rank that failed first; the others followed it."""
-    return min(result.failures, key=lambda rank: result.failures[rank].timestamp)
+    """The rank that failed first; the others followed it.
+
+    A rank that a signal killed cannot write when: its time is that at which the launcher saw it, and by then the others may
+    have written that they lost the connection to it. So it comes before them, unless it died of SIGABRT, with which NCCL
+    ends a rank that lost a connection.
+    """
+    failures = result.failures
+
+    def when(rank: int) -> int:
+        return failures[rank].timestamp
+
+    first = min(failures, key=when)
+    if failures[first].exitcode in FINAL:  # it ended for a reason of its own, not for a lost connection
+        return first
+    killed = [rank for rank, failure in failures.items() if failure.exitcode < 0 and failure.exitcode != -signal.SIGABRT]
+    return min(killed or failures, key=when)
 
 
 def first_failure(result: RunResult) -> ProcessFailure:

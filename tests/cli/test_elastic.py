@@ -1,17 +1,21 @@
 """The launcher's exit status, and what it says; real launches are in tests/distributed/test_launched.py."""
 
 import signal
+import sys
 from types import SimpleNamespace
 
 import pytest
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
 
 from mmcli import elastic
 
 
 def result(*failures):
-    """Of (rank, exit code, when)."""
+    """Of (rank, exit code, when); the process of rank n is 100 + n."""
     found = {
-        rank: SimpleNamespace(exitcode=code, timestamp=when, message="because", signal_name=lambda: "SIGKILL")
+        rank: SimpleNamespace(
+            pid=100 + rank, exitcode=code, timestamp=when, message="because", signal_name=lambda: "SIGKILL"
+        )
         for rank, code, when in failures
     }
     return SimpleNamespace(failures=found, is_failed=lambda: bool(found))
@@ -54,3 +58,46 @@ def test_one_line_says_what_rank_0_could_not(failures, left, line, capsys):
     agent._remaining_restarts = left
     agent._say(result(*failures))
     assert capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize(
+    ("failures", "ended", "first"),
+    [
+        ([(0, 1, 5), (1, 1, 6)], [], 0),
+        ([(0, 1, 6), (1, 1, 5)], [], 1),
+        ([(0, 1, 5), (1, -9, 7)], [], 1),  # 0 lost its connection to 1, whose death was seen late
+        ([(0, 1, 5), (1, -7, 7), (2, 1, 6)], [], 1),
+        ([(0, -9, 7), (1, -11, 6), (2, 1, 5)], [], 1),
+        ([(0, 1, 5), (1, -9, 7)], [(101, 15)], 1),  # it was ending when torchrun turned to it
+        ([(0, 1, 5), (1, -6, 7)], [], 0),  # NCCL's way of losing a connection
+        ([(0, 75, 5), (1, -11, 6)], [], 0),
+        ([(0, -9, 5), (1, 1, 5)], [(100, 9)], 1),  # 0 stood still, 1 told it, the launcher killed 0
+        ([(0, -9, 5), (1, 1, 5)], [(100, 9), (100, 15)], 1),  # and torchrun found it not quite gone
+        ([(0, -15, 5), (1, 1, 5), (2, -15, 5)], [(100, 15), (102, 15)], 1),
+        ([(0, -9, 35), (1, 1, 5)], [(100, 15), (100, 9)], 1),  # no answer to SIGTERM
+        ([(0, -11, 5), (1, 1, 5)], [(100, 15)], 1),  # an accident on its way out
+        ([(0, -15, 5), (1, -9, 7), (2, 1, 4)], [(100, 15)], 1),
+    ],
+)
+def test_a_rank_that_was_killed_comes_first_unless_the_launcher_did_it(failures, ended, first):
+    found = result(*failures)
+    found.failures = elastic.own_failures(found.failures, set(ended))
+    assert elastic.first_rank(found) == first
+
+
+def test_whom_torchrun_ends_is_noted(tmp_path):
+    """Real processes: one fails, one is killed, one goes on until torchrun ends it."""
+    agent = elastic.Agent.__new__(elastic.Agent)
+    agent._ended = {(1, signal.SIGKILL)}  # of an earlier start
+    scripts = ("raise SystemExit(1)", "import os; os.kill(os.getpid(), 9)", "import time; time.sleep(60)")
+    agent._pcontext = start_processes(
+        "mm", sys.executable, {rank: ("-c", script) for rank, script in enumerate(scripts)}, dict.fromkeys(range(3), {}),
+        DefaultLogsSpecs(log_dir=str(tmp_path)),
+    )  # fmt: skip
+    agent._note_ends()
+    failed, killed, ended = agent._processes()
+    failed.wait(30)
+    killed.wait(30)
+    found = agent._pcontext.wait(0)
+    assert found.failures.keys() == {0, 1, 2} and agent._ended == {(ended.pid, signal.SIGTERM)}
+    assert elastic.own_failures(found.failures, agent._ended).keys() == {0, 1}
