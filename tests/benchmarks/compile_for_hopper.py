@@ -6,12 +6,18 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+from pathlib import Path
 
 import torch
 
+from mmcore.config import load_recipe
 from mmcore.kernels import tuning
+from mmcore.kernels.mosaic_step.graphed import _Fixed
+from mmcore.model import build_model
 from tests.helpers.hopper import SHARED_LIMIT, Launches, compile_all
 
+RECIPES = Path(__file__).parents[2] / "recipes"
 B, T, H, D = 8, 4096, 32, 128
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -41,8 +47,31 @@ def memory_read(dtype: torch.dtype) -> None:
         place = (where, window, 1, 0)
         out, statistics = triton._run(keys, keys, scalar, scalar, scalar, None, *place)
         triton_backward.run_backward(keys, keys, keys, scalar, scalar, scalar, None, *place, out, statistics)
-    query, place = empty(B, 1, H, D, dtype=dtype), empty(1, dtype=torch.int64)
-    triton_few.memory_read(query, keys, keys, scalar, scalar, scalar, None, None, 64, place)
+    triton_few.memory_read(empty(B, 1, H, D, dtype=dtype), keys, keys, scalar, scalar, scalar, None, None, 64, T)
+
+
+@torch.no_grad()
+def mosaic_step(dtype: torch.dtype) -> None:
+    """A decoding step of the 1.5b shape, one row and eight."""
+    from mmcore.kernels.mosaic_step import triton
+    from mmcore.model.state import DecodingState, MemoryState
+
+    config = dataclasses.replace(load_recipe(RECIPES / "1.5b.yaml").model, num_hidden_layers=1, vocab_size=256)
+    with torch.device("meta"):
+        model = build_model(config).to(dtype)
+    weights = [layer.step_weights(64) for layer in model.model.layers]
+    step = triton.Step(weights, model.model.norm.weight, model.lm_head.matrix(), config.num_attention_heads, 1e-5)
+    heads, size = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+    for rows in (1, 8):
+        owner, fixed = DecodingState(rows), []
+        memories = [MemoryState(owner, window) for window in (config.short_term_window, None)]
+        for memory in memories:
+            memory.pending_key = memory.pending_raw = empty(rows, 1, heads, size, dtype=dtype)
+            memory.scan = empty(rows, heads, size, dtype=torch.float32), empty(rows, heads, dtype=torch.float32)
+            memory.store.reserve(1, memory.pending_key)
+            fixed.append(_Fixed.of(memory))
+        step.bind(memories, fixed, None)
+        step(empty(rows, 1, config.hidden_size, dtype=dtype))
 
 
 def small_ones(dtype: torch.dtype) -> None:
@@ -66,10 +95,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--every", action="store_true", help="all configurations, not the first of each")
     parser.add_argument("--dtypes", default="bf16,fp32")
-    parser.add_argument("--only", choices=("gated_scan", "memory_read", "small_ones"))
+    parser.add_argument("--only", choices=("gated_scan", "memory_read", "mosaic_step", "small_ones"))
     options = parser.parse_args()
     tuning.processors = lambda x: 132
-    works = (gated_scan, memory_read, small_ones)
+    works = (gated_scan, memory_read, mosaic_step, small_ones)
     for name in options.dtypes.split(","):
         for work in works:
             if options.only in (None, work.__name__):

@@ -20,8 +20,6 @@ def _triton(*arguments):
 # In order of preference. The C form holds its tiles in fp32, the Triton form 16-bit numbers or fp32; what they do not
 # take goes to the PyTorch blocks.
 FORMS = {"cpu": cpu.memory_read, "triton": _triton, "blocked": blocked.memory_read, "reference": reference.memory_read}
-FEW_ON_GPU = 16
-"""Up to so many queries the Triton form shares the pairs out over the card."""
 _HALF = {name: form for name, form in FORMS.items() if name != "cpu"}
 _DOUBLE = {name: form for name, form in _HALF.items() if name != "triton"}
 
@@ -37,7 +35,7 @@ def memory_read(
     starts: Tensor | None = None,
     window: int | None = None,
     delay: int = 1,
-    offset: int | Tensor = 0,
+    offset: int = 0,
     implementation: str = "auto",
 ) -> Tensor:
     """What each query finds in its memory: `sum_j softmax_j(beta q.k_j) v_j` over the pairs j it may read.
@@ -58,8 +56,7 @@ def memory_read(
             number of padding positions on its left); None means 0.
         window: positions back that a query sees, its own included; None means all.
         delay: how many positions the newest pair lies behind the query; 0 reads its own pair too, as attention does.
-        offset: the position of query 0; 0 in training, the pairs already stored in decoding. An int64 tensor of one
-            number stays on the GPU where few queries are read without gradients (CUDA graphs), and is awaited elsewhere.
+        offset: the position of query 0; 0 in training, the pairs already stored in decoding.
         implementation: auto, cpu (C, fp32), triton (GPUs, 16 bits or fp32), blocked (PyTorch, any device and dtype,
             no Tq x Tk matrix), or reference (the definition, Tq x Tk).
 
@@ -84,9 +81,7 @@ def memory_read(
             f"memory_read got {queries.dtype} queries, {keys.dtype} keys and {values.dtype} values: "
             f"convert them to one dtype"
         )
-    if isinstance(offset, Tensor) and (not queries.is_cuda or q_shape[1] > FEW_ON_GPU or torch.is_grad_enabled()):
-        offset = int(offset)
-    if delay < 0 or (not isinstance(offset, Tensor) and offset < 0) or (window is not None and window < 1):
+    if delay < 0 or offset < 0 or (window is not None and window < 1):
         raise ConfigError(
             f"memory_read got delay {delay}, offset {offset} and window {window}: window must be at least 1, "
             f"delay and offset at least 0"
@@ -100,8 +95,6 @@ def memory_read(
     if implementation == "auto" and queries.dtype is not torch.float32:
         forms = _DOUBLE if queries.dtype is torch.float64 else _HALF
     read = dispatch.choose("memory_read", forms, implementation, queries.device)
-    if isinstance(offset, Tensor) and read is not _triton:
-        offset = int(offset)
     if narrow and not (read is cpu.memory_read and registry.direct(queries)):
         keys, values = keys.float(), values.float()
     return read(

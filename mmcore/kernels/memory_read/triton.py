@@ -124,7 +124,7 @@ def _reader(width: int, narrow: bool) -> tuning.Tuned:
     if tuning.INTERPRETED:
         table = "32 16 4 1"
     elif not narrow:
-        table = "64 32 4 2\n128 32 8 2" if width <= 128 else "32 32 4 2\n64 16 8 2"
+        table = "64 32 4 2\n128 32 8 2" if width <= 128 else "32 32 4 2"
     elif width <= 64:
         table = "128 64 4 3\n128 128 8 3\n64 64 4 3"
     elif width <= 128:

@@ -25,7 +25,7 @@ from mmcore.kernels.memory_read.triton_parts import (
     store_rows,
 )  # fmt: skip
 
-FEW = 16  # as many rows as a product on tensor cores has at least; FEW_ON_GPU of __init__.py
+FEW = 16  # as many rows as a product on tensor cores has at least
 
 
 @triton.jit
@@ -73,17 +73,15 @@ def join_shares(sums, totals, tops, shares, step, size, D: tl.constexpr, S: tl.c
 
 @triton.jit(do_not_specialize=MOVING)
 def _share_kernel(
-    queries, keys, values, base, slope, exponent, starts, place, sums, totals, tops, count, pairs, heads, size,
+    queries, keys, values, base, slope, exponent, starts, sums, totals, tops, count, pairs, heads, size,
     query_row, query_step, query_head, key_row, key_step, key_head, value_row, value_step, value_head,
-    window, delay, offset, LENGTH, STARTS: tl.constexpr, WINDOW: tl.constexpr, PLACE: tl.constexpr,
-    PRECISION: tl.constexpr, D: tl.constexpr, EVEN: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    window, delay, offset, LENGTH, STARTS: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, EVEN: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):
     """One share of what M queries of a head read: the weighted sum, the weights' sum, the greatest score (in log2)."""
     share = tl.program_id(0)
     row = tl.program_id(1)
     b, h = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
-    if PLACE:
-        offset = tl.load(place).to(tl.int32)
     rows = tl.arange(0, M)
     first, last = interval(starts + b * count, rows, offset, count, pairs, window, delay, STARTS, WINDOW)
     power, _ = count_power(first, last, tl.load(exponent + h))
@@ -130,16 +128,15 @@ _SHARE = tuning.Tuned(_share_kernel, _configs(), ("LENGTH", "WINDOW", "D"))
 _JOIN = tuning.Tuned(_join_kernel, [triton.Config({}, num_warps=4, num_stages=1)], ())
 
 
-def share_count(rows: int, reach: int, on: Tensor) -> int:
-    """Into how many shares `reach` pairs of each of `rows` heads are cut: four programs for each multiprocessor, but
-    none with less than 128 pairs to read."""
-    wanted = triton.cdiv(4 * tuning.processors(on), rows)
-    return max(1, min(wanted, triton.cdiv(reach, 16 if tuning.INTERPRETED else 128), 128))
+def share_count(rows: int, reach: int, on: Tensor, programs: int = 4, least: int = 128) -> int:
+    """Into how many shares `reach` pairs of each of `rows` heads are cut: `programs` for each multiprocessor, but none with
+    fewer than `least` pairs to read."""
+    wanted = triton.cdiv(programs * tuning.processors(on), rows)
+    return max(1, min(wanted, triton.cdiv(reach, 16 if tuning.INTERPRETED else least), 128))
 
 
 def memory_read(queries, keys, values, base, slope, exponent, starts, window, delay, offset) -> Tensor:
-    """See mmcore.kernels.memory_read.memory_read, for 1 to FEW queries. `offset` may be an int64 tensor on the device:
-    then `keys` and `values` may be a whole store, whose unwritten end no query reaches."""
+    """See mmcore.kernels.memory_read.memory_read, for 1 to FEW queries."""
     queries, keys, values = plain(queries), plain(keys), plain(values)
     batch, count, heads, size = queries.shape
     pairs = keys.shape[1]
@@ -151,13 +148,11 @@ def memory_read(queries, keys, values, base, slope, exponent, starts, window, de
     fp32 = {"dtype": torch.float32, "device": queries.device}
     sums = torch.empty(batch * heads, shares, count, size, **fp32)
     totals, tops = torch.empty(2, batch * heads, shares, count, **fp32)
-    on_device = isinstance(offset, Tensor)
     settings = constants(queries, starts, window)
     _SHARE(
         (shares, batch * heads), queries, keys, values, base, slope, exponent, queries if starts is None else starts,
-        offset if on_device else queries, sums, totals, tops, count, pairs, heads, size, *queries.stride()[:3],
-        *keys.stride()[:3], *values.stride()[:3], window or 0, delay, 0 if on_device else offset, tuning.bucket(reach),
-        on=queries, PLACE=on_device, M=FEW, **settings,
+        sums, totals, tops, count, pairs, heads, size, *queries.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
+        window or 0, delay, offset, tuning.bucket(reach), on=queries, M=FEW, **settings,
     )  # fmt: skip
     _JOIN(
         (count, batch * heads), sums, totals, tops, out, count, heads, size, shares, on=queries, D=settings["D"],

@@ -32,11 +32,9 @@ def _address(place, TYPE: tl.constexpr, ALIGNED: tl.constexpr = True):
 
 
 @triton.jit
-def _block(weight, n, count, width, columns, EVEN: tl.constexpr):
+def _block(weight, n, count, width, columns):
     """Rows n of a block of a matrix, zero from `count` on: [N, K]."""
-    inside = (n < count)[:, None]
-    if not EVEN:
-        inside = inside & (columns < width)[None, :]
+    inside = (n < count)[:, None] & (columns < width)[None, :]
     return tl.load(weight + n[:, None] * width + columns[None, :], mask=inside, other=0)
 
 
@@ -44,8 +42,7 @@ def _block(weight, n, count, width, columns, EVEN: tl.constexpr):
 def product_kernel(
     jobs, x, norm, out, width, rows, x_row, out_row, eps,
     TYPE: tl.constexpr, NARROW: tl.constexpr, PRECISION: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr,
-    ADD: tl.constexpr, SCALED: tl.constexpr, EVEN: tl.constexpr, B: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
-    STAGES: tl.constexpr,
+    ADD: tl.constexpr, SCALED: tl.constexpr, B: tl.constexpr, N: tl.constexpr, K: tl.constexpr, STAGES: tl.constexpr,
 ):
     """out[b, column + n] = sum_k W[n, k] x[b, k] for N rows of a job and B rows of x; with ADD, added to what lies there.
 
@@ -66,7 +63,7 @@ def product_kernel(
     squares = tl.zeros([B, K], tl.float32)
     for k0 in tl.range(0, tl.where(tl.program_id(0) % parts * N < count, width, 0), K, num_stages=STAGES):
         columns = k0 + tl.arange(0, K)
-        w = _block(weight, n, count, width, columns, EVEN)
+        w = _block(weight, n, count, width, columns)
         inside = there[:, None] & (columns < width)[None, :]
         a = tl.load(x + b.to(tl.int64)[:, None] * x_row + columns[None, :], mask=inside, other=0.0).to(tl.float32)
         if NORM:
@@ -77,7 +74,7 @@ def product_kernel(
         else:
             sums = tl.dot(a.to(NARROW), tl.trans(w.to(NARROW)), sums, input_precision=PRECISION)
         if GATED:
-            w = _block(second, n, count, width, columns, EVEN)
+            w = _block(second, n, count, width, columns)
             if B == 1:
                 others += w.to(tl.float32) * a
             else:
