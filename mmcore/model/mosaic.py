@@ -123,8 +123,8 @@ class MosaicBlock(TwoMemoryBlock):
     def whole_step(model: LanguageModel) -> Callable | bool:
         """The compiled step of a whole mosaic, or False where it cannot run."""
         config = model.config
-        if not config.gated_keys:
-            return False
+        if not config.gated_keys or not all(hasattr(layer.out_proj, "matrix") for layer in model.model.layers):
+            return False  # float8 has taken the place of Linear
         layers = [layer.step_weights(config.long_term_delay) for layer in model.model.layers]
         classifier = model.lm_head.matrix()
         if mosaic_step.why_not(layers, classifier):

@@ -24,7 +24,8 @@ class Store:
     appended.
 
     With a window only the newest `window - 1` pairs are kept: they move to the front when the buffer is full, which
-    costs one copy of them in `window` tokens. Without one the buffer doubles.
+    costs one copy of them in three windows of tokens, and to a new buffer if this one is `marked`. Without a window the
+    buffer doubles.
     """
 
     def __init__(self, window: int | None, dtype: torch.dtype | None = None) -> None:
@@ -34,6 +35,7 @@ class Store:
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
         self.lent = False  # the pairs are another store's, which must not change meanwhile: see branch
+        self.marked = False  # somebody may come back to pairs of this buffer: see mark
 
     def append(self, keys_BTHD: Tensor, values_BTHD: Tensor) -> None:
         """Add T completed pairs."""
@@ -50,6 +52,12 @@ class Store:
         if self.lent or (self.keys is not None and self.used + count <= self.keys.shape[1]):
             return
         kept = self.kept
+        if self.window is not None and self.keys is not None and not self.marked:
+            if kept + count <= self.keys.shape[1] and 2 * kept <= self.used:
+                for part in (self.keys, self.values):
+                    part[:, :kept] = part[:, self.used - kept : self.used]
+                self.first, self.used = self.first + self.used - kept, kept
+                return
         B, _, H, D = like.shape
         capacity = 0 if self.keys is None else self.keys.shape[1]
         if self.window is None:
@@ -65,8 +73,7 @@ class Store:
         if kept:
             for new, source in zip((self.keys, self.values), old, strict=True):
                 new[:, :kept] = source[:, self.used - kept : self.used]
-        self.first += self.used - kept
-        self.used = kept
+        self.first, self.used, self.marked = self.first + self.used - kept, kept, False
 
     def pairs(self) -> tuple[Tensor, Tensor]:
         """Keys and values held, each [B, used, H, D], views."""
@@ -74,13 +81,15 @@ class Store:
 
     def mark(self, room: int) -> tuple[Any, ...]:
         """Where the store is, for `rewind`; with space for `room` more pairs, so that going on from the mark again and
-        again never moves the old ones. Pairs behind a mark are only ever added, so nothing is copied."""
+        again never moves the old ones. Pairs of a marked buffer are only ever added, so nothing is copied."""
         if self.keys is not None:
             self.reserve(room, self.keys)
+        self.marked = True
         return self.first, self.used, self.keys, self.values
 
     def rewind(self, mark: tuple[Any, ...]) -> None:
         self.first, self.used, self.keys, self.values = mark
+        self.marked = True  # it may be needed once more
 
     @property
     def kept(self) -> int:
@@ -93,7 +102,7 @@ class Store:
         `lent`: nobody will read what is appended, so it is dropped, and the pairs are read where they lie, uncopied.
         """
         other, kept = copy.copy(self), self.kept
-        other.first, other.used, other.lent = self.first + self.used - kept, kept, lent
+        other.first, other.used, other.lent, other.marked = self.first + self.used - kept, kept, lent, False
         if self.keys is not None:
             old = [part[:, self.used - kept : self.used].expand(rows, -1, -1, -1) for part in (self.keys, self.values)]
             if not lent:

@@ -85,6 +85,29 @@ def test_the_short_term_state_stays_small_and_the_long_term_grows():
     assert all(sizes[-1][name] == 999 for name in sizes[-1] if "long" in name)
 
 
+@pytest.mark.parametrize("whole_step", [None, False], ids=["compiled", "layers"])
+def test_short_pairs_stay_in_their_buffer_unless_somebody_may_come_back(whole_step):
+    model, exact = tiny(), tiny(kernels="reference").double()
+    tokens = random_tokens(2, 240)
+    with torch.no_grad():
+        whole = exact(tokens)
+    state = model.new_state(2)
+    state.whole_step = whole_step
+    first = feed(model, state, tokens[:, :20], [20])
+    short = [memory.store for name, memory in state.memories.items() if "short" in name]
+    before = [store.keys for store in short]
+    second = feed(model, state, tokens[:, 20:120], [1] * 90 + [10])
+    assert [store.first for store in short] != [0] * len(short)
+    assert all(store.keys is keys for store, keys in zip(short, before, strict=True))
+    mark, saved = state.mark(), {name: tensor.clone() for name, tensor in state.tensors().items()}
+    third = feed(model, state, tokens[:, 120:], [1] * 120)
+    assert torch.allclose(torch.cat([first, second, third], 1).double(), whole, atol=5e-5)
+    assert not any(store.keys is keys for store, keys in zip(short, before, strict=True))
+    state.rewind(mark)
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in state.tensors().items())
+    assert torch.allclose(feed(model, state, tokens[:, 120:], [7] * 17 + [1]), third, atol=3e-5)
+
+
 @pytest.mark.parametrize("rows, padding", [(2, None), (3, [0, 7, 16]), (18, None)])
 @pytest.mark.parametrize("sizes", [[17], [8, 9], [1, 14, 1, 1]])
 def test_last_only_is_the_last_of_all(rows, padding, sizes):

@@ -2,7 +2,7 @@
 
 A graph holds them all, with the addresses they were recorded with; so what changes from token to token lies in tensors that
 stay where they are: the token's embedding, the recurrences, the pairs that wait, and a counter of the pairs in each store.
-A store that moves (a long-term one that doubles, a short-term one whose end is reached) means another recording.
+A store that moves (a long-term one that doubles) means another recording.
 """
 
 from __future__ import annotations
@@ -38,13 +38,12 @@ class _Fixed:
         copies = (part.clone(memory_format=torch.contiguous_format) for part in parts)
         return _Fixed(*copies, torch.zeros(1, dtype=torch.int64, device=parts[0].device))
 
-    def hold(self, memory: Any, clock: int) -> None:
+    def hold(self, memory: Any) -> None:
         """Let the memory's own tensors be these, with the numbers that it has now."""
         theirs = (memory.pending_key, memory.pending_raw, *memory.scan)
         for mine, their in zip((self.key, self.raw, self.vector, self.log_scale), theirs, strict=True):
             mine.copy_(their)
         memory.pending_key, memory.pending_raw, memory.scan = self.key, self.raw, (self.vector, self.log_scale)
-        self.clock.fill_(clock)
 
 
 class GraphedStep:
@@ -88,7 +87,10 @@ class GraphedStep:
             self._bind(x, memories, padding)
         for memory, fixed, _ in self._bound:
             if memory.pending_key is not fixed.key:
-                fixed.hold(memory, position - memory.store.first - 1)
+                fixed.hold(memory)
+            fixed.clock.fill_(position - memory.store.first - 1)
+        if padding is not None:
+            self._starts.copy_(torch.stack([(padding - store.first).clamp(min=0) for store in stores]))
         self._room = min((store.keys.shape[1] - store.used for store in stores if not store.lent), default=1)
 
     def _bind(self, x: Tensor, memories: Sequence[Any], padding: Tensor | None) -> None:
@@ -96,16 +98,16 @@ class GraphedStep:
         self._bound = [(memory, own, memory.store.keys) for memory, own in zip(memories, fixed, strict=True)]
         self._x = x.clone()
         self._graph, self._taken = None, 0
-        starts = None
-        if padding is not None:
-            starts = torch.stack([(padding - memory.store.first).clamp(min=0) for memory in memories]).to(torch.int32)
-        self._step.bind(memories, fixed, starts)
+        shape = (len(fixed), len(x))
+        self._starts = None if padding is None else torch.empty(shape, dtype=torch.int32, device=x.device)
+        self._step.bind(memories, fixed, self._starts)
 
     def _advance(self) -> None:
         """One step, from fixed tensors to fixed tensors. The first ones compile the kernels, which no recording may."""
         if self._graph is None and self._taken >= PATIENCE and self._x.is_cuda:
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            # Other threads may go on with their work, on whichever device.
+            with torch.cuda.device(self._x.device), torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self._logits = self._step(self._x)
         if self._graph is None:
             self._logits = self._step(self._x)

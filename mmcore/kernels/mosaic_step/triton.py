@@ -49,6 +49,8 @@ def why_not(matrices: Sequence[Matrix]) -> str | None:
     """The reason why these weights cannot take the step in Triton, or None."""
     for matrix in matrices:
         weight = matrix.weight
+        if type(weight) not in (Tensor, torch.nn.Parameter):
+            return f"the weights are {type(weight).__name__}s, which have no one address"
         if weight.dtype not in _TYPES or (weight.dtype is torch.int8) != (matrix.scale is not None):
             return f"the weights are {weight.dtype}"
         if not weight.is_contiguous() or weight.data_ptr() % 16:
@@ -88,20 +90,19 @@ class _Products:
         self._tuned: dict[int, tuning.Tuned] = {}
 
     @staticmethod
-    def _jobs(group: tuple[Matrix, ...], column: int) -> list[list[int]]:
-        """Blocks of at most ROWS rows, as `product_kernel` finds them."""
-        jobs, count = [], group[0].weight.shape[0]
-        for first in range(0, count, ROWS.value):
-            places = []
-            for weight, scale in group:
-                places += [weight[first:].data_ptr(), 0 if scale is None else scale[first:].data_ptr()]
-            jobs.append([*places, *[0, 0] * (2 - len(group)), column + first, min(ROWS.value, count - first)])
+    def _jobs(group: tuple[Matrix, ...], column: int) -> Tensor:
+        """Blocks of at most ROWS rows, as `product_kernel` finds them, on the CPU."""
+        count = len(group[0].weight)
+        firsts = torch.arange(0, count, ROWS.value)
+        jobs = torch.zeros(len(firsts), JOB.value, dtype=torch.int64)
+        for place, (weight, scale) in enumerate(group):
+            jobs[:, 2 * place] = weight.data_ptr() + firsts * (weight.stride(0) * weight.element_size())
+            jobs[:, 2 * place + 1] = 0 if scale is None else scale.data_ptr() + firsts * scale.element_size()
+        jobs[:, 4], jobs[:, 5] = column + firsts, (count - firsts).clamp(max=ROWS.value)
         return jobs
 
-    def _table(self, jobs: list[list[list[int]]]) -> Tensor:
-        flat = [job for part in jobs for job in part]
-        assert len(flat[0]) == JOB.value
-        return torch.tensor(flat, dtype=torch.int64, device=self._groups[0][0].weight.device)
+    def _table(self, jobs: list[Tensor]) -> Tensor:
+        return torch.cat(jobs).to(self._groups[0][0].weight.device)
 
     def __call__(self, x: Tensor, out: Tensor, narrow: torch.dtype, eps: float = 0.0, add: bool = False) -> None:
         """out [B, columns] = the products with x [B, width]. Several rows meet int8 weights in `narrow`."""
@@ -205,7 +206,7 @@ class Step:
     def bind(self, memories: Sequence[Any], fixed: Sequence[Any], starts: Tensor | None) -> None:
         """The next steps go on from `fixed`, the tensors of the layers' short-term and long-term memories in turn, which are
         contiguous and written in place, and from the stores of `memories`. `starts`, int32 [memories, B], is the slot of
-        each row's first pair."""
+        each row's first pair, and may change."""
         rows = []
         numbers = [number for layer in self._layers for number in layer.numbers]
         for memory, own, (scalars, window, delay) in zip(memories, fixed, numbers, strict=True):
@@ -217,7 +218,7 @@ class Step:
         store = memories[0].store.keys
         table = torch.tensor(rows, dtype=torch.int64, device=store.device)
         self._memories = table.view(len(self._layers), 2, MEMORY.value)
-        self._starts = None if starts is None else starts.contiguous().view(len(self._layers), 2, -1)
+        self._starts = None if starts is None else starts.view(len(self._layers), 2, -1)
         batch, _, heads, self._size = store.shape
         self._types = {"PAIRS": _TYPES[store.dtype], "WAITING": _TYPES[fixed[0].key.dtype]}
         self._precision = dot_precision(store.dtype)
