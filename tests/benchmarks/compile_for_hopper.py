@@ -1,6 +1,7 @@
 """Compile every Triton kernel for an H100 on a machine without one: registers, spills and shared memory of each.
 
 `python -m tests.benchmarks.compile_for_hopper [--every] [--dtypes bf16,fp32] [--only memory_read]`. Minutes of one core.
+With --for-a-card all configurations go into Triton's cache, as a card's own Triton will look for them; nothing is printed.
 """
 
 from __future__ import annotations
@@ -96,12 +97,17 @@ def main() -> None:
     parser.add_argument("--every", action="store_true", help="all configurations, not the first of each")
     parser.add_argument("--dtypes", default="bf16,fp32")
     parser.add_argument("--only", choices=("gated_scan", "memory_read", "mosaic_step", "small_ones"))
+    parser.add_argument("--for-a-card", action="store_true", help="fill Triton's cache (TRITON_CACHE_DIR)")
     options = parser.parse_args()
+    if options.for_a_card:
+        from tests.helpers import no_card  # noqa: F401
     tuning.processors = lambda x: 132
     works = (gated_scan, memory_read, mosaic_step, small_ones)
     for name in options.dtypes.split(","):
         for work in works:
-            if options.only in (None, work.__name__):
+            if options.only in (None, work.__name__) and options.for_a_card:
+                work(DTYPES[name])
+            elif options.only in (None, work.__name__):
                 with Launches() as seen:
                     work(DTYPES[name])
                 for made in compile_all(seen, options.every):

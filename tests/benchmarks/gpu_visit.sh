@@ -3,7 +3,8 @@
 # First everything once, side by side on all cores, for at most WARM seconds (default 150), the kernels' tests among it
 # where PARTS has an "a", and a real run of recipes/124m.yaml on the texts in .gpudata where it has a "p": compiling takes
 # longer than measuring. Then each part by itself.
-# Needs python3 with torch, triton and pytest; wheels of rivals and of torchao are taken from .whl where there are some.
+# Needs python3 with torch, triton and pytest; wheels of rivals and of torchao are taken from .whl where there are some, and
+# kernels that gpu_cache.sh has compiled from .tc: then a WARM of 60 is enough but for torch.compile.
 # Its report and its logs go into $OUT (default: here).
 set -uo pipefail
 cd "$(dirname "$0")/../.."
@@ -12,6 +13,10 @@ parts="${1:?letters of the parts}" limit="${2:-590}" warm="${WARM:-150}" out="${
 if compgen -G ".whl/*.whl" >/dev/null; then
   python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$logs/site" .whl/*.whl
   export PYTHONPATH="$logs/site:$PYTHONPATH"
+fi
+if [[ -f .tc/kernels.tar.xz ]]; then # of gpu_cache.sh
+  export TRITON_CACHE_DIR=/tmp/mm-kernels
+  mkdir -p "$TRITON_CACHE_DIR" && tar xJf .tc/kernels.tar.xz -C "$TRITON_CACHE_DIR"
 fi
 nvidia-smi --query-gpu=name,driver_version,clocks.sm,memory.used --format=csv,noheader || true
 python3 -c "import torch, triton; print('torch', torch.__version__, 'triton', triton.__version__)"
