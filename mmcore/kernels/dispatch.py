@@ -36,6 +36,11 @@ def why_not(name: str, device: torch.device) -> str | None:
     return None
 
 
+def excluded(name: str) -> str | None:
+    """The reason why what is not named by its user may not take implementation `name`, or None."""
+    return None if _FORCED in ("auto", name) else f"MM_KERNELS asks for {_FORCED!r}"
+
+
 def choose(
     op: str, table: dict[str, Callable], requested: str, device: torch.device, fusible: bool = False
 ) -> Callable:

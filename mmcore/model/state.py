@@ -315,7 +315,7 @@ class DecodingState:
         """
         self.length = source.length
         step = source.whole_step  # a new one takes longer to make than most branches live
-        self.whole_step = step and step.pieces and step.for_another_state()
+        self.whole_step = (step.for_another_state() if step.pieces else None) if step else step
         for name, memory in self.memories.items():
             memory.branch(source.memories[name], self.batch_size, room, name in lent)
 

@@ -128,7 +128,8 @@ def step(place: Place, report: dict[str, Any]) -> None:
                 products = kernel._Products([tuple(Matrix(weight) for weight in weights)], norm if normed else None)
                 config = triton.Config({"N": n, "K": k, "STAGES": stages}, num_warps=warps, num_stages=1)
                 products._tuned[block] = tuning.Tuned(kernel.product_kernel, [config], ())
-                work = functools.partial(products._launch, products._all, x, result, weights[0].dtype, 1e-5, False)
+                given = (products._all, x, result, weights[0].dtype, 1e-5, False, products.norm if rows == 1 else None)
+                work = functools.partial(products._launch, *given)
                 attempt(report, f"{kind} {rows} by {block}: {line}", functools.partial(timed, work))
 
 

@@ -124,6 +124,48 @@ def test_triton_step_goes_through_marks_moves_and_branches():
     assert all(torch.equal(tensor, before[name]) for name, tensor in state.tensors().items())
 
 
+@pytest.mark.slow
+def test_triton_step_notices_pairs_that_a_mark_has_moved():
+    """`mark(room)` makes room within the buffer, whose address stays."""
+    model, exact = pair(num_hidden_layers=1)
+    tokens = random_tokens(1, 50)
+    with torch.no_grad():
+        whole = exact(tokens)
+    state, step = model.new_state(1), graphed(model)
+    first = through(model, state, tokens[:, :28], [24] + [1] * 4, step)
+    store = state.memories["layers.0.short_term"].store
+    keys, used = store.keys, store.used
+    mark = state.mark(12)
+    assert store.keys is keys and store.used < used
+    rest = through(model, state, tokens[:, 28:], [1] * 3 + [7, 1, 1, 10], step)
+    assert (torch.cat([first, rest], 1) - whole).abs().max() < 2e-5 * whole.abs().max()
+    state.rewind(mark)
+    again = through(model, state, tokens[:, 28:], [1, 1, 20], step)
+    assert (again - whole[:, 28:]).abs().max() < 2e-5 * whole.abs().max()
+
+
+@pytest.mark.slow
+def test_triton_step_of_large_activations_in_fp16():
+    """Two numbers of 60,000 in the stream: their sum of squares and their products with the norm's weight are no fp16."""
+    model, _ = pair(torch.float16, num_hidden_layers=1)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, :2] = 60_000
+        model.model.layers[0].memory_norm.weight[:2] = 4
+    state = model.new_state(3)
+    for memory in state.memories.values():
+        memory.store.dtype = None
+    got = through(model, state, random_tokens(3, 8), [5, 1, 1, 1], graphed(model))
+    assert got.isfinite().all()
+
+
+def test_triton_step_built_in_inference_mode_goes_on_outside_it():
+    model, _ = pair(num_hidden_layers=1)
+    state, step, tokens = model.new_state(1), graphed(model), random_tokens(1, 4)
+    with torch.inference_mode():
+        through(model, state, tokens[:, :3], [2, 1], step)
+    assert through(model, state, tokens[:, 3:], [1], step).isfinite().all()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not ON_GPU, reason="no CUDA device")
 @pytest.mark.parametrize("rows", [1, 3])

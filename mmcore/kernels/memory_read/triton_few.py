@@ -7,6 +7,8 @@ call depends on how far the text has come, and a CUDA graph of it stays right: e
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -117,14 +119,17 @@ def _join_kernel(
     tl.store(target + columns, read.to(out.dtype.element_ty), mask=columns < size)
 
 
-def _configs() -> list[triton.Config]:
+@functools.cache
+def _sharer(row: int) -> tuning.Tuned:
+    """The kernel for keys of `row` bytes; wide ones leave shared memory for fewer."""
     if tuning.INTERPRETED:
-        return [triton.Config({"N": 16}, num_warps=4, num_stages=1)]
-    choices = ((64, 4, 4), (128, 4, 3), (32, 2, 5))
-    return [triton.Config({"N": n}, num_warps=warps, num_stages=stages) for n, warps, stages in choices]
+        choices = [(16, 4, 1)]
+    else:
+        choices = [(64, 4, 4), (128, 4, 3), (32, 2, 5)] if row <= 256 else [(32, 4, 2), (16, 4, 2)]
+    configs = [triton.Config({"N": n}, num_warps=warps, num_stages=stages) for n, warps, stages in choices]
+    return tuning.Tuned(_share_kernel, configs, ("LENGTH", "WINDOW", "D"))
 
 
-_SHARE = tuning.Tuned(_share_kernel, _configs(), ("LENGTH", "WINDOW", "D"))
 _JOIN = tuning.Tuned(_join_kernel, [triton.Config({}, num_warps=4, num_stages=1)], ())
 
 
@@ -149,7 +154,7 @@ def memory_read(queries, keys, values, base, slope, exponent, starts, window, de
     sums = torch.empty(batch * heads, shares, count, size, **fp32)
     totals, tops = torch.empty(2, batch * heads, shares, count, **fp32)
     settings = constants(queries, starts, window)
-    _SHARE(
+    _sharer(settings["D"] * queries.element_size())(
         (shares, batch * heads), queries, keys, values, base, slope, exponent, queries if starts is None else starts,
         sums, totals, tops, count, pairs, heads, size, *queries.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
         window or 0, delay, offset, tuning.bucket(reach), on=queries, M=FEW, **settings,

@@ -61,7 +61,7 @@ def why_not(layers: Sequence[LayerWeights], classifier: Matrix) -> str | None:
     if len(dtypes) != 1:
         return f"the weights are {sorted(map(str, dtypes))}, and the step reads all of one type"
     if classifier.weight.is_cuda:
-        reason = dispatch.why_not("triton", classifier.weight.device)
+        reason = dispatch.excluded("triton") or dispatch.why_not("triton", classifier.weight.device)
         if reason is None:
             from mmcore.kernels.mosaic_step import triton
 

@@ -7,6 +7,8 @@ A store that moves (a long-term one that doubles) means another recording.
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,30 @@ if TYPE_CHECKING:
 
 PATIENCE = 4
 """Tokens after a move until a graph is recorded, which takes longer than some calls: answers of a word or two go without."""
+
+
+@functools.cache
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for each device: torch.cuda.graph's own is of the first that recorded, and each costs a workspace of cuBLAS."""
+    return torch.cuda.Stream(device)
+
+
+@dataclass
+class _Bound:
+    """A memory as the step's tables know it."""
+
+    memory: Any
+    fixed: _Fixed
+    keys: weakref.ref[Tensor]
+    """Of its store; weak, for the old ones must go as soon as a store has grown."""
+    first: int
+    """Of its store: pairs may move within their buffer."""
+
+    def holds(self, memory: Any) -> bool:
+        """Whether nothing but the step has touched the memory since."""
+        store = memory.store
+        return (memory is self.memory and self.keys() is store.keys and self.first == store.first
+                and memory.pending_key is self.fixed.key)  # fmt: skip
 
 
 @dataclass
@@ -54,14 +80,14 @@ class GraphedStep:
 
     def __init__(self, step: Step) -> None:
         self._step = step
-        self._bound: list[tuple[Any, _Fixed, Tensor]] = []  # memories, their tensors, the keys of their stores
+        self._bound: list[_Bound] = []
         self._room = 0  # tokens until a store may have to move
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(
         self, x: Tensor, memories: Sequence[Any], position: int, padding: Tensor | None = None, last_only: bool = True
     ) -> Tensor:
-        if not (self._room > 0 and self._is_bound(memories)):
+        if self._room < 1 or not all(bound.holds(memory) for bound, memory in zip(self._bound, memories, strict=True)):
             self._follow(x, memories, position, padding)
         self._x.copy_(x)
         self._advance()
@@ -71,44 +97,48 @@ class GraphedStep:
             memory.store.used += not memory.store.lent
         return self._logits.clone() if last_only else self._logits[:, None].clone()
 
-    def _is_bound(self, memories: Sequence[Any]) -> bool:
-        """Whether nothing but this step has touched the memories since it was last called."""
-        return all(
-            memory is own and memory.store.keys is keys and memory.pending_key is fixed.key
-            for memory, (own, fixed, keys) in zip(memories, self._bound, strict=True)
-        )
-
     def _follow(self, x: Tensor, memories: Sequence[Any], position: int, padding: Tensor | None) -> None:
         """Catch up with memories that are new, have moved, or went on in some other way."""
+        self._room = 0
         for memory in memories:
             memory.store.reserve(1, memory.pending_key)
-        stores = [memory.store for memory in memories]
-        if len(self._bound) != len(stores) or any(s.keys is not b[2] for s, b in zip(stores, self._bound, strict=True)):
+        if len(self._bound) != len(memories) or any(
+            bound.memory is not memory or bound.keys() is not memory.store.keys
+            for bound, memory in zip(self._bound, memories, strict=True)
+        ):
             self._bind(x, memories, padding)
-        for memory, fixed, _ in self._bound:
-            if memory.pending_key is not fixed.key:
-                fixed.hold(memory)
-            fixed.clock.fill_(position - memory.store.first - 1)
+        for bound in self._bound:
+            if bound.memory.pending_key is not bound.fixed.key:
+                bound.fixed.hold(bound.memory)
+            bound.first = bound.memory.store.first
+            bound.fixed.clock.fill_(position - bound.first - 1)
         if padding is not None:
-            self._starts.copy_(torch.stack([(padding - store.first).clamp(min=0) for store in stores]))
+            self._starts.copy_(torch.stack([(padding - bound.first).clamp(min=0) for bound in self._bound]))
+        stores = [memory.store for memory in memories]
         self._room = min((store.keys.shape[1] - store.used for store in stores if not store.lent), default=1)
 
+    @torch.inference_mode(False)  # what is written in place from now on must not belong to a mode that may end
     def _bind(self, x: Tensor, memories: Sequence[Any], padding: Tensor | None) -> None:
+        self._bound, self._graph, self._taken = [], None, 0
         fixed = [_Fixed.of(memory) for memory in memories]
-        self._bound = [(memory, own, memory.store.keys) for memory, own in zip(memories, fixed, strict=True)]
         self._x = x.clone()
-        self._graph, self._taken = None, 0
         shape = (len(fixed), len(x))
         self._starts = None if padding is None else torch.empty(shape, dtype=torch.int32, device=x.device)
         self._step.bind(memories, fixed, self._starts)
+        self._bound = [
+            _Bound(memory, own, weakref.ref(memory.store.keys), memory.store.first)
+            for memory, own in zip(memories, fixed, strict=True)
+        ]
 
     def _advance(self) -> None:
         """One step, from fixed tensors to fixed tensors. The first ones compile the kernels, which no recording may."""
         if self._graph is None and self._taken >= PATIENCE and self._x.is_cuda:
-            self._graph = torch.cuda.CUDAGraph()
-            # Other threads may go on with their work, on whichever device.
-            with torch.cuda.device(self._x.device), torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-                self._logits = self._step(self._x)
+            graph, device = torch.cuda.CUDAGraph(), self._x.device
+            # Other threads may go on with their work.
+            recording = torch.cuda.graph(graph, stream=_recording_stream(device), capture_error_mode="thread_local")
+            with torch.cuda.device(device), recording:
+                logits = self._step(self._x)
+            self._graph, self._logits = graph, logits
         if self._graph is None:
             self._logits = self._step(self._x)
         else:

@@ -75,8 +75,11 @@ class _Products:
     """The products of one input with matrices [out, in], one under the other, or, gated, with one pair of matrices."""
 
     def __init__(self, groups: Sequence[tuple[Matrix, ...]], norm: Tensor | None = None) -> None:
-        self.norm = norm
-        self._groups = groups
+        # Detached: a weight that is replaced must not be freed while addresses point to it.
+        self.norm = None if norm is None else norm.detach()
+        self._groups = groups = [
+            tuple(matrix._replace(weight=matrix.weight.detach()) for matrix in group) for group in groups
+        ]
         first = groups[0][0]
         self._type, self._scaled, self._gated = first.weight.dtype, first.scale is not None, len(groups[0]) == 2
         self._width = first.weight.shape[1]
@@ -106,13 +109,22 @@ class _Products:
 
     def __call__(self, x: Tensor, out: Tensor, narrow: torch.dtype, eps: float = 0.0, add: bool = False) -> None:
         """out [B, columns] = the products with x [B, width]. Several rows meet int8 weights in `narrow`."""
+        if len(x) == 1:
+            self._launch(self._all, x, out, narrow, eps, add, self.norm)
+            return
+        y = x.to(narrow if self._scaled else self._type)
+        if self.norm is not None:  # before the product, for unnormalized activations may be too large for fp16
+            y = torch.empty_like(y)
+            _NORM((len(x),), x, self.norm, y, self._width, eps, on=x, W=triton.next_power_of_2(self._width))
         library = self._type is torch.float32 or (x.is_cuda and torch.version.hip is None)
-        if len(x) > 1 and library and not self._scaled:
-            self._by_library(x, out, eps, add)
+        if library and not self._scaled:
+            self._by_library(y, out, add)
         else:
-            self._launch(self._all, x, out, narrow, eps, add)
+            self._launch(self._all, y, out, narrow, eps, add, None)
 
-    def _launch(self, jobs: Tensor, x: Tensor, out: Tensor, narrow: torch.dtype, eps: float, add: bool) -> None:
+    def _launch(
+        self, jobs: Tensor, x: Tensor, out: Tensor, narrow: torch.dtype, eps: float, add: bool, norm: Tensor | None
+    ) -> None:
         rows = len(x)
         block = self.block(rows)
         if block not in self._tuned:
@@ -120,8 +132,8 @@ class _Products:
         narrow = narrow if self._scaled else self._type
         self._tuned[block](
             lambda meta: (len(jobs) * (ROWS.value // meta["N"]), triton.cdiv(rows, block)),
-            jobs, x, x if self.norm is None else self.norm, out, self._width, rows, x.stride(0), out.stride(0), eps, on=x,
-            TYPE=_TYPES[self._type], NARROW=_TYPES[narrow], PRECISION=dot_precision(narrow), NORM=self.norm is not None,
+            jobs, x, x if norm is None else norm, out, self._width, rows, x.stride(0), out.stride(0), eps, on=x,
+            TYPE=_TYPES[self._type], NARROW=_TYPES[narrow], PRECISION=dot_precision(narrow), NORM=norm is not None,
             GATED=self._gated, ADD=add, SCALED=self._scaled, B=block,
         )  # fmt: skip
 
@@ -130,26 +142,22 @@ class _Products:
         """Rows of x that a program takes."""
         return 1 if rows == 1 else min(MOST_ROWS, max(16, triton.next_power_of_2(rows)))
 
-    def _by_library(self, x: Tensor, out: Tensor, eps: float, add: bool) -> None:
+    def _by_library(self, y: Tensor, out: Tensor, add: bool) -> None:
         """For several rows the library's products are faster than tiles of ours: 8 and 32 rows of the 1.5b shape took 0.09
         ms a layer on an H100, ours 0.14 and 0.16. One row takes 0.09 either way, ours in one launch for eight."""
-        y = x.to(self._type)
-        if self.norm is not None:
-            y = torch.empty(x.shape, dtype=self._type, device=x.device)
-            _NORM((len(x),), x, self.norm, y, self._width, eps, on=x, W=triton.next_power_of_2(self._width))
         if self._gated:
-            halves = x.new_empty(2, *out.shape, dtype=torch.float32)
+            halves = y.new_empty(2, *out.shape, dtype=torch.float32)
             for half, matrix in zip(halves, self._groups[0], strict=True):
                 _product(y, matrix.weight, half, False)
             count = out.numel()
-            _GATE((triton.cdiv(count, 1024),), *halves, out, count, on=x, BLOCK=1024)
+            _GATE((triton.cdiv(count, 1024),), *halves, out, count, on=y, BLOCK=1024)
             return
         for begin, (matrix,) in zip(self._begins, self._groups, strict=True):
             rows = len(matrix.weight)
             if rows >= ROWS.value:
                 _product(y, matrix.weight, out[:, begin : begin + rows], add)
         if self._thin is not None:
-            self._launch(self._thin, x, out, self._type, eps, add)
+            self._launch(self._thin, y, out, self._type, 0.0, add, None)
 
 
 def _product(y: Tensor, weight: Tensor, out: Tensor, add: bool) -> None:
@@ -165,9 +173,11 @@ def _product(y: Tensor, weight: Tensor, out: Tensor, add: bool) -> None:
 _NORM = tuning.Tuned(norm_kernel, [triton.Config({}, num_warps=8, num_stages=1)], ())
 _GATE = tuning.Tuned(gate_kernel, [triton.Config({}, num_warps=4, num_stages=1)], ())
 _MEMORY = tuning.Tuned(memory_kernel, [triton.Config({}, num_warps=1, num_stages=1)], ())
-_SHARE = tuning.Tuned(
-    share_kernel, [triton.Config({"N": 16 if tuning.INTERPRETED else 64}, num_warps=4, num_stages=2)], ()
-)  # with eight programs for each multiprocessor the fastest of nine after 4,096 and 32,768 tokens
+_SHARES = {
+    n: tuning.Tuned(share_kernel, [triton.Config({"N": n}, num_warps=4, num_stages=2)], ()) for n in (16, 32, 64)
+}
+"""By the pairs that are read at a time. With 64 and eight programs for each multiprocessor it was the fastest of nine
+configurations after 4,096 and 32,768 tokens; wide heads in fp32 would not fit into shared memory."""
 _JOIN = tuning.Tuned(join_kernel, [triton.Config({}, num_warps=4, num_stages=1)], ())
 
 
@@ -200,7 +210,6 @@ class Step:
         self._kept: list[Tensor] = []  # what addresses point to must live as long as they
         self._layers = [_Layer(layer, self._kept) for layer in layers]
         self._classify = _Products([(classifier,)], norm)
-        self._kept += [part for layer in layers for part in _tensors(layer)]
         self._heads, self._eps = heads, eps
 
     def bind(self, memories: Sequence[Any], fixed: Sequence[Any], starts: Tensor | None) -> None:
@@ -221,7 +230,7 @@ class Step:
         self._starts = None if starts is None else starts.view(len(self._layers), 2, -1)
         batch, _, heads, self._size = store.shape
         self._types = {"PAIRS": _TYPES[store.dtype], "WAITING": _TYPES[fixed[0].key.dtype]}
-        self._precision = dot_precision(store.dtype)
+        self._precision, self._item = dot_precision(store.dtype), store.element_size()
         self._aligned = heads * self._size * store.element_size() % 16 == 0
         self._shares = [share_count(batch * heads, self._reach(memory), store, 8, 64) for memory in memories[:2]]
 
@@ -242,13 +251,14 @@ class Step:
         short, shares = self._shares[0], sum(self._shares)
         sums, totals, tops = x.new_empty(heads, shares, size), *x.new_empty(2, heads, shares)
         padded = max(16, triton.next_power_of_2(size))
+        share = _SHARES[16 if tuning.INTERPRETED else 32 if padded * self._item > 512 else 64]
         for depth, layer in enumerate(self._layers):
             memories = self._memories[depth]
             starts = memories if self._starts is None else self._starts[depth]
             given = {"STARTS": self._starts is not None, "D": padded, **self._types}
             layer.project(x, projected, narrow, self._eps)
             _MEMORY((heads, 2), memories, projected, starts, self._heads, size, projected.stride(0), on=x, **given)
-            _SHARE(
+            share(
                 (shares, heads), memories, starts, sums, totals, tops, self._heads, size, short, on=x, M=FEW,
                 PRECISION=self._precision, EVEN=padded == size, ALIGNED=self._aligned, **given,
             )  # fmt: skip
@@ -263,9 +273,3 @@ class Step:
         self._classify(x, logits, narrow, self._eps)
         return logits
 
-
-def _tensors(layer: LayerWeights) -> list[Tensor]:
-    memories = (layer.short_term, layer.long_term)
-    matrices = [layer.out, layer.gate, layer.up, layer.down]
-    matrices += [matrix for memory in memories for matrix in (memory.key, memory.value, memory.gate, memory.decay)]
-    return [layer.memory_norm, layer.persistent_norm, *(part for matrix in matrices for part in matrix if part is not None)]

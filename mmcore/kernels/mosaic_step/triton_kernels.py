@@ -86,7 +86,9 @@ def product_kernel(
     if SCALED:
         result *= tl.load(_address(job + 1, tl.float32) + n, mask=n < count, other=0.0)[None, :]
     if GATED:
-        up = (tl.sum(others, 1)[None, :] if B == 1 else others) * root[:, None]
+        up = tl.sum(others, 1)[None, :] if B == 1 else others
+        if NORM:
+            up *= root[:, None]
         if SCALED:
             up *= tl.load(_address(job + 3, tl.float32) + n, mask=n < count, other=0.0)[None, :]
         result = result / (1.0 + tl.exp(-result)) * up
