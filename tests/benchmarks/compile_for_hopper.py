@@ -105,9 +105,11 @@ def main() -> None:
     works = (gated_scan, memory_read, mosaic_step, small_ones)
     for name in options.dtypes.split(","):
         for work in works:
-            if options.only in (None, work.__name__) and options.for_a_card:
+            if options.only not in (None, work.__name__):
+                continue
+            if options.for_a_card:
                 work(DTYPES[name])
-            elif options.only in (None, work.__name__):
+            else:
                 with Launches() as seen:
                     work(DTYPES[name])
                 for made in compile_all(seen, options.every):

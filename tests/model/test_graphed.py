@@ -108,6 +108,7 @@ def test_triton_step_goes_through_marks_moves_and_branches():
     with torch.no_grad():
         whole = exact(tokens)
     assert (got - whole[:, :40]).abs().max() < 2e-5 * whole.abs().max()
+    assert state.memories["layers.0.short_term"].store.first > 0 and step._taken == 10  # which bound the step but once
     mark = state.mark(4)
     for _ in range(2):
         through(model, state, random_tokens(1, 3, seed=5), [1] * 3, step)
@@ -171,7 +172,8 @@ def test_triton_step_built_in_inference_mode_goes_on_outside_it():
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_graphs_on_a_gpu_are_as_right_as_the_layers_one_by_one(dtype, rows):
-    """Recorded, replayed, recorded anew where a store has moved, left for a piece and taken up again."""
+    """Recorded, replayed while pairs move within their buffer, left for a piece and taken up again; recorded anew where a mark
+    made them move to another."""
     sizes = {"hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 384}
     model, exact = pair(dtype, **sizes)
     tokens = random_tokens(rows, 120)
@@ -186,7 +188,9 @@ def test_graphs_on_a_gpu_are_as_right_as_the_layers_one_by_one(dtype, rows):
         step = recorded.whole_step
         if step is not None and step._graph is not None and step._graph not in graphs:
             graphs.append(step._graph)
-    assert isinstance(step, GraphedStep) and len(graphs) >= 3
+        if len(found) == 50:  # once in 28 tokens they move
+            recorded.mark()
+    assert isinstance(step, GraphedStep) and len(graphs) == 2
     error, theirs = ((logits - whole).square().mean().sqrt() for logits in (torch.cat(found, 1).double().cpu(), want))
     assert error < 1.1 * theirs + 1e-5 * whole.square().mean().sqrt()
 

@@ -29,13 +29,13 @@ from mmcore.kernels.mosaic_step.triton_kernels import (
     JOB,
     MEMORY,
     ROWS,
-    gate_kernel,
     join_kernel,
     memory_kernel,
-    norm_kernel,
     product_kernel,
     share_kernel,
 )  # fmt: skip
+from mmcore.kernels.rms_norm import triton as rms_norm
+from mmcore.kernels.swiglu import triton as swiglu
 
 if TYPE_CHECKING:
     from mmcore.kernels.mosaic_step import LayerWeights, Matrix, MemoryWeights
@@ -109,13 +109,12 @@ class _Products:
 
     def __call__(self, x: Tensor, out: Tensor, narrow: torch.dtype, eps: float = 0.0, add: bool = False) -> None:
         """out [B, columns] = the products with x [B, width]. Several rows meet int8 weights in `narrow`."""
+        narrow = narrow if self._scaled else self._type
         if len(x) == 1:
             self._launch(self._all, x, out, narrow, eps, add, self.norm)
             return
-        y = x.to(narrow if self._scaled else self._type)
-        if self.norm is not None:  # before the product, for unnormalized activations may be too large for fp16
-            y = torch.empty_like(y)
-            _NORM((len(x),), x, self.norm, y, self._width, eps, on=x, W=triton.next_power_of_2(self._width))
+        # The norm goes first, for unnormalized activations may be too large for fp16.
+        y = x.to(narrow) if self.norm is None else rms_norm._run(x, self.norm, eps, narrow)[0]
         library = self._type is torch.float32 or (x.is_cuda and torch.version.hip is None)
         if library and not self._scaled:
             self._by_library(y, out, add)
@@ -129,7 +128,6 @@ class _Products:
         block = self.block(rows)
         if block not in self._tuned:
             self._tuned[block] = tuning.Tuned(product_kernel, _configs(block), ())
-        narrow = narrow if self._scaled else self._type
         self._tuned[block](
             lambda meta: (len(jobs) * (ROWS.value // meta["N"]), triton.cdiv(rows, block)),
             jobs, x, x if norm is None else norm, out, self._width, rows, x.stride(0), out.stride(0), eps, on=x,
@@ -149,8 +147,7 @@ class _Products:
             halves = y.new_empty(2, *out.shape, dtype=torch.float32)
             for half, matrix in zip(halves, self._groups[0], strict=True):
                 _product(y, matrix.weight, half, False)
-            count = out.numel()
-            _GATE((triton.cdiv(count, 1024),), *halves, out, count, on=y, BLOCK=1024)
+            swiglu._run(*halves, out)
             return
         for begin, (matrix,) in zip(self._begins, self._groups, strict=True):
             rows = len(matrix.weight)
@@ -170,8 +167,6 @@ def _product(y: Tensor, weight: Tensor, out: Tensor, add: bool) -> None:
         torch.ops.aten.mm.dtype_out(y, weight.T, torch.float32, out=out)
 
 
-_NORM = tuning.Tuned(norm_kernel, [triton.Config({}, num_warps=8, num_stages=1)], ())
-_GATE = tuning.Tuned(gate_kernel, [triton.Config({}, num_warps=4, num_stages=1)], ())
 _MEMORY = tuning.Tuned(memory_kernel, [triton.Config({}, num_warps=1, num_stages=1)], ())
 _SHARES = {
     n: tuning.Tuned(share_kernel, [triton.Config({"N": n}, num_warps=4, num_stages=2)], ()) for n in (16, 32, 64)
@@ -184,7 +179,7 @@ _JOIN = tuning.Tuned(join_kernel, [triton.Config({}, num_warps=4, num_stages=1)]
 class _Layer:
     """One layer's products, and its memories' numbers."""
 
-    def __init__(self, weights: LayerWeights, scales: list[Tensor]) -> None:
+    def __init__(self, weights: LayerWeights) -> None:
         memories = (weights.short_term, weights.long_term)
         wide = [matrix for memory in memories for matrix in (memory.key, memory.value)]
         thin = [matrix for memory in memories for matrix in (memory.gate, memory.decay)]
@@ -192,23 +187,20 @@ class _Layer:
         self.out = _Products([(weights.out,)])
         self.inner = _Products([(weights.gate, weights.up)], weights.persistent_norm)
         self.down = _Products([(weights.down,)])
-        self.numbers = [self._numbers(memory, scales) for memory in memories]
+        self.numbers = [self._numbers(memory) for memory in memories]
 
     @staticmethod
-    def _numbers(memory: MemoryWeights, kept: list[Tensor]) -> tuple[list[int], int, int]:
-        """(addresses of mix, scale, base, slope, exponent; window; delay)."""
-        parts = [part.detach().to(torch.float32).contiguous() for part in
-                 (memory.mix, memory.scale, memory.base, memory.slope, memory.exponent)]  # fmt: skip
-        kept += parts
-        return [part.data_ptr() for part in parts], memory.window or _ALL, memory.delay
+    def _numbers(memory: MemoryWeights) -> tuple[list[Tensor], int, int]:
+        """([mix, scale, base, slope, exponent], window, delay)."""
+        scalars = (memory.mix, memory.scale, memory.base, memory.slope, memory.exponent)
+        return [part.detach().float().contiguous() for part in scalars], memory.window or _ALL, memory.delay
 
 
 class Step:
     """`step(x) -> logits` of the states that it was bound to. `x`, embeddings [B, 1, d], becomes fp32 logits [B, V]."""
 
     def __init__(self, layers: Sequence[LayerWeights], norm: Tensor, classifier: Matrix, heads: int, eps: float) -> None:
-        self._kept: list[Tensor] = []  # what addresses point to must live as long as they
-        self._layers = [_Layer(layer, self._kept) for layer in layers]
+        self._layers = [_Layer(layer) for layer in layers]
         self._classify = _Products([(classifier,)], norm)
         self._heads, self._eps = heads, eps
 
@@ -220,9 +212,8 @@ class Step:
         numbers = [number for layer in self._layers for number in layer.numbers]
         for memory, own, (scalars, window, delay) in zip(memories, fixed, numbers, strict=True):
             keys, values = memory.store.keys, memory.store.values
-            parts = (own.log_scale, own.vector, own.key, own.raw, keys, values, own.clock)
-            places = [part.data_ptr() for part in parts]
-            rows.append([*places, *scalars, keys.stride(0), window, delay, memory.store.lent])
+            parts = (own.log_scale, own.vector, own.key, own.raw, keys, values, own.clock, *scalars)
+            rows.append([*(part.data_ptr() for part in parts), keys.stride(0), window, delay, memory.store.lent])
         self._fixed = fixed  # what addresses point to must live as long as they
         store = memories[0].store.keys
         table = torch.tensor(rows, dtype=torch.int64, device=store.device)

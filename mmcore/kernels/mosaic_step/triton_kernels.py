@@ -46,9 +46,9 @@ def product_kernel(
 ):
     """out[b, column + n] = sum_k W[n, k] x[b, k] for N rows of a job and B rows of x; with ADD, added to what lies there.
 
-    NORM: RMSNorm(x) stands for x; its reciprocal root is applied to the sums. GATED: a job has two matrices, and the result
-    is SiLU(W x) * (W' x). SCALED: weights of TYPE int8, with a scale for each row. One row takes multiply-adds; B > 1 takes
-    products of tiles, in which both sides are NARROW.
+    NORM: RMSNorm(x) stands for x; its reciprocal root is applied to the sums, so x times the norm's weight must fit NARROW.
+    GATED: a job has two matrices, and the result is SiLU(W x) * (W' x). SCALED: weights of TYPE int8, with a scale for each
+    row. One row takes multiply-adds in fp32; B > 1 takes products of tiles, in which both sides are NARROW.
     """
     parts: tl.constexpr = ROWS // N
     job = jobs + tl.program_id(0) // parts * JOB
@@ -97,27 +97,6 @@ def product_kernel(
     if ADD:
         result += tl.load(target, mask=inside, other=0.0).to(tl.float32)
     tl.store(target, result.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def norm_kernel(x, weight, out, width, eps, W: tl.constexpr):
-    """RMSNorm of a row."""
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, W)
-    inside = columns < width
-    values = tl.load(x + row * width + columns, mask=inside, other=0.0)
-    root = 1.0 / tl.sqrt(tl.sum(values * values, 0) / width + eps)
-    result = values * root * tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * width + columns, result.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def gate_kernel(gate, up, out, count, BLOCK: tl.constexpr):
-    """SiLU(gate) * up, fp32, of `count` numbers."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < count
-    a, b = tl.load(gate + at, mask=inside, other=0.0), tl.load(up + at, mask=inside, other=0.0)
-    tl.store(out + at, (a / (1.0 + tl.exp(-a)) * b).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit

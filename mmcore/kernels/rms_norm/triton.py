@@ -64,8 +64,9 @@ def _tuned(kernel, width: int) -> tuning.Tuned:
 _KERNELS: dict = {}
 
 
-def _run(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(x.dtype, weight.dtype)
+def _run(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """(y, in `dtype` where it is given, and 1 / sqrt(mean(x^2) + eps) of each row)."""
+    dtype = dtype or torch.promote_types(x.dtype, weight.dtype)
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     if x.numel():

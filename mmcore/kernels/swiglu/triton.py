@@ -62,8 +62,9 @@ def _launch(kernel: tuning.Tuned, inputs: list[tuple[Tensor, int]], outputs: lis
         )  # fmt: skip
 
 
-def _run(gate: Tensor, up: Tensor) -> Tensor:
-    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+def _run(gate: Tensor, up: Tensor, out: Tensor | None = None) -> Tensor:
+    """`out`, where it is given, is contiguous, of whichever dtype."""
+    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if out is None else out
     _launch(_FORWARD, [rows_of(gate), rows_of(up)], [out])
     return out
 
