@@ -6,8 +6,10 @@ Imports triton: only the `triton.py` of a kernel imports this.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -30,14 +32,56 @@ class Tuned:
         self.configs = list(configs)
         alone = INTERPRETED or len(configs) == 1 or os.environ.get("MM_AUTOTUNE") == "0"
         self._tuner = None if alone else triton.autotune(configs=self.configs, key=list(key))(kernel)
+        self._exact = () if alone else [place for place, name in enumerate(kernel.arg_names) if name in key]
+        self._known: dict[tuple, _Launch] = {}
 
     def __call__(self, grid: tuple | Callable, *arguments, on: Tensor, **constants) -> None:
         """Launch on the device of `on`; `grid` is a tuple, or a function of the kernel's constants."""
         with _device_of(on):
-            if self._tuner is None or torch.are_deterministic_algorithms_enabled():
-                self._kernel[grid](*arguments, **constants, **self.configs[0].all_kwargs())
+            key = self._case(arguments, on, constants)
+            launch = self._known.get(key)
+            if launch is not None:
+                launch(grid, arguments)
+            elif self._tuner is None or key[0]:
+                config = self.configs[0]
+                compiled = self._kernel[grid](*arguments, **constants, **config.all_kwargs())
+                self._remember(key, compiled, len(arguments), constants, config)
             else:
-                self._tuner[grid](*arguments, **constants)
+                compiled = self._tuner[grid](*arguments, **constants)
+                self._remember(key, compiled, len(arguments), constants, self._tuner.best_config)
+
+    def _case(self, arguments: tuple, on: Tensor, constants: dict) -> tuple:
+        """All that Triton's choice of what it compiles, and ours of a configuration, depend on, and not more: the lengths
+        of prompts must not make this table grow."""
+        exact = [arguments[place] for place in self._exact if place < len(arguments)]
+        kinds = [
+            (n == 1) + 2 * (n % 16 == 0) + 4 * (not -(2**31) <= n < 2**31) if type(n) is int
+            else (n.dtype, n.data_ptr() % 16 == 0) if isinstance(n, Tensor)
+            else type(n)
+            for n in arguments
+        ]  # fmt: skip
+        return torch.are_deterministic_algorithms_enabled(), on.get_device(), *exact, *kinds, *constants.items()
+
+    def _remember(self, key: tuple, compiled: Any, given: int, constants: dict, config: triton.Config) -> None:
+        if INTERPRETED:
+            return
+        constants = constants | config.kwargs
+        self._known[key] = _Launch(compiled, constants, [constants[name] for name in self._kernel.arg_names[given:]])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Launch:
+    """A kernel that Triton has compiled. Left to itself Triton finds it anew at every launch, by each of up to fifty
+    arguments: 50 us of the host for the memories' kernels, and a layer has 22 of them in a training step."""
+
+    compiled: Any
+    constants: dict[str, Any]
+    last: list[Any]
+    """The constants once more, as the kernel's last parameters."""
+
+    def __call__(self, grid: tuple | Callable, arguments: tuple) -> None:
+        sizes = grid(self.constants) if callable(grid) else grid
+        self.compiled[(*sizes, 1, 1)[:3]](*arguments, *self.last)
 
 
 def _device_of(x: Tensor) -> contextlib.AbstractContextManager:

@@ -53,9 +53,10 @@ class ContextualMemory(nn.Module):
         """What each position of whole sequences reads: [B, T, d] -> [B, T, d]."""
         *parts, raw_values = self._project(y_BTd)
         keys, _ = self._scan(*parts, packing.resets)
-        values = _values(raw_values, self.value_mix, self.value_scale(), implementation=self.kernels)
+        scale, *bandwidth = self._scale_and_bandwidth()
+        values = _values(raw_values, self.value_mix, scale, implementation=self.kernels)
         read = memory_read(
-            keys, keys, values, *self.bandwidth(), starts=packing.starts, window=self.window, delay=delay,
+            keys, keys, values, *bandwidth, starts=packing.starts, window=self.window, delay=delay,
             implementation=self.kernels,
         )
         return read.flatten(2)
@@ -107,20 +108,25 @@ class ContextualMemory(nn.Module):
     def value_scale(self) -> Tensor:
         """alpha_psi [H] = exp(min(theta, 15)). The paper prints |theta|, whose gradient at its own start, 0, is 0 in
         PyTorch: such a parameter would never move."""
-        return _exact(self.value_log_scale).clamp(max=15).exp()
+        return self._scale_and_bandwidth()[0]
 
     def bandwidth(self) -> tuple[Tensor, Tensor, Tensor]:
         """beta_0, beta_1 and alpha of equation (6), beta = beta_1 n^alpha + beta_0, each [H], fp32 or better."""
-        return (
-            _exact(self.bandwidth_base).clamp(max=10).exp(),
-            _exact(self.bandwidth_slope).clamp(max=10).exp(),
-            _exact(self.bandwidth_exponent).abs().clamp(max=1),
-        )
+        return self._scale_and_bandwidth()[1:]
+
+    def _scale_and_bandwidth(self) -> tuple[Tensor, ...]:
+        """All four as one tensor, which a compiled layer makes, and gives its gradient, in one kernel instead of four."""
+        own = (self.value_log_scale, self.bandwidth_base, self.bandwidth_slope, self.bandwidth_exponent)
+        raw = torch.stack([_exact(parameter) for parameter in own])
+        row = torch.arange(4, device=raw.device)[:, None]
+        limit = torch.where(row == 0, 15, 10)
+        positive = torch.where(raw > limit, limit, raw).exp()
+        return torch.where(row < 3, positive, raw.abs().clamp(max=1)).unbind()
 
     def step_weights(self, delay: int) -> MemoryWeights:
         """This memory's weights as the compiled step takes them."""
         matrices = (proj.matrix() for proj in (self.key_proj, self.value_proj, self.gate_proj, self.decay_proj))
-        return MemoryWeights(*matrices, self.value_mix, self.value_scale(), *self.bandwidth(), self.window, delay)
+        return MemoryWeights(*matrices, self.value_mix, *self._scale_and_bandwidth(), self.window, delay)
 
     def _heads(self, x_BTd: Tensor) -> Tensor:
         return x_BTd.unflatten(-1, (self.heads, -1))

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mmcore.errors import HardwareError
 from mmcore.kernels.linear import cpu, linear, reference
 from mmcore.kernels.thin_linear import thin_linear
-from tests.helpers.forms import CPU, needs_compiler
+from tests.helpers.forms import CPU, ON_GPU, needs_compiler
 from tests.helpers.narrow import product_error
 from tests.helpers.poison import poisoned_memory  # noqa: F401
 
@@ -217,3 +217,37 @@ def test_misuse_is_named():
     ):
         with pytest.raises(HardwareError, match=reason):
             linear(bad, [weight], scales, implementation="cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_gradient_of_a_rounded_weight_is_not_rounded(dtype):
+    """What a GPU computes under autocast, its product in fp32 out of 16 bits replaced by one in fp32."""
+    x = torch.randn(2, 65, 48).to(dtype).requires_grad_()
+    weight = torch.randn(40, 48, requires_grad=True)
+    y = reference.NarrowProduct.apply(x, weight)
+    up = torch.randn(2, 65, 40).to(dtype)
+    grad_x, grad_weight = torch.autograd.grad(y, [x, weight], up)
+    assert y.dtype == grad_x.dtype == dtype and grad_weight.dtype == torch.float32
+    rounded, flat, upstream = weight.detach().to(dtype), x.detach().flatten(0, 1), up.flatten(0, 1)
+    torch.testing.assert_close(y, torch.nn.functional.linear(x, rounded), rtol=0, atol=0)
+    torch.testing.assert_close(grad_x, up @ rounded, rtol=0, atol=0)
+    wanted = upstream.double().T @ flat.double()
+    assert error(grad_weight, wanted, upstream.double().abs().T @ flat.double().abs()) < 1e-6
+
+
+@pytest.mark.skipif(not ON_GPU, reason="no CUDA device")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_on_a_gpu_autocast_takes_it(compiled):
+    x = torch.randn(2048, 256, device="cuda").bfloat16()
+    weights = [torch.randn(out, 256, device="cuda", requires_grad=True) for out in (128, 16, 16)]
+
+    def run(x, *weights):
+        with torch.autocast("cuda", torch.bfloat16):
+            return linear(x, weights)
+
+    ys = (torch.compile(run) if compiled else run)(x, *weights)
+    ups = [torch.randn_like(y) for y in ys]
+    for y, weight, up, grad in zip(ys, weights, ups, torch.autograd.grad(ys, weights, ups), strict=True):
+        torch.testing.assert_close(y, torch.nn.functional.linear(x, weight.bfloat16()), rtol=2e-2, atol=1e-2)
+        wanted = up.double().T @ x.double()
+        assert error(grad, wanted, up.double().abs().T @ x.double().abs()) < 1e-6

@@ -100,14 +100,14 @@ def _prepare(gates: Tensor, decays: Tensor, resets: Tensor | None, log_scale: Te
     padded = triton.cdiv(time, CHUNK) * CHUNK
     fp32 = {"dtype": torch.float32, "device": gates.device}
     forgets, tops = torch.empty(batch, heads, padded + 1, **fp32), torch.empty(batch, heads, padded + 1, **fp32)
-    inputs = torch.empty(batch, heads, padded, **fp32)
+    inputs, last = torch.empty(batch, heads, padded, **fp32), torch.empty(batch, heads, **fp32)
     block = min(BLOCK, triton.next_power_of_2(padded))
     _preparer(8 if block > 1024 else 4)(
-        (batch * heads,), gates, decays, _or(_bytes(resets), gates), _or(log_scale, tops), forgets, inputs, tops, time,
-        heads, padded, *_strides(resets, gates, decays), on=gates, RESETS=resets is not None,
+        (batch * heads,), gates, decays, _or(_bytes(resets), gates), _or(log_scale, tops), forgets, inputs, tops, last,
+        time, heads, padded, *_strides(resets, gates, decays), on=gates, RESETS=resets is not None,
         STATE=log_scale is not None, BLOCK=block,
     )  # fmt: skip
-    return forgets, inputs, tops[..., -1].clone()
+    return forgets, inputs, last
 
 
 def _run(raw, gates, decays, resets, vector, log_scale, keep: bool):

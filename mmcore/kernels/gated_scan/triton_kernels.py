@@ -31,12 +31,12 @@ def _times(a, b):
 
 @triton.jit
 def prepare_kernel(
-    gates, decays, resets, log_scale, forgets, inputs, tops, length, heads, padded,
+    gates, decays, resets, log_scale, forgets, inputs, tops, last, length, heads, padded,
     gate_row, gate_step, gate_head, decay_row, decay_step, decay_head, reset_row, reset_step,
     RESETS: tl.constexpr, STATE: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """Of one head: M of all steps (`tops`, the one before the first step first), exp(log_decay_t + M_{t-1} - M_t)
-    (`forgets`, 0 where a document starts) and exp(log_gate_t - M_t) (`inputs`).
+    (`forgets`, 0 where a document starts), exp(log_gate_t - M_t) (`inputs`), and M after the last step (`last`).
 
     M may be off by a rounding: it is a unit, and both factors are computed from the one that was stored. Steps past the
     end add nothing and forget nothing: their gates are -inf.
@@ -68,6 +68,7 @@ def prepare_kernel(
         before = tl.load(tops + steps, mask=steps < padded, other=0.0)
         tl.store(forgets + steps, tl.exp(decay + (before - maxima)), mask=steps < padded)
         tl.store(inputs + steps, tl.exp(gate - maxima), mask=steps < padded)
+    tl.store(last + row, top)
 
 
 @triton.jit

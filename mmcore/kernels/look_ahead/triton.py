@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mmcore.errors import ConfigError
 from mmcore.kernels import registry, tuning
-from mmcore.kernels.look_ahead.blocked import _fake, _keep
+from mmcore.kernels.look_ahead.blocked import _fake
 
 CHUNK = 16 if tuning.INTERPRETED else 32
 
@@ -40,14 +40,24 @@ def _mixed(raw, positions, length, step, size, mix, after, D: tl.constexpr):
 
 
 @triton.jit
+def _after(after, row, size, AFTER: tl.constexpr, D: tl.constexpr):
+    """What follows the last position of a head: row `row` of `after`, or zeros."""
+    columns = tl.arange(0, D)
+    if AFTER:
+        return tl.load(after + row.to(tl.int64) * size + columns, mask=columns < size, other=0.0).to(tl.float32)
+    return tl.zeros([D], tl.float32)
+
+
+@triton.jit
 def _forward_kernel(
-    raw, mix, scale, after, values, length, heads, size, raw_row, raw_step, raw_head, C: tl.constexpr, D: tl.constexpr
+    raw, mix, scale, after, values, length, heads, size, raw_row, raw_step, raw_head, C: tl.constexpr, D: tl.constexpr,
+    AFTER: tl.constexpr,
 ):
     positions = tl.program_id(0) * C + tl.arange(0, C)
     row = tl.program_id(1)
     b, h = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
     columns = tl.arange(0, D)
-    last = tl.load(after + row.to(tl.int64) * size + columns, mask=columns < size, other=0.0).to(tl.float32)
+    last = _after(after, row, size, AFTER, D)
     mixed, _, inverse = _mixed(
         raw + b * raw_row + h * raw_head, positions, length, raw_step, size, tl.load(mix + h), last, D
     )
@@ -60,8 +70,9 @@ def _forward_kernel(
 @triton.jit
 def _backward_kernel(
     grad, raw, mix, scale, after, grad_raw, grad_after, partial, length, heads, size,
-    grad_row, grad_step, grad_head, raw_row, raw_step, raw_head, C: tl.constexpr, D: tl.constexpr,
+    grad_row, grad_step, grad_head, raw_row, raw_step, raw_head, C: tl.constexpr, D: tl.constexpr, AFTER: tl.constexpr,
 ):
+    """partial [2, H, B, blocks]: sums over a block of positions of the gradients of mix and of scale."""
     positions = tl.program_id(0) * C + tl.arange(0, C)
     row = tl.program_id(1)
     b, h = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
@@ -69,7 +80,7 @@ def _backward_kernel(
     raw += b * raw_row + h * raw_head
     grad += b * grad_row + h * grad_head
     m, s = tl.load(mix + h), tl.load(scale + h)
-    last = tl.load(after + row.to(tl.int64) * size + columns, mask=columns < size, other=0.0).to(tl.float32)
+    last = _after(after, row, size, AFTER, D)
 
     mixed, difference, inverse = _mixed(raw, positions, length, raw_step, size, m, last, D)
     upstream = _tile(grad, positions, length, grad_step, size, D)
@@ -86,13 +97,15 @@ def _backward_kernel(
     at = grad_raw + ((b * length + positions)[:, None] * heads + h) * size + columns[None, :]
     inside = (positions < length)[:, None] & (columns < size)[None, :]
     tl.store(at, result.to(grad_raw.dtype.element_ty), mask=inside)
-    ends = (positions == length - 1)[:, None] & (columns < size)[None, :]
-    tl.store(grad_after + row.to(tl.int64) * size + columns[None, :] + positions[:, None] * 0, (1 - m) * for_mixed,
-             mask=ends)
-    at = partial + (row * tl.num_programs(0) + tl.program_id(0)) * 2
+    if AFTER:
+        ends = (positions == length - 1)[:, None] & (columns < size)[None, :]
+        at = grad_after + row.to(tl.int64) * size + columns[None, :] + positions[:, None] * 0
+        tl.store(at, ((1 - m) * for_mixed).to(grad_after.dtype.element_ty), mask=ends)
+    rows = tl.num_programs(1)
+    at = partial + (h * (rows // heads) + b) * tl.num_programs(0) + tl.program_id(0)
     there = (positions < length)[:, None]
     tl.store(at, tl.sum(tl.sum(tl.where(there, for_mixed * difference, 0.0), 1), 0))
-    tl.store(at + 1, tl.sum(along, 0))
+    tl.store(at + rows * tl.num_programs(0), tl.sum(along, 0))
 
 
 _CONFIG = [triton.Config({"C": CHUNK}, num_warps=4, num_stages=1)]
@@ -103,51 +116,58 @@ def _plain(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _run(raw: Tensor, mix: Tensor, scale: Tensor, after: Tensor) -> Tensor:
+def _run(raw: Tensor, mix: Tensor, scale: Tensor, after: Tensor | None) -> Tensor:
     raw = _plain(raw)
     batch, length, heads, size = raw.shape
     values = torch.empty(raw.shape, dtype=raw.dtype, device=raw.device)
     if raw.numel():
         _FORWARD(
-            (triton.cdiv(length, CHUNK), batch * heads), raw, mix.contiguous(), scale.contiguous(), after.contiguous(),
-            values, length, heads, size, *raw.stride()[:3], on=raw, D=triton.next_power_of_2(size),
+            (triton.cdiv(length, CHUNK), batch * heads), raw, mix.contiguous(), scale.contiguous(),
+            raw if after is None else after.contiguous(), values, length, heads, size, *raw.stride()[:3], on=raw,
+            D=triton.next_power_of_2(size), AFTER=after is not None,
         )  # fmt: skip
     return values
 
 
+def _keep(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
 def _gradients(ctx, grad):
-    return _values_backward(grad, *ctx.saved_tensors)
+    grad_raw, numbers, grad_after = _values_backward(grad, *ctx.saved_tensors)
+    return grad_raw, *numbers.unbind(), None if ctx.saved_tensors[3] is None else grad_after
 
 
-def _run_backward(grad: Tensor, raw: Tensor, mix: Tensor, scale: Tensor, after: Tensor) -> tuple[Tensor, ...]:
+def _run_backward(grad: Tensor, raw: Tensor, mix: Tensor, scale: Tensor, after: Tensor | None) -> tuple[Tensor, ...]:
+    """The gradients of raw, of mix and scale together, fp32 [2, H], and of after; without it an empty tensor."""
     grad, raw = _plain(grad), _plain(raw)
     batch, length, heads, size = raw.shape
     grad_raw = torch.empty(raw.shape, dtype=raw.dtype, device=raw.device)
+    grad_after = raw.new_empty(0) if after is None else torch.empty(after.shape, dtype=after.dtype, device=raw.device)
     if not raw.numel():
-        return grad_raw, torch.zeros_like(mix), torch.zeros_like(scale), torch.zeros_like(after)
-    grad_after = torch.empty(after.shape, dtype=torch.float32, device=raw.device)
+        return grad_raw, mix.new_zeros(2, heads), grad_after.zero_()
     blocks = triton.cdiv(length, CHUNK)
-    partial = torch.empty(batch, heads, blocks, 2, dtype=torch.float32, device=raw.device)
+    partial = torch.empty(2, heads, batch * blocks, dtype=torch.float32, device=raw.device)
     _BACKWARD(
-        (blocks, batch * heads), grad, raw, mix.contiguous(), scale.contiguous(), after.contiguous(), grad_raw,
-        grad_after, partial, length, heads, size, *grad.stride()[:3], *raw.stride()[:3], on=raw,
-        D=triton.next_power_of_2(size),
+        (blocks, batch * heads), grad, raw, mix.contiguous(), scale.contiguous(),
+        raw if after is None else after.contiguous(), grad_raw, grad_after, partial, length, heads, size,
+        *grad.stride()[:3], *raw.stride()[:3], on=raw, D=triton.next_power_of_2(size), AFTER=after is not None,
     )  # fmt: skip
-    grad_mix, grad_scale = (part.clone() for part in partial.sum((0, 2)).unbind(-1))
-    return grad_raw, grad_mix, grad_scale, grad_after.to(after.dtype)
+    return grad_raw, partial.sum(2), grad_after
 
 
 def _fake_backward(grad, raw, mix, scale, after):
-    return tuple(part.new_empty(part.shape) for part in (raw, mix, scale, after))
+    grad_after = raw.new_empty(0) if after is None else after.new_empty(after.shape)
+    return raw.new_empty(raw.shape), mix.new_empty(2, *mix.shape), grad_after
 
 
 _values = registry.operator(
-    "look_ahead_triton(Tensor raw_values, Tensor mix, Tensor scale, Tensor following) -> Tensor",
+    "look_ahead_triton(Tensor raw_values, Tensor mix, Tensor scale, Tensor? following) -> Tensor",
     _run, _fake, keep=_keep, backward=_gradients,
 )  # fmt: skip
 _values_backward = registry.operator(
-    "look_ahead_triton_backward(Tensor grad, Tensor raw_values, Tensor mix, Tensor scale, Tensor following)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    "look_ahead_triton_backward(Tensor grad, Tensor raw_values, Tensor mix, Tensor scale, Tensor? following)"
+    " -> (Tensor, Tensor, Tensor)",
     _run_backward, _fake_backward,
 )  # fmt: skip
 
@@ -156,8 +176,5 @@ def look_ahead(raw_values: Tensor, mix: Tensor, scale: Tensor, following: Tensor
     """See `mmcore.kernels.look_ahead.look_ahead`. Raises ConfigError for fp64, which would be rounded."""
     if torch.float64 in (raw_values.dtype, mix.dtype, scale.dtype):
         raise ConfigError("look_ahead computes in fp32 as 'triton': use implementation='blocked' for fp64")
-    if following is None:
-        batch, _, heads, size = raw_values.shape
-        following = raw_values.new_zeros(batch, heads, size)
     run = _run if registry.direct(raw_values) else _values
     return run(raw_values, mix.float(), scale.float(), following)

@@ -233,18 +233,19 @@ def _bandwidth_kernel(
     grad_betas, starts, slope, exponent, partial, count, pairs, heads, window, delay, offset,
     STARTS: tl.constexpr, WINDOW: tl.constexpr, E: tl.constexpr,
 ):
-    """Sums over E queries of the gradients of base, slope and exponent, from those of beta."""
+    """partial [3, H, B, blocks]: sums over E queries of the gradients of base, slope and exponent, from those of beta."""
     block = tl.program_id(0)
     row = tl.program_id(1)
-    b, h = (row // heads).to(tl.int64), row % heads
+    b, h = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
     rows = block * E + tl.arange(0, E)
     first, last = interval(starts + b * count, rows, offset, count, pairs, window, delay, STARTS, WINDOW)
     power, log_count = count_power(first, last, tl.load(exponent + h))
     grad_beta = tl.load(grad_betas + row.to(tl.int64) * count + rows, mask=rows < count, other=0.0)
-    at = partial + (row * tl.num_programs(0) + block) * 3
+    at = partial + (h * (tl.num_programs(1) // heads) + b) * tl.num_programs(0) + block
+    sums = tl.num_programs(1) * tl.num_programs(0)  # of each parameter
     tl.store(at, tl.sum(grad_beta, 0))
-    tl.store(at + 1, tl.sum(grad_beta * power, 0))
-    tl.store(at + 2, tl.sum(grad_beta * power * log_count, 0) * tl.load(slope + h) / LOG2E)
+    tl.store(at + sums, tl.sum(grad_beta * power, 0))
+    tl.store(at + 2 * sums, tl.sum(grad_beta * power * log_count, 0) * tl.load(slope + h) / LOG2E)
 
 
 def _backward_configs(width: int, narrow: bool) -> list[triton.Config]:
@@ -283,8 +284,7 @@ def run_backward(grad, keys, values, base, slope, exponent, queries, starts, win
     grad_keys, grad_values = (torch.empty(keys.shape, dtype=keys.dtype, device=device) for _ in range(2))
     grad_queries = torch.empty(0 if same else queries.shape, dtype=keys.dtype, device=device)
     if count == 0 or batch * heads == 0:
-        zeros = (torch.zeros_like(t) for t in (base, slope, exponent))
-        return grad_keys.zero_(), grad_values.zero_(), *zeros, grad_queries
+        return grad_keys.zero_(), grad_values.zero_(), base.new_zeros(3, heads), grad_queries
     settings = constants(queries, starts, window) | {"E": EXTENT, "BLOCKS": tuning.bucket(triton.cdiv(count, EXTENT))}
     width, gather = settings["D"], _gatherer(settings["D"], queries.element_size() == 2)
     blocks = triton.cdiv(count, EXTENT)
@@ -308,10 +308,9 @@ def run_backward(grad, keys, values, base, slope, exponent, queries, starts, win
                 window or 0, delay, offset, tuning.bucket(pairs), on=keys, AS_KEYS=as_keys, AS_QUERIES=as_queries,
                 **settings,
             )  # fmt: skip
-    partial = torch.empty(batch, heads, blocks, 3, dtype=torch.float32, device=device)
+    partial = torch.empty(3, heads, batch * blocks, dtype=torch.float32, device=device)
     _BANDWIDTH(
         (blocks, batch * heads), grad_betas, marks, slope, exponent, partial, count, pairs, heads, window or 0, delay,
         offset, on=grad, STARTS=starts is not None, WINDOW=window is not None, E=EXTENT,
     )  # fmt: skip
-    bandwidths = (part.clone() for part in partial.sum((0, 2)).unbind(-1))
-    return grad_keys, grad_values, *bandwidths, grad_queries
+    return grad_keys, grad_values, partial.sum(2), grad_queries
