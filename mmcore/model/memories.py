@@ -115,10 +115,14 @@ class ContextualMemory(nn.Module):
         return self._scale_and_bandwidth()[1:]
 
     def _scale_and_bandwidth(self) -> tuple[Tensor, ...]:
-        """All four as one tensor, which a compiled layer makes, and gives its gradient, in one kernel instead of four."""
+        """All four. A compiled layer makes them, and their gradients, in one kernel each where there were four; calls one
+        by one are quicker apart: 8 small operations for 13."""
         own = (self.value_log_scale, self.bandwidth_base, self.bandwidth_slope, self.bandwidth_exponent)
-        raw = torch.stack([_exact(parameter) for parameter in own])
-        row = torch.arange(4, device=raw.device)[:, None]
+        own = [_exact(parameter) for parameter in own]
+        if not torch.compiler.is_compiling():
+            limits = (15, 10, 10)
+            return *(x.clamp(max=limit).exp() for x, limit in zip(own, limits, strict=False)), own[3].abs().clamp(max=1)
+        raw, row = torch.stack(own), torch.arange(4, device=own[0].device)[:, None]
         limit = torch.where(row == 0, 15, 10)
         positive = torch.where(raw > limit, limit, raw).exp()
         return torch.where(row < 3, positive, raw.abs().clamp(max=1)).unbind()

@@ -164,3 +164,28 @@ def test_a_meta_build_is_filled_by_init_weights():
         weight.data.fill_(float("nan"))
     model.init_weights(0)
     assert all(torch.equal(a, b) for a, b in zip(built.parameters(), model.parameters(), strict=True))
+
+
+def test_a_compiled_memory_has_the_same_scale_and_bandwidth():
+    """Computed together there, apart else: also beyond their limits, at them, and from what is no number."""
+    memory = tiny().model.layers[0].short_term
+    names = ("value_log_scale", "bandwidth_base", "bandwidth_slope", "bandwidth_exponent")
+    own = [getattr(memory, name) for name in names]
+    columns = torch.tensor([[-3.0, 15.0, 16.0, 1.0], [10.0, 11.0, -40.0, 2.0], [float("nan"), 0.0, 10.0, 30.0],
+                            [-0.5, 1.0, -1.5, 0.0]])  # fmt: skip
+    with torch.no_grad():
+        for parameter, values in zip(own, columns, strict=True):
+            parameter.copy_(values)
+
+    def run():
+        return memory.value_scale(), *memory.bandwidth()
+
+    def gradients(values):
+        return torch.autograd.grad(values, own, list(torch.arange(1.0, 17.0).view(4, 4)))
+
+    apart, together = run(), torch.compile(run, backend="aot_eager", fullgraph=True)()
+    for got, wanted in zip(together, apart, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)
+    for got, wanted, values in zip(gradients(together), gradients(apart), columns, strict=True):
+        there = ~values.isnan()
+        torch.testing.assert_close(got[there], wanted[there], rtol=0, atol=0)
