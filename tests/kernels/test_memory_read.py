@@ -461,6 +461,22 @@ def test_triton_queries_that_are_the_keys(name):
     assert_close(TRITON_CASES[name], "triton", torch.float32, 1e-5, same=True)
 
 
+@needs_triton
+@pytest.mark.parametrize("wanted", [(), (3,), (4, 5)], ids=str)
+def test_triton_bandwidths_that_are_fixed(wanted):
+    """Attention's: what asks for no gradient gets none, and the others are as they were."""
+    case = TRITON_CASES["65"]
+    inputs, upstream = case.tensors()
+    leaves = [t.float().to(DEVICE).requires_grad_(n < 3 or n in wanted) for n, t in enumerate(inputs)]
+    memory_read(*leaves, **case.place(), implementation="triton").backward(upstream.float().to(DEVICE))
+    _, grads = run(case, "triton", torch.float32)
+    for n, (leaf, grad) in enumerate(zip(leaves, grads, strict=True)):
+        if leaf.requires_grad:
+            torch.testing.assert_close(leaf.grad.cpu(), grad, rtol=0, atol=0)
+        else:
+            assert n >= 3 and leaf.grad is None
+
+
 @pytest.mark.gpu
 @on_a_card
 @needs_triton

@@ -167,12 +167,16 @@ def _keep(ctx, inputs, output):
 
 def _gradients(ctx, grad, _):
     *inputs, out, statistics = ctx.saved_tensors
-    *grads, bandwidths, grad_queries = _read_backward(grad, *inputs, *ctx.place, out, statistics)
-    return *grads, *bandwidths.unbind(), None if inputs[5] is None else grad_queries, None, None, None, None
+    wanted = any(ctx.needs_input_grad[2:5])
+    *grads, bandwidths, grad_queries = _read_backward(grad, *inputs, *ctx.place, out, statistics, wanted)
+    bandwidths = bandwidths.unbind() if wanted else (None, None, None)
+    return *grads, *bandwidths, None if inputs[5] is None else grad_queries, None, None, None, None
 
 
-def _fake_backward(grad, keys, values, base, slope, exponent, queries, starts, window, delay, offset, out, statistics):
-    shapes = (keys.shape, values.shape, (3, *base.shape), (0,) if queries is None else queries.shape)
+def _fake_backward(
+    grad, keys, values, base, slope, exponent, queries, starts, window, delay, offset, out, statistics, bandwidths
+):
+    shapes = (keys.shape, values.shape, (3 if bandwidths else 0, *base.shape), (0,) if queries is None else queries.shape)
     dtypes = (keys.dtype, keys.dtype, torch.float32, keys.dtype)
     return tuple(keys.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
 
@@ -184,8 +188,8 @@ _read = registry.operator(
 )  # fmt: skip
 _read_backward = registry.operator(
     "memory_read_triton_backward(Tensor grad, Tensor keys, Tensor values, Tensor base, Tensor slope, Tensor exponent, "
-    "Tensor? queries, Tensor? starts, int? window, SymInt delay, SymInt offset, Tensor out, Tensor statistics)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? queries, Tensor? starts, int? window, SymInt delay, SymInt offset, Tensor out, Tensor statistics, "
+    "bool bandwidths) -> (Tensor, Tensor, Tensor, Tensor)",
     run_backward, _fake_backward,
 )  # fmt: skip
 

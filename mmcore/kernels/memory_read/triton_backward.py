@@ -275,7 +275,11 @@ _BANDWIDTH = tuning.Tuned(_bandwidth_kernel, [triton.Config({}, num_warps=4, num
 _PREPARE = tuning.Tuned(_prepare_kernel, [triton.Config({}, num_warps=4, num_stages=1)], ())
 
 
-def run_backward(grad, keys, values, base, slope, exponent, queries, starts, window, delay, offset, out, statistics):
+def run_backward(
+    grad, keys, values, base, slope, exponent, queries, starts, window, delay, offset, out, statistics, bandwidths=True
+):
+    """The gradients of keys, values, base, slope and exponent together, fp32 [3, H], and queries. Without `bandwidths` the
+    third is empty, and without queries of their own the last."""
     same = queries is None
     grad, keys, values = plain(grad), plain(keys), plain(values)
     queries = keys if same else plain(queries)
@@ -284,7 +288,7 @@ def run_backward(grad, keys, values, base, slope, exponent, queries, starts, win
     grad_keys, grad_values = (torch.empty(keys.shape, dtype=keys.dtype, device=device) for _ in range(2))
     grad_queries = torch.empty(0 if same else queries.shape, dtype=keys.dtype, device=device)
     if count == 0 or batch * heads == 0:
-        return grad_keys.zero_(), grad_values.zero_(), base.new_zeros(3, heads), grad_queries
+        return grad_keys.zero_(), grad_values.zero_(), base.new_zeros(3 if bandwidths else 0, heads), grad_queries
     settings = constants(queries, starts, window) | {"E": EXTENT, "BLOCKS": tuning.bucket(triton.cdiv(count, EXTENT))}
     width, gather = settings["D"], _gatherer(settings["D"], queries.element_size() == 2)
     blocks = triton.cdiv(count, EXTENT)
@@ -308,6 +312,8 @@ def run_backward(grad, keys, values, base, slope, exponent, queries, starts, win
                 window or 0, delay, offset, tuning.bucket(pairs), on=keys, AS_KEYS=as_keys, AS_QUERIES=as_queries,
                 **settings,
             )  # fmt: skip
+    if not bandwidths:  # attention, whose bandwidth is fixed
+        return grad_keys, grad_values, base.new_empty(0, heads), grad_queries
     partial = torch.empty(3, heads, batch * blocks, dtype=torch.float32, device=device)
     _BANDWIDTH(
         (blocks, batch * heads), grad_betas, marks, slope, exponent, partial, count, pairs, heads, window or 0, delay,
