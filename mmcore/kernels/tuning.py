@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -34,39 +35,48 @@ class Tuned:
         self._tuner = None if alone else triton.autotune(configs=self.configs, key=list(key))(kernel)
         self._exact = () if alone else [place for place, name in enumerate(kernel.arg_names) if name in key]
         self._known: dict[tuple, _Launch] = {}
+        self._first = threading.Lock()  # an autotuner's state is one for all threads
 
     def __call__(self, grid: tuple | Callable, *arguments, on: Tensor, **constants) -> None:
         """Launch on the device of `on`; `grid` is a tuple, or a function of the kernel's constants."""
         with _device_of(on):
-            key = self._case(arguments, on, constants)
-            launch = self._known.get(key)
+            case = self._case(arguments, on, constants)
+            launch = self._known.get(case)
             if launch is not None:
                 launch(grid, arguments)
-            elif self._tuner is None or key[0]:
-                config = self.configs[0]
-                compiled = self._kernel[grid](*arguments, **constants, **config.all_kwargs())
-                self._remember(key, compiled, len(arguments), constants, config)
-            else:
-                compiled = self._tuner[grid](*arguments, **constants)
-                self._remember(key, compiled, len(arguments), constants, self._tuner.best_config)
+                return
+            with self._first:
+                compiled, config = self._search(grid, arguments, constants)
+                if compiled is not None:
+                    known = constants | config.kwargs
+                    last = [known[name] for name in self._kernel.arg_names[len(arguments) :]]
+                    self._known[case] = _Launch(compiled, known, last)
+
+    def _search(self, grid: tuple | Callable, arguments: tuple, constants: dict) -> tuple[Any, triton.Config]:
+        """Launch as Triton does. Returns the compiled kernel, None in the interpreter, and its configuration."""
+        if self._tuner is None or torch.are_deterministic_algorithms_enabled():
+            config = self.configs[0]
+            return self._kernel[grid](*arguments, **constants, **config.all_kwargs()), config
+        compiled = self._tuner[grid](*arguments, **constants)
+        return compiled, self._tuner.best_config
 
     def _case(self, arguments: tuple, on: Tensor, constants: dict) -> tuple:
-        """All that Triton's choice of what it compiles, and ours of a configuration, depend on, and not more: the lengths
-        of prompts must not make this table grow."""
+        """What Triton's choice of a compiled kernel, and ours of a configuration, depend on for arguments that are tensors,
+        ints and floats. Of numbers only the kind, as Triton asks: the lengths of prompts must not make this table grow."""
         exact = [arguments[place] for place in self._exact if place < len(arguments)]
         kinds = [
             (n == 1) + 2 * (n % 16 == 0) + 4 * (not -(2**31) <= n < 2**31) if type(n) is int
-            else (n.dtype, n.data_ptr() % 16 == 0) if isinstance(n, Tensor)
+            else _kind(n) if isinstance(n, Tensor)
             else type(n)
             for n in arguments
         ]  # fmt: skip
         return torch.are_deterministic_algorithms_enabled(), on.get_device(), *exact, *kinds, *constants.items()
 
-    def _remember(self, key: tuple, compiled: Any, given: int, constants: dict, config: triton.Config) -> None:
-        if INTERPRETED:
-            return
-        constants = constants | config.kwargs
-        self._known[key] = _Launch(compiled, constants, [constants[name] for name in self._kernel.arg_names[given:]])
+
+def _kind(x: Tensor) -> tuple:
+    if torch.version.hip is None:
+        return x.dtype, x.data_ptr() % 16 == 0
+    return x.dtype, x.data_ptr() % 16 == 0, x.untyped_storage().size() < 2**31  # addressed with 32 bits there
 
 
 @dataclasses.dataclass(frozen=True)

@@ -108,21 +108,24 @@ class ContextualMemory(nn.Module):
     def value_scale(self) -> Tensor:
         """alpha_psi [H] = exp(min(theta, 15)). The paper prints |theta|, whose gradient at its own start, 0, is 0 in
         PyTorch: such a parameter would never move."""
-        return self._scale_and_bandwidth()[0]
+        return _exact(self.value_log_scale).clamp(max=15).exp()
 
     def bandwidth(self) -> tuple[Tensor, Tensor, Tensor]:
         """beta_0, beta_1 and alpha of equation (6), beta = beta_1 n^alpha + beta_0, each [H], fp32 or better."""
-        return self._scale_and_bandwidth()[1:]
+        return (
+            _exact(self.bandwidth_base).clamp(max=10).exp(),
+            _exact(self.bandwidth_slope).clamp(max=10).exp(),
+            _exact(self.bandwidth_exponent).abs().clamp(max=1),
+        )
 
     def _scale_and_bandwidth(self) -> tuple[Tensor, ...]:
-        """All four. A compiled layer makes them, and their gradients, in one kernel each where there were four; calls one
-        by one are quicker apart: 8 small operations for 13."""
-        own = (self.value_log_scale, self.bandwidth_base, self.bandwidth_slope, self.bandwidth_exponent)
-        own = [_exact(parameter) for parameter in own]
+        """Both. A compiled layer makes all four, and their gradients, in one kernel each where there were four; calls one by
+        one are quicker apart: 8 small operations for 13."""
         if not torch.compiler.is_compiling():
-            limits = (15, 10, 10)
-            return *(x.clamp(max=limit).exp() for x, limit in zip(own, limits, strict=False)), own[3].abs().clamp(max=1)
-        raw, row = torch.stack(own), torch.arange(4, device=own[0].device)[:, None]
+            return self.value_scale(), *self.bandwidth()
+        own = (self.value_log_scale, self.bandwidth_base, self.bandwidth_slope, self.bandwidth_exponent)
+        raw = torch.stack([_exact(parameter) for parameter in own])
+        row = torch.arange(4, device=raw.device)[:, None]
         limit = torch.where(row == 0, 15, 10)
         positive = torch.where(raw > limit, limit, raw).exp()
         return torch.where(row < 3, positive, raw.abs().clamp(max=1)).unbind()

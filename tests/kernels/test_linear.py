@@ -219,16 +219,17 @@ def test_misuse_is_named():
             linear(bad, [weight], scales, implementation="cpu")
 
 
+@pytest.mark.parametrize("shape", [(2, 65), (1,), ()], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_gradient_of_a_rounded_weight_is_not_rounded(dtype):
+def test_the_gradient_of_a_rounded_weight_is_not_rounded(dtype, shape):
     """What a GPU computes under autocast, its product in fp32 out of 16 bits replaced by one in fp32."""
-    x = torch.randn(2, 65, 48).to(dtype).requires_grad_()
+    x = torch.randn(*shape, 48).to(dtype).requires_grad_()
     weight = torch.randn(40, 48, requires_grad=True)
     y = reference.NarrowProduct.apply(x, weight)
-    up = torch.randn(2, 65, 40).to(dtype)
+    up = torch.randn(*shape, 40).to(dtype)
     grad_x, grad_weight = torch.autograd.grad(y, [x, weight], up)
     assert y.dtype == grad_x.dtype == dtype and grad_weight.dtype == torch.float32
-    rounded, flat, upstream = weight.detach().to(dtype), x.detach().flatten(0, 1), up.flatten(0, 1)
+    rounded, flat, upstream = weight.detach().to(dtype), x.detach().view(-1, 48), up.view(-1, 40)
     torch.testing.assert_close(y, torch.nn.functional.linear(x, rounded), rtol=0, atol=0)
     torch.testing.assert_close(grad_x, up @ rounded, rtol=0, atol=0)
     wanted = upstream.double().T @ flat.double()

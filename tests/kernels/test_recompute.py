@@ -8,14 +8,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from mmcore.config import ARCHITECTURES, DistributedConfig
 from mmcore.distributed.parallelize import parallelize
 from mmcore.kernels.recompute import cheap, remake
+from tests.helpers.forms import DEVICE, needs_triton
 from tests.helpers.models import random_tokens, tiny
 
 SELECTIVE = DistributedConfig(activation_checkpointing="selective")
 
 
 def gradients(model, half):
-    tokens = random_tokens(2, 30)
-    documents = torch.arange(30).div(13, rounding_mode="floor").expand(2, 30)
+    device = next(model.parameters()).device
+    tokens = random_tokens(2, 30).to(device)
+    documents = torch.arange(30, device=device).div(13, rounding_mode="floor").expand(2, 30)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
         loss = model.loss(tokens, tokens, documents, delay=5)
     loss.backward()
@@ -27,6 +29,19 @@ def gradients(model, half):
 def test_gradients_are_the_same_to_the_last_bit(kind, kernels, half):
     plain = gradients(tiny(kind, kernels).train(), half)
     again = gradients(parallelize(tiny(kind, kernels).train(), SELECTIVE), half)
+    for name, gradient in plain.items():
+        assert torch.equal(again[name], gradient), name
+
+
+@needs_triton
+@pytest.mark.parametrize("kind", ["memory_mosaics_v2", "llama"])
+@pytest.mark.parametrize("way", ["selective", "full"])
+def test_triton_s_operators_can_be_made_again(kind, way):
+    """In a block that runs twice an operator's saved tensors may be asked for once."""
+    model = tiny(kind, "triton", num_hidden_layers=1).train().to(DEVICE)
+    plain = {name: gradient.clone() for name, gradient in gradients(model, False).items()}
+    model.zero_grad()
+    again = gradients(parallelize(model, DistributedConfig(activation_checkpointing=way)), False)
     for name, gradient in plain.items():
         assert torch.equal(again[name], gradient), name
 

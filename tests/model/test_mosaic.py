@@ -178,7 +178,7 @@ def test_a_compiled_memory_has_the_same_scale_and_bandwidth():
             parameter.copy_(values)
 
     def run():
-        return memory.value_scale(), *memory.bandwidth()
+        return memory._scale_and_bandwidth()
 
     def gradients(values):
         return torch.autograd.grad(values, own, list(torch.arange(1.0, 17.0).view(4, 4)))

@@ -49,9 +49,10 @@ class NarrowProduct(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor]:
         x, rounded = ctx.saved_tensors
-        return grad @ rounded, product_in_fp32(grad.flatten(0, -2).T, x.flatten(0, -2))
+        grad_x = grad @ rounded if ctx.needs_input_grad[0] else None
+        return grad_x, product_in_fp32(grad.reshape(-1, grad.shape[-1]).T, x.reshape(-1, x.shape[-1]))
 
 
 def product_in_fp32(a: Tensor, b: Tensor) -> Tensor:

@@ -134,8 +134,9 @@ def _keep(ctx, inputs, output):
 
 
 def _gradients(ctx, grad):
-    grad_raw, numbers, grad_after = _values_backward(grad, *ctx.saved_tensors)
-    return grad_raw, *numbers.unbind(), None if ctx.saved_tensors[3] is None else grad_after
+    saved = ctx.saved_tensors  # once: a recomputed block gives them once
+    grad_raw, numbers, grad_after = _values_backward(grad, *saved)
+    return grad_raw, *numbers.unbind(), None if saved[3] is None else grad_after
 
 
 def _run_backward(grad: Tensor, raw: Tensor, mix: Tensor, scale: Tensor, after: Tensor | None) -> tuple[Tensor, ...]:
