@@ -525,6 +525,7 @@ def assert_half_as_good(case, dtype):
             assert a <= 2 * b + 1e-6, f"{name}: an error of {a:.2e}, where the reference has {b:.2e}"
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("name", ["65", "packed long", "300", "head of 64"])
 def test_triton_in_fp16_is_at_most_twice_as_far_off_as_the_reference(name):

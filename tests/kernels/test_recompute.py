@@ -33,6 +33,7 @@ def test_gradients_are_the_same_to_the_last_bit(kind, kernels, half):
         assert torch.equal(again[name], gradient), name
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("kind", ["memory_mosaics_v2", "llama"])
 @pytest.mark.parametrize("way", ["selective", "full"])

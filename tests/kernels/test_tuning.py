@@ -4,9 +4,12 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from tests.helpers.forms import needs_triton
 
 
+@pytest.mark.slow
 @needs_triton
 def test_a_remembered_launch_is_triton_s_own(tmp_path):
     program = [sys.executable, "-m", "tests.helpers.relaunch"]
