@@ -20,6 +20,9 @@ from mmcore.model.state import MemoryState
 
 _values = cheap(look_ahead)
 
+LARGEST_LOG_SCALE, LARGEST_LOG_BANDWIDTH = 15, 10
+"""What exponents of a memory's parameters are cut off at."""
+
 
 class ContextualMemory(nn.Module):
     """H associative memories of head size D, each filled with (key, value) pairs of the context and read by kernel
@@ -108,13 +111,13 @@ class ContextualMemory(nn.Module):
     def value_scale(self) -> Tensor:
         """alpha_psi [H] = exp(min(theta, 15)). The paper prints |theta|, whose gradient at its own start, 0, is 0 in
         PyTorch: such a parameter would never move."""
-        return _exact(self.value_log_scale).clamp(max=15).exp()
+        return _exact(self.value_log_scale).clamp(max=LARGEST_LOG_SCALE).exp()
 
     def bandwidth(self) -> tuple[Tensor, Tensor, Tensor]:
         """beta_0, beta_1 and alpha of equation (6), beta = beta_1 n^alpha + beta_0, each [H], fp32 or better."""
         return (
-            _exact(self.bandwidth_base).clamp(max=10).exp(),
-            _exact(self.bandwidth_slope).clamp(max=10).exp(),
+            _exact(self.bandwidth_base).clamp(max=LARGEST_LOG_BANDWIDTH).exp(),
+            _exact(self.bandwidth_slope).clamp(max=LARGEST_LOG_BANDWIDTH).exp(),
             _exact(self.bandwidth_exponent).abs().clamp(max=1),
         )
 
@@ -126,7 +129,7 @@ class ContextualMemory(nn.Module):
         own = (self.value_log_scale, self.bandwidth_base, self.bandwidth_slope, self.bandwidth_exponent)
         raw = torch.stack([_exact(parameter) for parameter in own])
         row = torch.arange(4, device=raw.device)[:, None]
-        limit = torch.where(row == 0, 15, 10)
+        limit = torch.where(row == 0, LARGEST_LOG_SCALE, LARGEST_LOG_BANDWIDTH)
         positive = torch.where(raw > limit, limit, raw).exp()
         return torch.where(row < 3, positive, raw.abs().clamp(max=1)).unbind()
 

@@ -9,7 +9,6 @@ machine's own noise only adds. Sides take turns in processes of their own.
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from tests.benchmarks.common import environment as machine
+from tests.benchmarks import common
 from tests.helpers import stand_in
 
 FEW, BATCH, LENGTH = 2, 3, 4096
@@ -71,12 +70,10 @@ def measure(kind: str, layers: int, how: str, steps: int, environment: dict[str,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--child", nargs=4)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--json", type=Path)
+    parser = common.parser(__doc__.partition("\n")[0])
+    parser.add_argument("--layers", type=int, default=8, help="the more layers of the slope")
+    parser.add_argument("--steps", type=int, default=100, help="of each side and turn")
+    parser.add_argument("--child", nargs=4, help="used within")
     options = parser.parse_args()
     if options.child:
         kind, layers, how, steps = options.child
@@ -103,8 +100,7 @@ def main() -> None:
             "forward_ms": ahead, "forward_launches": launched, "backward_ms": back, "backward_launches": answered,
         }  # fmt: skip
         print(f"{name + ', ' + how:22}{ahead:8.2f} ms {launched:5.1f} launches{back:8.2f} ms {answered:5.1f} launches")
-    if options.json:
-        options.json.write_text(json.dumps({"environment": machine(), "layers": results}, indent=1) + "\n")
+    common.write(options.json, {"environment": common.environment(), "layers": results})
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from mmcore.kernels import tuning
-from tests.helpers import no_card  # first, before Triton is asked for a kernel
+from tests.helpers import no_card
 
 
 @triton.jit(do_not_specialize=("moving",))

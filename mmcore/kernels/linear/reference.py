@@ -29,11 +29,10 @@ def _each(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
-    narrow = torch.get_autocast_dtype(x.device.type)
-    kept = weight.dtype is torch.float32 and weight.requires_grad and torch.is_grad_enabled()
-    if not (x.is_cuda and torch.is_autocast_enabled("cuda") and kept) or torch.version.hip is not None:
-        return F.linear(x, weight)
-    return NarrowProduct.apply(x.to(narrow), weight)
+    narrow = x.is_cuda and torch.version.hip is None and torch.is_autocast_enabled("cuda")
+    if narrow and torch.is_grad_enabled() and weight.requires_grad and weight.dtype is torch.float32:
+        return NarrowProduct.apply(x.to(torch.get_autocast_dtype("cuda")), weight)
+    return F.linear(x, weight)
 
 
 class NarrowProduct(torch.autograd.Function):

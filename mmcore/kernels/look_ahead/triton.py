@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mmcore.errors import ConfigError
 from mmcore.kernels import registry, tuning
-from mmcore.kernels.look_ahead.blocked import _fake
+from mmcore.kernels.look_ahead.blocked import _fake, _keep
 
 CHUNK = 16 if tuning.INTERPRETED else 32
 
@@ -127,10 +127,6 @@ def _run(raw: Tensor, mix: Tensor, scale: Tensor, after: Tensor | None) -> Tenso
             D=triton.next_power_of_2(size), AFTER=after is not None,
         )  # fmt: skip
     return values
-
-
-def _keep(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
 
 
 def _gradients(ctx, grad):
