@@ -96,7 +96,7 @@ def _reads(depth: int, name: str, memory: Any, y: Tensor, place: int, behind: in
 def _query_and_keys(memory: Any, y: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """The newest query [H, D], all keys [T, H, D], and beta [H] for `count` pairs."""
     if isinstance(memory, Attention):
-        queries, keys, _ = memory._project(y, 0)
+        queries, keys, _ = memory._arrange(y, 0)
         keys = keys.repeat_interleave(memory.heads // memory.kv_heads, dim=2)
         return queries[0, -1], keys[0], torch.full((memory.heads,), 1 / math.sqrt(memory.size), device=y.device)
     keys, _, _ = memory.keys(y, None)

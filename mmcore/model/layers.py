@@ -7,10 +7,12 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from mmcore.kernels.linear import linear
 from mmcore.kernels.linear.cpu import rounding
@@ -19,6 +21,18 @@ from mmcore.kernels.recompute import cheap
 from mmcore.kernels.rms_norm import rms_norm
 from mmcore.kernels.swiglu import swiglu
 from mmcore.kernels.thin_linear import MOST_ROWS, thin_linear
+
+
+_optimizer_steps = 0
+
+
+def _count_step(*_: Any) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+# For `keep_rounded`: fused optimizers change a weight and leave its version as it was (torch 2.11 to 2.13).
+register_optimizer_step_post_hook(_count_step)
 
 
 class Linear(nn.Linear):
@@ -31,12 +45,30 @@ class Linear(nn.Linear):
     scale: Tensor | None
     """fp32 [out], the scales of the rows of an int8 weight; None for any other."""
 
+    rounded: Tensor | None
+    """The weight as autocast rounds it, where `keep_rounded` keeps it. No checkpoint has it."""
+
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, bias=False)
         self.register_buffer("scale", None)
+        self.register_buffer("rounded", None, persistent=False)
+        self._rounded_at: tuple | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         return project(x, self)[0]
+
+    @torch.no_grad()
+    def keep_rounded(self, dtype: torch.dtype) -> None:
+        """Have `rounded` up to date: made anew after an optimizer's step, anyone's, and where the weight has changed, in
+        place or for another tensor."""
+        now = (dtype, self.weight.data_ptr(), self.weight._version, _optimizer_steps)
+        if self._rounded_at == now:
+            return
+        if self.rounded is None or self.rounded.dtype is not dtype or self.rounded.device != self.weight.device:
+            self.rounded = self.weight.to(dtype)
+        else:
+            self.rounded.copy_(self.weight)
+        self._rounded_at = now
 
     def matrix(self) -> Matrix:
         """The weight as kernels take it."""
@@ -72,7 +104,8 @@ def project(x: Tensor, *layers: nn.Module) -> list[Tensor]:
     if few and x.is_cpu and not torch.is_grad_enabled():
         return [thin_linear(x, layer.weight, layer.scale) for layer in layers]
     scales = None if layers[0].scale is None else [layer.scale for layer in layers]
-    return linear(x, [layer.weight for layer in layers], scales)
+    rounded = None if layers[0].rounded is None else [layer.rounded for layer in layers]
+    return linear(x, [layer.weight for layer in layers], scales, rounded=rounded)
 
 
 class RMSNorm(nn.Module):

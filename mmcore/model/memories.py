@@ -52,9 +52,15 @@ class ContextualMemory(nn.Module):
         self.bandwidth_slope = nn.Parameter(torch.empty(heads))
         self.bandwidth_exponent = nn.Parameter(torch.empty(heads), requires_grad=config.adaptive_bandwidth)
 
-    def forward(self, y_BTd: Tensor, packing: Packing, delay: int) -> Tensor:
-        """What each position of whole sequences reads: [B, T, d] -> [B, T, d]."""
-        *parts, raw_values = self._project(y_BTd)
+    def projections(self) -> list[nn.Module]:
+        """What `projected` holds the results of, in its order."""
+        gates = [self.gate_proj, self.decay_proj] if self.gated_keys else []
+        return [self.key_proj, *gates, self.value_proj]
+
+    def forward(self, y_BTd: Tensor, packing: Packing, delay: int, projected: list[Tensor] | None = None) -> Tensor:
+        """What each position of whole sequences reads: [B, T, d] -> [B, T, d]. `projected`: y through `projections()`,
+        where others that read y have had theirs made along with them."""
+        *parts, raw_values = self._arrange(y_BTd, projected)
         keys, _ = self._scan(*parts, packing.resets)
         scale, *bandwidth = self._scale_and_bandwidth()
         values = _values(raw_values, self.value_mix, scale, implementation=self.kernels)
@@ -64,13 +70,15 @@ class ContextualMemory(nn.Module):
         )
         return read.flatten(2)
 
-    def advance(self, y_BTd: Tensor, state: MemoryState, delay: int, wanted: int) -> Tensor:
+    def advance(
+        self, y_BTd: Tensor, state: MemoryState, delay: int, wanted: int, projected: list[Tensor] | None = None
+    ) -> Tensor:
         """The same for the next T tokens of a conversation, whose past lies in `state`, as far as the last `wanted` of
         them read: [B, T, d] -> [B, wanted, d].
 
         The pair of the last token waits in the state for the token that completes it.
         """
-        *parts, raw_values = self._project(y_BTd)
+        *parts, raw_values = self._arrange(y_BTd, projected)
         keys, state.scan = self._scan(*parts, state.resets(y_BTd.shape[1]), state.scan)
         state.append(keys, raw_values, self._completed)
         stored_keys, stored_values = state.pairs()
@@ -83,17 +91,17 @@ class ContextualMemory(nn.Module):
 
     def keys(self, y_BTd: Tensor, resets_BT: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Equation (8) of whole sequences: keys [B, T, H, D], and the log g_t and log lam_t that made them, [B, T, H]."""
-        raw_keys, log_gates, log_decays, _ = self._project(y_BTd)
+        raw_keys, log_gates, log_decays, _ = self._arrange(y_BTd)
         return self._scan(raw_keys, log_gates, log_decays, resets_BT)[0], log_gates, log_decays
 
-    def _project(self, y_BTd: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _arrange(self, y_BTd: Tensor, projected: list[Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """k~ [B, T, H, D], log g = W_g x and log lam = -|W_lambda x| [B, T, H], and v~ [B, T, H, D]. Without gated keys
         log g is 0 and log lam one number a head."""
+        keys, *gates_and_decays, values = projected or project(y_BTd, *self.projections())
         if not self.gated_keys:
-            keys, values = project(y_BTd, self.key_proj, self.value_proj)
             decays = (-self.key_decay.abs()).to(keys.dtype).expand(*keys.shape[:-1], -1)
             return self._heads(keys), torch.zeros_like(decays), decays, self._heads(values)
-        keys, gates, decays, values = project(y_BTd, self.key_proj, self.gate_proj, self.decay_proj, self.value_proj)
+        gates, decays = gates_and_decays
         return self._heads(keys), gates, -decays.abs(), self._heads(values)
 
     def _scan(self, raw_keys, log_gates, log_decays, resets_BT, state=None) -> tuple[Tensor, tuple[Tensor, Tensor]]:

@@ -18,7 +18,7 @@ from mmcore.kernels.mosaic_step import LayerWeights
 from mmcore.kernels.recompute import cheap
 from mmcore.model.documents import Packing
 from mmcore.model.language_model import LanguageModel
-from mmcore.model.layers import Linear, PersistentMemory, RMSNorm, draw_normal, fan_in_sigma
+from mmcore.model.layers import Linear, PersistentMemory, RMSNorm, draw_normal, fan_in_sigma, project
 from mmcore.model.memories import ContextualMemory
 from mmcore.model.state import AttentionState, DecodingState, MemoryState
 
@@ -55,9 +55,12 @@ class TwoMemoryBlock(nn.Module):
 
     def forward(self, x_BTd: Tensor, packing: Packing, delay: int, without: frozenset[str] = frozenset()) -> Tensor:
         y = self.memory_norm(x_BTd)
+        projected = self._projected(y, without)
 
         def read(name: str, delay: int) -> Tensor:
-            return torch.zeros_like(y) if name in without else getattr(self, name)(y, packing, delay)
+            if name in without:
+                return torch.zeros_like(y)
+            return getattr(self, name)(y, packing, delay, projected=projected[name])
 
         return self._finish(x_BTd, read("short_term", self.SHORT_DELAY), read("long_term", delay), without)
 
@@ -66,11 +69,21 @@ class TwoMemoryBlock(nn.Module):
     ) -> Tensor:
         """The next T tokens, as far as the last `wanted` of them are asked for: [B, T, d] -> [B, wanted, d]."""
         y, x = self.memory_norm(x_BTd), x_BTd[:, -wanted:]
+        projected = self._projected(y, without)
 
         def read(name: str, delay: int) -> Tensor:
-            return torch.zeros_like(x) if name in without else getattr(self, name).advance(y, states[name], delay, wanted)
+            if name in without:
+                return torch.zeros_like(x)
+            return getattr(self, name).advance(y, states[name], delay, wanted, projected[name])
 
         return self._finish(x, read("short_term", self.SHORT_DELAY), read("long_term", delay), without)
+
+    def _projected(self, y_BTd: Tensor, without: frozenset[str]) -> dict[str, list[Tensor]]:
+        """All projections of y as one call: gates and decays of both memories are one product on a GPU, and on a CPU y is
+        read once and its gradient summed once."""
+        parts = {name: getattr(self, name).projections() for name in self.READS if name not in without}
+        results = iter(project(y_BTd, *(layer for part in parts.values() for layer in part)) if parts else ())
+        return {name: [next(results) for _ in part] for name, part in parts.items()}
 
     def _finish(self, x_BTd: Tensor, short_BTd: Tensor, long_BTd: Tensor, without: frozenset[str]) -> Tensor:
         x = x_BTd + self.out_proj(_side_by_side(short_BTd, long_BTd))

@@ -59,24 +59,34 @@ class Attention(nn.Module):
         if output:
             self.o_proj = Linear(self.heads * self.size, config.hidden_size)
 
-    def forward(self, y_BTd: Tensor, packing: Packing, delay: int) -> Tensor:
-        queries, keys, values = self._project(y_BTd, 0)
+    def projections(self) -> list[nn.Module]:
+        """What `projected` holds the results of, in its order."""
+        return [self.q_proj, self.k_proj, self.v_proj]
+
+    def forward(self, y_BTd: Tensor, packing: Packing, delay: int, projected: list[Tensor] | None = None) -> Tensor:
+        """`projected`: y through `projections()`, where others that read y have had theirs made along with them."""
+        queries, keys, values = self._arrange(y_BTd, 0, projected)
         return self._read(queries, keys, values, packing.starts, delay, 0)
 
-    def advance(self, y_BTd: Tensor, state: AttentionState, delay: int, wanted: int) -> Tensor:
+    def advance(
+        self, y_BTd: Tensor, state: AttentionState, delay: int, wanted: int, projected: list[Tensor] | None = None
+    ) -> Tensor:
         """The next T tokens, as far as the last `wanted` of them read: [B, T, d] -> [B, wanted, d]."""
-        queries, keys, values = self._project(y_BTd, state.owner.length)
+        queries, keys, values = self._arrange(y_BTd, state.owner.length, projected)
         state.append(keys, values)
         offset = state.query_offset() + y_BTd.shape[1] - wanted
         return self._read(queries[:, -wanted:], *state.pairs(), state.starts(wanted), delay, offset)
 
-    def _project(self, y_BTd: Tensor, position: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _arrange(
+        self, y_BTd: Tensor, position: int, projected: list[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys turned by their positions, and values, [B, T, heads, D] each."""
         T = y_BTd.shape[1]
         times = torch.arange(position, position + T, device=y_BTd.device, dtype=torch.float32)
         angles = times[:, None] * rotary_frequencies(self.config).to(y_BTd.device)
         cos, sin = angles.cos(), angles.sin()
-        projected = project(y_BTd, self.q_proj, self.k_proj, self.v_proj)
-        queries, keys, values = (part.unflatten(-1, (-1, self.size)) for part in projected)
+        parts = projected or project(y_BTd, *self.projections())
+        queries, keys, values = (part.unflatten(-1, (-1, self.size)) for part in parts)
         return rotate(queries, cos, sin), rotate(keys, cos, sin), values
 
     def _read(self, queries, keys, values, starts, delay, offset) -> Tensor:

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # One command of at most ten minutes for a lent GPU: gpu_visit.sh PARTS [SECONDS], say "srqb", "ce", "fd", "g", "hi".
-# First everything once, side by side on all cores, for at most WARM seconds (default 150), the kernels' tests among it
-# where PARTS has an "a", and a real run of recipes/124m.yaml on the texts in .gpudata where it has a "p": compiling takes
-# longer than measuring. Then each part by itself.
+# First everything once, side by side on all cores, for at most WARM seconds (default 150): compiling takes longer than
+# measuring. The kernels' tests are among it where PARTS has an "a", and a real run of recipes/124m.yaml on the texts in
+# .gpudata, and a word with what came of it, where it has a "p". Then each part by itself.
 # Needs python3 with torch, triton and pytest; wheels of rivals and of torchao are taken from .whl where there are some, and
-# kernels that gpu_cache.sh has compiled from .tc: then a WARM of 60 is enough but for torch.compile.
+# kernels that gpu_cache.sh has compiled from .tc: then training, decoding and growth need no warming.
 # Its report and its logs go into $OUT (default: here).
 set -uo pipefail
 cd "$(dirname "$0")/../.."
@@ -15,7 +15,7 @@ if compgen -G ".whl/*.whl" >/dev/null; then
   export PYTHONPATH="$logs/site:$PYTHONPATH"
 fi
 if [[ -f .tc/kernels.tar.xz ]]; then # of gpu_cache.sh
-  export TRITON_CACHE_DIR=/tmp/mm-kernels
+  export TRITON_CACHE_DIR=/tmp/mm-kernels TORCHINDUCTOR_CACHE_DIR=/tmp/mm-kernels/inductor
   mkdir -p "$TRITON_CACHE_DIR" && tar xJf .tc/kernels.tar.xz -C "$TRITON_CACHE_DIR"
 fi
 nvidia-smi --query-gpu=name,driver_version,clocks.sm,memory.used --format=csv,noheader || true
@@ -26,15 +26,16 @@ once() { # once PART i/n: untimed, its log beside the others
     >"$logs/warm-$1-${2%/*}.log" 2>&1 &
 }
 if [[ "$parts" == *a* ]]; then
-  OMP_NUM_THREADS=1 MM_AUTOTUNE=0 timeout -s INT -k 10 "$warm" python3 -W ignore -m pytest ${TESTS:-tests/kernels tests/model/test_graphed.py} \
+  OMP_NUM_THREADS=1 MM_AUTOTUNE=0 nice timeout -s INT -k 10 "$warm" python3 -W ignore -m pytest ${TESTS:-tests/kernels tests/model/test_graphed.py} \
     -k "triton or on_a_gpu" -p tests.helpers.failures_at_once -q --tb=no -n "${TESTERS:-8}" >"$out/tests.log" 2>&1 &
 fi
 if [[ "$parts" == *p* ]]; then
   (
     timeout "$((warm + 20))" python3 -m mmcli pretrain recipes/124m.yaml --overwrite --set name=visit \
       --set 'data.sources=[{path: .gpudata}]' --set tokenizer.train_megabytes=3 --set training.batch_size=16 \
-      --set training.tokens=2.5e6 --set training.compile=false --set training.warmup_steps=20 >"$out/pretrain.log" 2>&1
+      --set training.tokens=1e7 --set training.warmup_steps=20 >"$out/pretrain.log" 2>&1
     cp runs/visit/metrics.jsonl "$out/pretrain-metrics.jsonl"
+    echo "Once upon a time there was" | timeout 60 python3 -m mmcli chat runs/visit --max-new-tokens 60 >"$out/chat.log" 2>&1
   ) &
 fi
 parts="${parts//[ap]/}"
@@ -42,6 +43,7 @@ for ((n = 0; n < ${#parts}; n++)); do
   part="${parts:n:1}"
   case "$part" in
     [srq]) for i in 0 1 2; do once "$part" "$i/3"; done ;;
+    [efghij]) [[ -f .tc/kernels.tar.xz ]] || once "$part" 0/1 ;;
     *) once "$part" 0/1 ;;
   esac
 done

@@ -83,7 +83,7 @@ def test_transformers_are_shown_in_the_same_terms(kind, changes):
         layer = model.model.layers[0]
         attention = layer.self_attn if kind == "llama" else layer.short_term
         y = (layer.input_layernorm if kind == "llama" else layer.memory_norm)(model.embed(torch.tensor([ids])))
-        values = attention._project(y, 0)[2].repeat_interleave(attention.heads // attention.kv_heads, dim=2)
+        values = attention._arrange(y, 0)[2].repeat_interleave(attention.heads // attention.kv_heads, dim=2)
         out = attention.o_proj if kind == "llama" else (lambda read: read)
         mine = [read for read in reads if read.layer == 0 and read.memory in ("attention", "short_term")]
         summed = [read.weights @ values[0, read.first : read.first + read.size, read.head] for read in mine]

@@ -71,7 +71,8 @@ int cudaGetDriverEntryPointByVersion(const char *name, void **f, unsigned v, uns
 }
 int cudaGetDeviceProperties(struct cudaDeviceProp *p, int d) {
   memset(p, 0, sizeof *p);
-  strcpy(p->name, "no card");
+  const char *name = getenv("STAND_IN_NAME");     /* compilers' caches know a card by it */
+  strncpy(p->name, name ? name : "no card", 255);
   p->totalGlobalMem = 80ul << 30;
   p->major = 9;
   p->warpSize = 32;
@@ -162,6 +163,7 @@ def install() -> None:
 
     answers = {
         "mm": product, "mm.dtype": product, "addmm": lambda c, a, b, **_: product(a, b), "mm.out": into,
+        "_scaled_mm": lambda a, b, *_, out_dtype=None, **__: product(a, b, out_dtype), "_scaled_mm.out": into,
         "mm.dtype_out": into, "addmm.out": into, "addmm.dtype_out": into, "embedding_dense_backward": rows,
     }  # fmt: skip
     for name, answer in answers.items():

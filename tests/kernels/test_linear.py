@@ -197,7 +197,7 @@ def test_thin_matrices_together_give_what_they_give_apart():
     weights = [torch.randn(n, 8, dtype=torch.float64, requires_grad=True) for n in (reference.THIN, 100, 3, 1)]
     upstream = [torch.randn(2, 30, len(weight), dtype=torch.float64) for weight in weights]
     apart = [x @ weight.T for weight in weights]
-    together = reference.thin_together(x, weights)
+    together = reference.thin_together(x, weights, [None] * len(weights))
     for one, other in zip(together, apart, strict=True):
         torch.testing.assert_close(one, other)
     for one, other in zip(*(torch.autograd.grad(side, [x, *weights], upstream) for side in (together, apart)), strict=True):
