@@ -22,7 +22,6 @@ from mmcore.kernels.rms_norm import rms_norm
 from mmcore.kernels.swiglu import swiglu
 from mmcore.kernels.thin_linear import MOST_ROWS, thin_linear
 
-
 _optimizer_steps = 0
 
 
