@@ -44,7 +44,7 @@ def memory_read(dtype: torch.dtype) -> None:
 
     keys, scalar = empty(B, T, H, D, dtype=dtype), empty(H, dtype=torch.float32)
     starts = empty(B, T, dtype=torch.int32)
-    for window, where in ((None, starts), (256, starts), (None, None)):
+    for window, where in ((None, starts), (256, starts), (None, None), (256, None)):
         place = (where, window, 1, 0)
         out, statistics = triton._run(keys, keys, scalar, scalar, scalar, None, *place)
         triton_backward.run_backward(keys, keys, keys, scalar, scalar, scalar, None, *place, out, statistics)

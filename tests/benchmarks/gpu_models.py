@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -159,6 +160,48 @@ def _steps(place: Place, model: torch.nn.Module, loss, config: ModelConfig, leng
         "batch": batch, "micro_batches": MICRO_BATCHES, "length": length, "forward_ms": ahead, "backward_ms": back,
         "update_ms": last, "host_ms": host * 1e3, "peak_gb": peak, "kernels_ms": costliest(place, lambda: forward().backward()),
     }  # fmt: skip
+
+
+def titan_training(place: Place, report: dict[str, Any]) -> None:
+    """The same step by torchtitan's Llama: its model, compiled layer by layer as its trainer does, with its compiled loss."""
+    for name in place.pick(["1.5b-transformer"], []):
+        config, length, _, _ = job(place, name)
+        attempt(report, f"{name} torchtitan compiled", functools.partial(_train_titan, place, config, length, 4))
+        place.free()
+
+
+def _train_titan(place: Place, config: ModelConfig, length: int, batch: int) -> dict[str, Any]:
+    for name in ("datasets", "datasets.distributed"):  # its data loaders', which take no part
+        sys.modules.setdefault(name, mock.MagicMock())
+    from torchtitan.components.loss import cross_entropy_loss
+    from torchtitan.models.llama3.model.args import TransformerModelArgs
+    from torchtitan.models.llama3.model.model import Transformer
+
+    shape = TransformerModelArgs(
+        dim=config.hidden_size, n_layers=config.num_hidden_layers, n_heads=config.num_attention_heads,
+        vocab_size=config.vocab_size, ffn_dim_multiplier=1.5 * config.intermediate_size / (4 * config.hidden_size),
+        max_seq_len=length,
+    )  # fmt: skip
+    criterion = torch.compile(cross_entropy_loss)
+    while True:
+        try:
+            torch.compiler.reset()
+            with torch.device(place.device):
+                model = Transformer(shape)
+            assert model.layers["0"].feed_forward.w1.out_features == config.intermediate_size
+            for key, layer in model.layers.named_children():
+                model.layers.register_module(key, torch.compile(layer, fullgraph=True))
+
+            def loss(tokens: Tensor, _: Tensor, model=model) -> Tensor:
+                return criterion(model(tokens)[:, :-1], tokens[:, 1:]) / tokens.numel()
+
+            return _steps(place, model, loss, config, length, batch)
+        except torch.OutOfMemoryError:
+            if batch == 1:
+                raise
+        batch -= 1
+        del model, loss
+        place.free()
 
 
 def _train_hf(place: Place, config: ModelConfig, length: int, batch: int) -> dict[str, Any]:
