@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,10 +14,10 @@ from torch.utils.checkpoint import checkpoint
 
 from mmcore.config import DistributedConfig
 from mmcore.distributed.mesh import World
+from mmcore.distributed.rounding import round_once_a_step
 from mmcore.errors import ConfigError
 from mmcore.kernels.linear.cpu import multiplies_bf16
 from mmcore.kernels.recompute import remake
-from mmcore.model.layers import Linear
 
 
 def parallelize(
@@ -36,8 +35,8 @@ def parallelize(
     none, selective, full: in fp32 403,000, 247,000, 16,400; in bf16 251,000, 190,000, 16,400 (accounting.py's formula, which
     the tests hold within 10 % of what stays alive). Keys are kept: the scan's own backward pass needs them finished.
     In compiled blocks the compiler chooses what it makes again; selective lets it choose also what a product of the backward
-    pass will read (`_sparing`). Over several
-    ranks every parameter becomes a DTensor with this rank's rows (`shard`); the model may then be on the meta device
+    pass will read (`_sparing`). A single process under a GPU's autocast rounds weights once a step (`rounding`). Of several
+    ranks each holds its rows of every parameter, a DTensor (`shard`); the model may then be on the meta device
     still. Raises ConfigError for cpu_offload in a single process.
     """
     world = world or World()
@@ -55,31 +54,16 @@ def parallelize(
             # The method and not the module: hooks that gather weights stay outside of what is compiled
             sparing = distributed.activation_checkpointing == "selective"
             block.forward = torch.compile(block.forward, backend=_sparing) if sparing else torch.compile(block.forward)
-        if world.size == 1:
-            block.forward = _with_rounded_weights(block)
+        if world.size == 1 and distributed.activation_checkpointing != "full":  # which keeps as little as it can
+            round_once_a_step(block)
     if world.size > 1:
         shard(model, distributed, world, precision)
     return model
 
 
-def _with_rounded_weights(block: nn.Module) -> Callable:
-    """The block's forward pass with its weights rounded once a step, and not in each micro-batch, where autocast on a GPU
-    rounds them: 9 GB of a micro-batch of the 1.5b. The rounded ones would be kept for the backward pass in any case."""
-    forward, layers = block.forward, [module for module in block.modules() if isinstance(module, Linear)]
-
-    @functools.wraps(forward)
-    def call(*arguments: Any, **options: Any) -> Any:
-        if torch.is_autocast_enabled("cuda"):
-            for layer in layers:
-                layer.keep_rounded(torch.get_autocast_dtype("cuda"))
-        return forward(*arguments, **options)
-
-    return call
-
-
 def _sparing(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:
     """torch.compile's own backend, which may make again what it has fused even where a matrix product of the backward pass
-    reads it, and it has to be written once more: norms, SwiGLU's product, reads side by side."""
+    reads it, and it has to be written once more: what projections read, SwiGLU's product."""
     from torch._functorch import config
     from torch._inductor.compile_fx import compile_fx
 

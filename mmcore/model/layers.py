@@ -7,12 +7,10 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from mmcore.kernels.linear import linear
 from mmcore.kernels.linear.cpu import rounding
@@ -21,17 +19,6 @@ from mmcore.kernels.recompute import cheap
 from mmcore.kernels.rms_norm import rms_norm
 from mmcore.kernels.swiglu import swiglu
 from mmcore.kernels.thin_linear import MOST_ROWS, thin_linear
-
-_optimizer_steps = 0
-
-
-def _count_step(*_: Any) -> None:
-    global _optimizer_steps
-    _optimizer_steps += 1
-
-
-# For `keep_rounded`: fused optimizers change a weight and leave its version as it was (torch 2.11 to 2.13).
-register_optimizer_step_post_hook(_count_step)
 
 
 class Linear(nn.Linear):
@@ -45,29 +32,15 @@ class Linear(nn.Linear):
     """fp32 [out], the scales of the rows of an int8 weight; None for any other."""
 
     rounded: Tensor | None
-    """The weight as autocast rounds it, where `keep_rounded` keeps it. No checkpoint has it."""
+    """The weight as autocast rounds it, while a forward pass has it at hand (`mmcore.distributed.rounding`); else None."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, bias=False)
         self.register_buffer("scale", None)
         self.register_buffer("rounded", None, persistent=False)
-        self._rounded_at: tuple | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         return project(x, self)[0]
-
-    @torch.no_grad()
-    def keep_rounded(self, dtype: torch.dtype) -> None:
-        """Have `rounded` up to date: made anew after an optimizer's step, anyone's, and where the weight has changed, in
-        place or for another tensor."""
-        now = (dtype, self.weight.data_ptr(), self.weight._version, _optimizer_steps)
-        if self._rounded_at == now:
-            return
-        if self.rounded is None or self.rounded.dtype is not dtype or self.rounded.device != self.weight.device:
-            self.rounded = self.weight.to(dtype)
-        else:
-            self.rounded.copy_(self.weight)
-        self._rounded_at = now
 
     def matrix(self) -> Matrix:
         """The weight as kernels take it."""

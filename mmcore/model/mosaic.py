@@ -60,7 +60,7 @@ class TwoMemoryBlock(nn.Module):
         def read(name: str, delay: int) -> Tensor:
             if name in without:
                 return torch.zeros_like(y)
-            return getattr(self, name)(y, packing, delay, projected=projected[name])
+            return getattr(self, name)(y, packing, delay, projected=projected.pop(name))
 
         return self._finish(x_BTd, read("short_term", self.SHORT_DELAY), read("long_term", delay), without)
 
@@ -74,7 +74,7 @@ class TwoMemoryBlock(nn.Module):
         def read(name: str, delay: int) -> Tensor:
             if name in without:
                 return torch.zeros_like(x)
-            return getattr(self, name).advance(y, states[name], delay, wanted, projected[name])
+            return getattr(self, name).advance(y, states[name], delay, wanted, projected.pop(name))
 
         return self._finish(x, read("short_term", self.SHORT_DELAY), read("long_term", delay), without)
 

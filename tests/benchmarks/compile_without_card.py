@@ -36,8 +36,12 @@ def main() -> None:
         command = [sys.executable, "-m", "tests.benchmarks.compile_without_card", "--child", "--parts", options.parts]
         with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
+            missed = False
             for line in process.stdout:
                 print(line, end="", flush=True)
+                missed |= ": error" in line
+        if process.returncode or missed:
+            sys.exit("not everything was compiled: see above")
 
 
 if __name__ == "__main__":

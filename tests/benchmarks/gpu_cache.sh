@@ -15,7 +15,7 @@ if [[ "${TESTS:-}" != none ]]; then
   PYTHONOPTIMIZE=1 MM_AUTOTUNE=0 "$python" -m pytest ${TESTS:-tests/kernels tests/model/test_graphed.py} -k "triton or on_a_gpu" \
     -p tests.helpers.no_card --assert=plain -q --tb=no -n 2 || true # results are no numbers: failures say nothing
 fi
-"$python" -m tests.benchmarks.compile_without_card --parts "${PARTS:-ejh}"
+"$python" -m tests.benchmarks.compile_without_card --parts "${PARTS:-ejh}" || echo "torch.compile's part is incomplete" >&2
 tar --exclude='*.llir' --exclude='*.ttir' --exclude='*.source' --exclude='*.ptx' --exclude='*.ttgir' \
   -C "$TRITON_CACHE_DIR" -cf - . | xz -T2 -6 >"$file"
 ls -lh "$file"

@@ -24,6 +24,8 @@ from tests.benchmarks.gpu_timing import Place, attempt, copy_bandwidth, costlies
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 PEAK = 989e12  # bf16 products of an H100 without sparsity
+MICRO_BATCHES = 4  # of a step; the recipes have far more
+DOCUMENT = 800  # tokens on average
 TINY = ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
                    short_term_window=9, long_term_delay_range=(5, 9), long_term_delay=5)  # fmt: skip
 
@@ -48,7 +50,8 @@ def _training(place: Place, report: dict[str, Any], names: list[str], more: tupl
                 attempt(report, f"{name} compiled, {checkpointing}, {batch} sequences", work)
                 place.free()
         if name.endswith("-transformer") and not place.warm:
-            attempt(report, f"{name} Hugging Face compiled", functools.partial(_train_hf, place, config, length, 3))
+            most = 4 if name.startswith("1.5b") else planned  # its logits are whole: 4 do not fit, which takes a try to see
+            attempt(report, f"{name} Hugging Face compiled", functools.partial(_train_hf, place, config, length, most))
             place.free()
 
 
@@ -81,7 +84,7 @@ def train_until_it_fits(place: Place, config: ModelConfig, length: int, batch: i
 
 
 def _train(place: Place, config: ModelConfig, length: int, batch: int, checkpointing: str, compiled: bool,
-           precision: str) -> dict[str, Any]:  # fmt: skip
+           precision: str, document: int | None = DOCUMENT) -> dict[str, Any]:  # fmt: skip
     torch.compiler.reset()  # a shape that has changed would be compiled as one that changes
     model = _built(place, config)
     if precision == "fp8":
@@ -90,12 +93,12 @@ def _train(place: Place, config: ModelConfig, length: int, batch: int, checkpoin
     delays = random.Random(0)
     low, high = config.long_term_delay_range
 
-    def loss(tokens: Tensor, documents: Tensor) -> Tensor:
+    def loss(tokens: Tensor, documents: Tensor | None) -> Tensor:
         labels = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], -100)], 1)
         return model.loss(tokens, labels, documents, delay=delays.randint(low, high), reduction="sum") / labels.numel()
 
-    found = _steps(place, model, loss, config, length, batch)
-    return found | {"checkpointing": checkpointing}
+    found = _steps(place, model, loss, config, length, batch, document)
+    return found | {"checkpointing": checkpointing, "tokens_of_a_document": document}
 
 
 def _built(place: Place, config: ModelConfig) -> Any:
@@ -106,14 +109,16 @@ def _built(place: Place, config: ModelConfig) -> Any:
     return model
 
 
-MICRO_BATCHES = 4  # of a step; the recipes have far more
-
-
-def _steps(place: Place, model: torch.nn.Module, loss, config: ModelConfig, length: int, batch: int) -> dict[str, Any]:
-    """Steps of MICRO_BATCHES micro-batches, clipping and fused AdamW; then one micro-batch and one update by themselves."""
+def _steps(
+    place: Place, model: torch.nn.Module, loss, config: ModelConfig, length: int, batch: int, document: int | None = DOCUMENT
+) -> dict[str, Any]:
+    """Steps of MICRO_BATCHES micro-batches, clipping and fused AdamW; then one micro-batch and one update by themselves.
+    `document`: mean tokens of a document, None for whole sequences. The FLOPs of "mfu" are of whole sequences, as is usual."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     tokens = torch.randint(0, config.vocab_size, (batch, length), device=place.device)
-    documents = (torch.rand(batch, length, device=place.device) < 1 / 800).cumsum(1)  # of 800 tokens on average
+    documents = None
+    if document is not None:
+        documents = (torch.rand(batch, length, device=place.device) < 1 / document).cumsum(1)
 
     def forward() -> Tensor:
         with torch.autocast(place.device.type, torch.bfloat16, enabled=place.gpu):
@@ -141,6 +146,7 @@ def _steps(place: Place, model: torch.nn.Module, loss, config: ModelConfig, leng
     value.backward()
     update()
     if place.warm:
+        step(1)  # another delay than the first, which is compiled as a constant
         return {"batch": batch}
     step(1)
     spent = statistics.median(timed(functools.partial(step, MICRO_BATCHES))[0] for _ in range(place.pick(4, 1)))
@@ -163,11 +169,18 @@ def _steps(place: Place, model: torch.nn.Module, loss, config: ModelConfig, leng
 
 
 def titan_training(place: Place, report: dict[str, Any]) -> None:
-    """The same step by torchtitan's Llama: its model, compiled layer by layer as its trainer does, with its compiled loss."""
+    """The same step by torchtitan's Llama: its model, compiled layer by layer as its trainer does, with its compiled loss. It
+    reads whole sequences; so ours are beside it once in documents, as trained, and once whole."""
     for name in place.pick(["1.5b-transformer"], []):
         config, length, _, _ = job(place, name)
         attempt(report, f"{name} torchtitan compiled", functools.partial(_train_titan, place, config, length, 4))
         place.free()
+    for name in place.pick(["1.5b", "1.5b-transformer"], ["tiny"]):
+        config, length, batch, checkpointing = job(place, name, "selective" if name == "1.5b" else "none")
+        for mean in (DOCUMENT, None):
+            work = functools.partial(_train, place, config, length, batch, checkpointing, place.gpu, "bf16", mean)
+            attempt(report, f"{name} compiled, {'whole sequences' if mean is None else 'documents'}", work)
+            place.free()
 
 
 def _train_titan(place: Place, config: ModelConfig, length: int, batch: int) -> dict[str, Any]:
@@ -192,16 +205,18 @@ def _train_titan(place: Place, config: ModelConfig, length: int, batch: int) -> 
             for key, layer in model.layers.named_children():
                 model.layers.register_module(key, torch.compile(layer, fullgraph=True))
 
-            def loss(tokens: Tensor, _: Tensor, model=model) -> Tensor:
-                return criterion(model(tokens)[:, :-1], tokens[:, 1:]) / tokens.numel()
-
-            return _steps(place, model, loss, config, length, batch)
+            return _steps(place, model, functools.partial(_titan_loss, model, criterion), config, length, batch)
         except torch.OutOfMemoryError:
             if batch == 1:
                 raise
         batch -= 1
-        del model, loss
+        model = None
         place.free()
+
+
+def _titan_loss(model: torch.nn.Module, criterion: Callable, tokens: Tensor, _: Tensor) -> Tensor:
+    labels = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], -100)], 1)
+    return criterion(model(tokens), labels) / tokens.numel()
 
 
 def _train_hf(place: Place, config: ModelConfig, length: int, batch: int) -> dict[str, Any]:

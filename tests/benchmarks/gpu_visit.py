@@ -29,7 +29,7 @@ def parts() -> dict[str, tuple[str, int, Callable]]:
         "d": ("linear_cross_entropy", 90, gpu_kernels.losses),
         "e": ("training", 420, gpu_models.training),
         "j": ("training of smaller models", 200, gpu_models.smaller_training),
-        "u": ("training by torchtitan", 100, gpu_models.titan_training),
+        "u": ("training by torchtitan", 160, gpu_models.titan_training),
         "f": ("decoding", 240, gpu_models.decoding),
         "g": ("growth", 120, gpu_kernels.growth),
         "h": ("precisions", 450, gpu_scale.precisions),
@@ -70,6 +70,7 @@ def run(names: str, place: Any, file: Path, report: dict[str, Any]) -> None:
             found["cut_short"] = True
         except Exception:  # noqa: BLE001  the other parts are worth having
             traceback.print_exc()
+            print(f"   {title}: error", flush=True)
             found["error"] = traceback.format_exc(limit=3)
         finally:
             signal.alarm(0)
