@@ -8,6 +8,7 @@ gradients: where weights are swapped for a while, to be evaluated, none is used.
 from __future__ import annotations
 
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -45,29 +46,36 @@ def round_once_a_step(block: nn.Module) -> None:
     block.register_forward_hook(_hide, always_call=True)
 
 
+# A host may ask for a layer in less than a millisecond. Looking for its Linears each time took 0.15 of them, and registered
+# buffers are set slowly.
+_linears: WeakKeyDictionary[nn.Module, list[Linear]] = WeakKeyDictionary()
+
+
 def _show(block: nn.Module, _inputs: Any) -> None:
     wanted = torch.is_autocast_enabled("cuda") and torch.is_grad_enabled() and torch.version.hip is None
     if not wanted or torch.compiler.is_compiling():
         return
     dtype = torch.get_autocast_dtype("cuda")
-    for module in block.modules():
-        if isinstance(module, Linear) and module.weight.dtype is torch.float32:
-            module.rounded = rounded(module.weight, dtype)
+    if block not in _linears:
+        _linears[block] = [module for module in block.modules() if isinstance(module, Linear)]
+    for linear in _linears[block]:
+        if linear.weight.dtype is torch.float32:
+            linear._buffers["rounded"] = rounded(linear.weight, dtype)
 
 
 def _hide(block: nn.Module, _inputs: Any, _output: Any) -> None:
-    for module in block.modules():
-        if isinstance(module, Linear) and module.rounded is not None:
-            module.rounded = None
+    if not torch.compiler.is_compiling():
+        for linear in _linears.get(block, ()):
+            linear._buffers["rounded"] = None
 
 
 def rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """`weight`, fp32, in `dtype`, as it was rounded the last time if it has not changed since. What is made anew is another
     tensor, for graphs of before may still want the old one."""
     when = (dtype, weight.data_ptr(), weight._version, _optimizer_steps)
-    kept = _kept.pop(weight, None)
+    kept = _kept.get(weight)
     if kept is None or kept.when != when:
-        del kept  # its memory is the new one's
-        kept = _Kept(weight.detach().to(dtype), when)
-    _kept[weight] = kept
+        kept = None
+        _kept.pop(weight, None)  # its memory is the new one's
+        kept = _kept[weight] = _Kept(weight.detach().to(dtype), when)
     return kept.rounded
