@@ -7,8 +7,8 @@ gradients: where weights are swapped for a while, to be evaluated, none is used.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -42,30 +42,26 @@ register_optimizer_step_post_hook(_count_step)
 def round_once_a_step(block: nn.Module) -> None:
     """Have the Linears of `block` rounded before its forward passes, by hooks around them. Seen are optimizers' steps,
     anyone's, writes to a weight, and other tensors in its place; a write through `.data` is not, before the next step."""
-    block.register_forward_pre_hook(_show)
-    block.register_forward_hook(_hide, always_call=True)
+    # Looked for once: each time it took 0.15 ms of a host, which asks for a layer in less than one. A copy of the block has
+    # the hooks with the copies of its Linears.
+    linears = [module for module in block.modules() if isinstance(module, Linear)]
+    block.register_forward_pre_hook(functools.partial(_show, linears))
+    block.register_forward_hook(functools.partial(_hide, linears), always_call=True)
 
 
-# A host may ask for a layer in less than a millisecond. Looking for its Linears each time took 0.15 of them, and registered
-# buffers are set slowly.
-_linears: WeakKeyDictionary[nn.Module, list[Linear]] = WeakKeyDictionary()
-
-
-def _show(block: nn.Module, _inputs: Any) -> None:
+def _show(linears: list[Linear], _block: nn.Module, _inputs: Any) -> None:
     wanted = torch.is_autocast_enabled("cuda") and torch.is_grad_enabled() and torch.version.hip is None
     if not wanted or torch.compiler.is_compiling():
         return
     dtype = torch.get_autocast_dtype("cuda")
-    if block not in _linears:
-        _linears[block] = [module for module in block.modules() if isinstance(module, Linear)]
-    for linear in _linears[block]:
+    for linear in linears:
         if linear.weight.dtype is torch.float32:
-            linear._buffers["rounded"] = rounded(linear.weight, dtype)
+            linear._buffers["rounded"] = rounded(linear.weight, dtype)  # a module sets registered buffers slowly
 
 
-def _hide(block: nn.Module, _inputs: Any, _output: Any) -> None:
+def _hide(linears: list[Linear], _block: nn.Module, _inputs: Any, _output: Any) -> None:
     if not torch.compiler.is_compiling():
-        for linear in _linears.get(block, ()):
+        for linear in linears:
             linear._buffers["rounded"] = None
 
 

@@ -69,18 +69,38 @@ def job(place: Place, name: str, checkpointing: str = "none") -> tuple[ModelConf
     return recipe.model, length, max(1, min(planned, 16)), checkpointing if planned else "selective"
 
 
+def until_it_fits(place: Place, batch: int, work: Callable[[int], dict[str, Any]]) -> dict[str, Any]:
+    """work(batch), with one sequence less wherever memory does not suffice."""
+    while True:
+        try:
+            return work(batch)
+        except torch.OutOfMemoryError:
+            print(f"  {batch} sequences do not fit", flush=True)
+            if batch == 1:
+                raise
+        batch -= 1
+        place.free()
+
+
 def train_until_it_fits(place: Place, config: ModelConfig, length: int, batch: int, checkpointing: str, compiled: bool,
                         precision: str = "bf16") -> dict[str, Any]:  # fmt: skip
     """`_train` with fewer sequences, in the end with full checkpointing, where memory does not suffice."""
-    while True:
-        try:
-            return _train(place, config, length, batch, checkpointing, compiled, precision)
-        except torch.OutOfMemoryError:
-            print(f"  {batch} x {length} with checkpointing {checkpointing} does not fit", flush=True)
-        place.free()
-        if batch == 1 and checkpointing == "full":
-            raise RuntimeError("one sequence does not fit")
-        batch, checkpointing = (batch - 1, checkpointing) if batch > 1 else (1, "full")
+
+    def work(batch: int, checkpointing: str = checkpointing) -> dict[str, Any]:
+        return _train(place, config, length, batch, checkpointing, compiled, precision)
+
+    try:
+        return until_it_fits(place, batch, work)
+    except torch.OutOfMemoryError:
+        if checkpointing == "full":
+            raise
+    place.free()
+    return work(1, "full")
+
+
+def following(tokens: Tensor) -> Tensor:
+    """Labels: the token after each, -100 after the last."""
+    return torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], -100)], 1)
 
 
 def _train(place: Place, config: ModelConfig, length: int, batch: int, checkpointing: str, compiled: bool,
@@ -94,7 +114,7 @@ def _train(place: Place, config: ModelConfig, length: int, batch: int, checkpoin
     low, high = config.long_term_delay_range
 
     def loss(tokens: Tensor, documents: Tensor | None) -> Tensor:
-        labels = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], -100)], 1)
+        labels = following(tokens)
         return model.loss(tokens, labels, documents, delay=delays.randint(low, high), reduction="sum") / labels.numel()
 
     found = _steps(place, model, loss, config, length, batch, document)
@@ -196,47 +216,39 @@ def _train_titan(place: Place, config: ModelConfig, length: int, batch: int) -> 
         max_seq_len=length,
     )  # fmt: skip
     criterion = torch.compile(cross_entropy_loss)
-    while True:
-        try:
-            torch.compiler.reset()
-            with torch.device(place.device):
-                model = Transformer(shape)
-            assert model.layers["0"].feed_forward.w1.out_features == config.intermediate_size
-            for key, layer in model.layers.named_children():
-                model.layers.register_module(key, torch.compile(layer, fullgraph=True))
 
-            return _steps(place, model, functools.partial(_titan_loss, model, criterion), config, length, batch)
-        except torch.OutOfMemoryError:
-            if batch == 1:
-                raise
-        batch -= 1
-        model = None
-        place.free()
+    def work(batch: int) -> dict[str, Any]:
+        torch.compiler.reset()
+        with torch.device(place.device):
+            model = Transformer(shape)
+        assert model.layers["0"].feed_forward.w1.out_features == config.intermediate_size
+        for key, layer in model.layers.named_children():
+            model.layers.register_module(key, torch.compile(layer, fullgraph=True))
 
+        def loss(tokens: Tensor, _: Tensor) -> Tensor:
+            return criterion(model(tokens), following(tokens)) / tokens.numel()
 
-def _titan_loss(model: torch.nn.Module, criterion: Callable, tokens: Tensor, _: Tensor) -> Tensor:
-    labels = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], -100)], 1)
-    return criterion(model(tokens), labels) / tokens.numel()
+        return _steps(place, model, loss, config, length, batch)
+
+    return until_it_fits(place, batch, work)
 
 
 def _train_hf(place: Place, config: ModelConfig, length: int, batch: int) -> dict[str, Any]:
     """Hugging Face's Llama of the same shape, compiled layer by layer, the same step without documents (causal SDPA).
     Its logits are whole: smaller batches fit."""
-    while True:
-        try:
-            torch.compiler.reset()
-            model = _llama(place, config, length)
-            for layer in model.model.layers if place.gpu else ():
-                layer.compile()
-            return _steps(
-                place, model, lambda tokens, documents: model(input_ids=tokens, labels=tokens, use_cache=False).loss,
-                config, length, batch,
-            )  # fmt: skip
-        except torch.OutOfMemoryError:
-            if batch == 1:
-                raise
-        batch -= 1
-        place.free()
+
+    def work(batch: int) -> dict[str, Any]:
+        torch.compiler.reset()
+        model = _llama(place, config, length)
+        for layer in model.model.layers if place.gpu else ():
+            layer.compile()
+
+        def loss(tokens: Tensor, _: Tensor) -> Tensor:
+            return model(input_ids=tokens, labels=tokens, use_cache=False).loss
+
+        return _steps(place, model, loss, config, length, batch)
+
+    return until_it_fits(place, batch, work)
 
 
 def _llama(place: Place, config: ModelConfig, length: int) -> torch.nn.Module:
