@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mmcore.errors import CheckpointError, ConfigError
 from mmcore.generation import history as files
-from mmcore.generation.sampling import Sampling, choose, uniform
+from mmcore.generation.sampling import Draw, Sampling, uniform
 
 if TYPE_CHECKING:
     from mmcore.model.language_model import LanguageModel
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 PREFILL_CHUNK = 512
 """Tokens of a prompt read in one pass: long enough for matrix products at full speed, short enough to stop
 within a moment and to bound the memory a long prompt takes."""
+
+AHEAD = ("cuda",)
+"""Devices that work while the host does other things, so that sessions read ahead there."""
 
 GREEDY = Sampling()
 
@@ -68,17 +71,27 @@ class Session:
     """A model and the memories of one text: feed it tokens, stream tokens from it, in any order.
 
     `history` holds the ids of the text, those that were fed and those that were drawn. A drawn token is read
-    into the memories only when something comes after it, so no pass of the model is ever thrown away.
+    into the memories only when something comes after it, so no pass of the model is thrown away, unless the session
+    reads `ahead`.
     """
 
     def __init__(
-        self, model: LanguageModel, *, state: Any = None, vocab_size: int | None = None, chunk: int = PREFILL_CHUNK
+        self,
+        model: LanguageModel,
+        *,
+        state: Any = None,
+        vocab_size: int | None = None,
+        chunk: int = PREFILL_CHUNK,
+        ahead: bool | None = None,
     ) -> None:
         """`state`: go on from this one, of batch size 1, which the session changes; none: an empty one.
-        `vocab_size`: ids from here on are never drawn (rows of the classifier that no token stands for)."""
+        `vocab_size`: ids from here on are never drawn (rows of the classifier that no token stands for).
+        `ahead`: read a drawn token before it is given out, so that a GPU works while the token is looked at; where a stream
+        is left early, one pass may have been for nothing. None: on a GPU."""
         if chunk < 1:
             raise ConfigError(f"the prefill chunk is {chunk}: it must be at least 1 token")
         self.model = model
+        self._ahead = self._device.type in AHEAD if ahead is None else ahead
         self.chunk = chunk
         self.vocab_size = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
         self.reset()
@@ -203,26 +216,31 @@ class Session:
     def _stream(
         self, max_new_tokens: int, sampling: Sampling, stop_ids: frozenset[int], progress: Progress | None
     ) -> Iterator[int]:
-        token = self._draw(self._catch_up(progress), sampling)
+        draw = self._draw(self._catch_up(progress), sampling)
+        token = draw.ids()[0]
         for left in range(max_new_tokens - 1, -1, -1):
             if token in stop_ids:
                 yield token
                 return
             self.history.append(token)
-            self._unread.append(token)
+            step = None
+            if self._ahead and left:
+                step = _Step(self, draw.tokens.unsqueeze(0), sampling)
+            else:
+                self._unread.append(token)
             yield token
             if not left:
                 return
-            started = time.perf_counter()
-            ids, self._unread = self._unread, []
-            self._logits = self._read(ids)
-            token = self._draw(self._logits, sampling)
-            self.stats.decode_seconds += time.perf_counter() - started
-            self.stats.decode_tokens += len(ids)
+            if step is None or self._unread or self._logits is not step.logits:  # or the text went on in another way
+                if not self._unread:
+                    raise ConfigError("the session was reset or loaded within a stream: begin another stream")
+                ids, self._unread = self._unread, []
+                step = _Step(self, torch.tensor([ids], device=self._device), sampling)
+            draw, token = step.draw, step.token()
 
-    def _draw(self, logits_BV: Tensor, sampling: Sampling) -> int:
+    def _draw(self, logits_BV: Tensor, sampling: Sampling) -> Draw:
         point = uniform(sampling.seed, self._state.length) if sampling.temperature else 0.0
-        return choose(logits_BV, sampling, [point])[0]
+        return Draw(logits_BV, sampling, [point])
 
     def _catch_up(self, progress: Progress | None) -> Tensor:
         """Read what is unread, in chunks; returns the logits [1, V] behind the text."""
@@ -230,7 +248,7 @@ class Session:
         while self._unread:
             started = time.perf_counter()
             ids, self._unread = self._unread[: self.chunk], self._unread[self.chunk :]
-            self._logits = self._read(ids)
+            self._logits = self._read(torch.tensor([ids], device=self._device))
             self.stats.prefill_seconds += time.perf_counter() - started
             self.stats.prefill_tokens += len(ids)
             if progress:
@@ -239,17 +257,42 @@ class Session:
             raise ConfigError("the prompt is empty: give at least one token, such as the tokenizer's bos_id")
         return self._logits
 
-    def _read(self, ids: list[int]) -> Tensor:
-        """One pass of the model over `ids`; returns the logits [1, V] behind the last."""
+    def _read(self, tokens_1T: Tensor) -> Tensor:
+        """One pass of the model over the tokens; returns the logits [1, V] behind the last."""
         self._require_whole()
         self._broken = True  # until the pass is over: a Ctrl-C or a lack of memory within leaves half a token
-        logits = self.model.advance(torch.tensor([ids], device=self._device), self._state)[:, : self.vocab_size]
+        logits = self.model.advance(tokens_1T, self._state)[:, : self.vocab_size]
         self._broken = False
         return logits
 
     def _require_whole(self) -> None:
         if self._broken:
             raise ConfigError("the session was cut off within a token: reset it, or load a saved one")
+
+
+class _Step:
+    """A pass of the model over tokens [1, T] and the draw of the next, begun, and waited for by `token`."""
+
+    def __init__(self, session: Session, tokens_1T: Tensor, sampling: Sampling) -> None:
+        started = time.perf_counter()
+        self._begun = None
+        if tokens_1T.is_cuda:
+            self._begun = torch.cuda.Event(enable_timing=True)
+            self._begun.record(torch.cuda.current_stream(tokens_1T.device))
+        self.logits = session._logits = session._read(tokens_1T)
+        self.draw = session._draw(self.logits, sampling)
+        self._session, self._count = session, tokens_1T.shape[1]
+        self._seconds = time.perf_counter() - started
+
+    def token(self) -> int:
+        """The id that was drawn. Counts the step among the session's statistics: what the GPU took, or the host where that
+        is more, for whoever looked at the last token meanwhile may have taken longer."""
+        started = time.perf_counter()
+        token = self.draw.ids()[0]
+        seconds = self._seconds + time.perf_counter() - started
+        self._session.stats.decode_seconds += max(seconds, self.draw.device_seconds(self._begun))
+        self._session.stats.decode_tokens += self._count
+        return token
 
 
 def generate(
@@ -271,7 +314,7 @@ def generate(
     batch size 1, goes on from an earlier text and is changed: afterwards it has read every id but the last one
     given out. Settings are checked at once, the model runs as ids are asked for. Raises ConfigError.
     """
-    session = Session(model, state=state, vocab_size=vocab_size)
+    session = Session(model, state=state, vocab_size=vocab_size, ahead=None if state is None else False)
     session.append(prompt_ids)
     sampling = Sampling(temperature, top_k, top_p, seed)
     return session.stream(max_new_tokens, sampling, default_stop_ids(model) if stop_ids is None else stop_ids)
@@ -309,17 +352,34 @@ def generate_batch(
     tokens_BT = torch.tensor([[0] * pad + row for pad, row in zip(padding, rows, strict=False)], device=device)
     for piece_BT in tokens_BT.split(chunk, dim=1):
         logits_BV = model.advance(piece_BT, state)
-    answers: list[list[int]] = [[] for _ in rows]
-    for count in range(max_new_tokens):
+
+    def draw(logits_BV: Tensor, count: int) -> Draw:
         points = [uniform(seed + i, len(row) + count) if temperature else 0.0 for i, row in enumerate(rows)]
-        drawn = choose(logits_BV[:, : vocab_size or size], sampling, points)
-        for answer, token in zip(answers, drawn, strict=False):
+        return Draw(logits_BV[:, : vocab_size or size], sampling, points)
+
+    return draw_rows(model, state, logits_BV, draw, stops, max_new_tokens)
+
+
+def draw_rows(
+    model: LanguageModel,
+    state: Any,
+    logits_BV: Tensor,
+    draw: Callable[[Tensor, int], Draw],
+    stops: frozenset[int],
+    max_new_tokens: int,
+) -> list[list[int]]:
+    """The ids that rows go on with from `state` and the logits [B, V] behind it: `draw(logits, count)` draws each row's next
+    after `count` of them. A row ends with the first id of `stops`."""
+    answers: list[list[int]] = [[] for _ in logits_BV]
+    for count in range(max_new_tokens):
+        drawn = draw(logits_BV, count)
+        for answer, token in zip(answers, drawn.ids(), strict=True):
             if not answer or answer[-1] not in stops:
                 answer.append(token)
         if count + 1 == max_new_tokens or all(answer[-1] in stops for answer in answers):
             break
         # Rows that have ended go on reading what they draw; nobody looks at it.
-        logits_BV = model.advance(torch.tensor(drawn, device=device).unsqueeze(1), state)
+        logits_BV = model.advance(drawn.tokens.unsqueeze(1), state)
     return answers
 
 

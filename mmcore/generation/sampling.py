@@ -18,7 +18,10 @@ from mmcore.errors import ConfigError, NonFiniteError
 _MASK = (1 << 64) - 1
 _FIRST_LOOKS = (64, 1024)
 """Tokens sorted at first under top_p alone. Sorting all of Llama 3's 128,256 logits takes 11 ms on one core, the
-best 1,024 take 0.8 ms, and these few nearly always hold the mass that is asked for."""
+best 1,024 take 0.8 ms, and these few nearly always hold the mass that is asked for. On a GPU, where another look costs
+more than a longer one, the last alone."""
+_NOT_FINITE, _FURTHER = -1, -2
+_DAMAGED = "the model's logits are not finite: the weights are damaged, or too large for this dtype (try float32)"
 
 
 @dataclass(frozen=True)
@@ -58,43 +61,105 @@ def uniform(seed: int, position: int) -> float:
     return (mixed >> 11) * 2.0**-53
 
 
-def choose(logits: Tensor, sampling: Sampling, uniforms: list[float]) -> list[int]:
-    """The next token of each row.
+class Draw:
+    """The next token of each row, drawn where the logits are: `ids` waits for it, and nothing before does.
 
     logits [B, V] of any float type; -inf marks tokens that cannot come; uniforms: B numbers in [0, 1), unused
     when the temperature is 0. The order of the limits is temperature, top_k, top_p, as elsewhere in the field.
-    Raises NonFiniteError where a row holds NaN, +inf, or nothing but -inf.
     """
-    if sampling.temperature == 0:
-        _require_finite(logits.amax(-1))
-        return logits.argmax(-1).tolist()
-    weights, ids = _candidates(logits, sampling)
-    cumulative = weights.cumsum(-1, dtype=torch.float64)
-    # u is at most 1 - 2^-53, so that u * total rounds to less than the total: the token found always has weight.
-    u = torch.tensor(uniforms, dtype=torch.float64, device=logits.device).unsqueeze(-1)
-    drawn = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)
-    return (drawn if ids is None else ids.gather(-1, drawn)).squeeze(-1).tolist()
+
+    def __init__(self, logits: Tensor, sampling: Sampling, uniforms: list[float]) -> None:
+        self._logits, self._sampling, self._uniforms = logits, sampling, uniforms
+        self._looks = iter(_looks(logits, sampling))
+        self._begin()
+
+    def ids(self) -> list[int]:
+        """The ids. Raises NonFiniteError where a row's logits hold NaN, +inf, or nothing but -inf."""
+        while True:
+            if self._drawn is not None:
+                self._drawn.synchronize()
+            ids = self._here.tolist()
+            if _NOT_FINITE in ids:
+                raise NonFiniteError(_DAMAGED)
+            if _FURTHER not in ids:
+                return ids
+            self._begin()
+
+    def device_seconds(self, begun: torch.cuda.Event | None) -> float:
+        """Seconds of the GPU from an event until these ids were there; 0 without one."""
+        return begun.elapsed_time(self._drawn) / 1e3 if begun is not None and self._drawn is not None else 0.0
+
+    def _begin(self) -> None:
+        self.tokens = _draw(self._logits, self._sampling, self._uniforms, next(self._looks))
+        """int64 [B], on the logits' device; right as soon as `ids` has been asked for."""
+        self._here, self._drawn = self.tokens, None
+        if self.tokens.is_cuda:
+            self._here = self.tokens.to("cpu", non_blocking=True)
+            self._drawn = torch.cuda.Event(enable_timing=True)
+            self._drawn.record(torch.cuda.current_stream(self.tokens.device))
+
+
+def choose(logits: Tensor, sampling: Sampling, uniforms: list[float]) -> list[int]:
+    """The next token of each row, as `Draw` describes it."""
+    return Draw(logits, sampling, uniforms).ids()
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
-    """The distribution [B, V] fp64 that `choose` draws from, to look at and to test against."""
+    """The distribution [B, V] fp64 that `Draw` draws from, to look at and to test against."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    best = logits.amax(-1, keepdim=True)
+    if not bool(best.isfinite().all()):
+        raise NonFiniteError(_DAMAGED)
     if sampling.temperature == 0:
-        _require_finite(logits.amax(-1))
         return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).double()
-    weights, ids = _candidates(logits, sampling)
+    for look in _looks(logits, sampling):
+        weights, ids, further = _candidates(logits, best, sampling, look)
+        if further is None or not bool(further.any()):
+            break
     weights = weights.double()
     if ids is not None:
         weights = torch.zeros_like(logits, dtype=torch.float64).scatter(-1, ids, weights)
     return weights / weights.sum(-1, keepdim=True)
 
 
-def _candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
-    """Weights [B, N] of the tokens that can come, proportional to their probabilities, at least fp32, and their
-    ids [B, N] (None: the N = V columns are the ids). Tokens that a limit excludes have weight 0."""
-    size = logits.shape[-1]
+def _draw(logits: Tensor, sampling: Sampling, uniforms: list[float], look: int | None) -> Tensor:
+    """int64 [B]: ids, or the marks of a row that is not finite or has to be looked at further. Asks nothing of a GPU back:
+    each answer would keep it idle for some 60 us of a step of 2 ms."""
+    if sampling.temperature == 0:
+        best, ids = logits.max(-1)
+        return torch.where(best.isfinite(), ids, _NOT_FINITE)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     best = logits.amax(-1, keepdim=True)
-    _require_finite(best)
+    weights, ids, further = _candidates(logits, best, sampling, look)
+    cumulative = weights.cumsum(-1, dtype=torch.float64)
+    # u is at most 1 - 2^-53, so that u * total rounds to less than the total: the token found always has weight.
+    u = torch.tensor(uniforms, dtype=torch.float64, pin_memory=logits.is_cuda).to(logits.device, non_blocking=True)
+    drawn = torch.searchsorted(cumulative, u.unsqueeze(-1) * cumulative[:, -1:], right=True)
+    drawn.clamp_(max=cumulative.shape[-1] - 1)  # past the end only where sums are not finite
+    drawn = drawn if ids is None else ids.gather(-1, drawn)
+    if further is not None:
+        drawn = torch.where(further, _FURTHER, drawn)
+    return torch.where(best.isfinite(), drawn, _NOT_FINITE).squeeze(-1)
+
+
+def _looks(logits: Tensor, sampling: Sampling) -> list[int | None]:
+    """How many of the most likely tokens to look at, one number after the other until they suffice; None: all. Only under
+    top_p alone is it more than one."""
+    size = logits.shape[-1]
+    nucleus = sampling.temperature > 0 and sampling.top_p is not None and sampling.top_p < 1
+    if not nucleus or (sampling.top_k is not None and sampling.top_k < size):
+        return [None]
+    looks = _FIRST_LOOKS[-1:] if logits.is_cuda else _FIRST_LOOKS
+    return [*(look for look in looks if 2 * look < size), None]
+
+
+def _candidates(
+    logits: Tensor, best: Tensor, sampling: Sampling, look: int | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Of logits [B, V], at least fp32, with the maxima `best` [B, 1]: weights [B, N] of the tokens that can come,
+    proportional to their probabilities; their ids [B, N] (None: the N = V columns are the ids); and, where only the first
+    `look` were looked at, which rows [B, 1] need more. Tokens that a limit excludes have weight 0."""
+    size = logits.shape[-1]
 
     def weigh(values: Tensor) -> Tensor:
         return (values - best).div_(sampling.temperature).exp_()
@@ -102,22 +167,20 @@ def _candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | No
     keep = size if sampling.top_k is None else min(sampling.top_k, size)
     if sampling.top_p is None or sampling.top_p == 1:
         if keep == size:
-            return weigh(logits), None
+            return weigh(logits), None, None
         values, ids = logits.topk(keep)
-        return weigh(values), ids
+        return weigh(values), ids, None
     if keep < size:  # the probabilities are taken among the k
         values, ids = logits.topk(keep)
         weights = weigh(values)
-        return _nucleus(weights, sampling.top_p * weights.sum(-1, keepdim=True, dtype=torch.float64)), ids
+        return _nucleus(weights, sampling.top_p * weights.sum(-1, keepdim=True, dtype=torch.float64)), ids, None
     mass = sampling.top_p * weigh(logits).sum(-1, keepdim=True, dtype=torch.float64)
-    for look in _FIRST_LOOKS:
-        if 2 * look < size:
-            values, ids = logits.topk(look)
-            weights = weigh(values)
-            if bool((weights.sum(-1, keepdim=True, dtype=torch.float64) >= mass).all()):
-                return _nucleus(weights, mass), ids
-    values, ids = logits.sort(descending=True, stable=True)
-    return _nucleus(weigh(values), mass), ids
+    if look is None:
+        values, ids = logits.sort(descending=True, stable=True)
+        return _nucleus(weigh(values), mass), ids, None
+    values, ids = logits.topk(look)
+    weights = weigh(values)
+    return _nucleus(weights, mass), ids, weights.sum(-1, keepdim=True, dtype=torch.float64) < mass
 
 
 def _nucleus(weights: Tensor, mass: Tensor) -> Tensor:
@@ -132,13 +195,6 @@ def _scramble(z: int) -> int:
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
     return z ^ (z >> 31)
-
-
-def _require_finite(best: Tensor) -> None:
-    if not all(map(math.isfinite, best.flatten().tolist())):
-        raise NonFiniteError(
-            "the model's logits are not finite: the weights are damaged, or too large for this dtype (try float32)"
-        )
 
 
 def _is_number(value: object) -> bool:

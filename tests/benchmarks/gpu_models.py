@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import random
 import statistics
 import sys
@@ -19,6 +20,8 @@ from mmcore import planning
 from mmcore.config import DistributedConfig, ModelConfig, load_recipe
 from mmcore.distributed.float8 import use_float8
 from mmcore.distributed.parallelize import parallelize
+from mmcore.generation.engine import GREEDY, Session, draw_rows
+from mmcore.generation.sampling import Draw
 from mmcore.model import accounting, build_model, layers
 from tests.benchmarks.gpu_timing import Place, attempt, copy_bandwidth, costliest
 
@@ -294,7 +297,7 @@ def decoding(place: Place, report: dict[str, Any]) -> None:
 
 
 def _decode(place: Place, model: Any, rows: int, context: int, form: str, bandwidth: float) -> dict[str, Any]:
-    config, count = model.config, place.pick(64, 3)
+    config, count = model.config, place.pick(64, 8)
     state = model.new_state(rows)
     state.whole_step = False if form == "layers" else None
     count = count if form == "step" else min(count, 16)
@@ -312,14 +315,21 @@ def _decode(place: Place, model: Any, rows: int, context: int, form: str, bandwi
         else:
             store.first += missing
     state.length = context - 2 * count
-    times = []
-    for _ in range(4 if place.warm else 2 * count):
+    for _ in range(4 if place.warm else count):
+        word = model.advance(word, state).argmax(-1, keepdim=True)
+    times = {}
+    for tokens in () if place.warm else (count // 8, count):
         place.sync()
         start = time.perf_counter()
-        word = model.advance(word, state).argmax(-1, keepdim=True)
-        place.sync()
-        times.append(time.perf_counter() - start)
-    spent = statistics.median(times[len(times) // 2 :])
+        if rows == 1:  # as mm chat goes on, and as generate_batch does
+            session = Session(model, state=state)
+            session.append(word[0].tolist())
+            list(session.stream(tokens))
+        else:
+            logits = model.advance(word, state)
+            draw_rows(model, state, logits, lambda logits, _: Draw(logits, GREEDY, []), frozenset(), tokens)
+        times[tokens] = time.perf_counter() - start
+    spent = _slope(times) if times else math.nan
     size = store.keys.element_size()
     weights = model.lm_head.weight.element_size() * (accounting.parameters(config)["total"] - config.vocab_size * config.hidden_size)
     pairs = accounting.pairs_per_query(config, context, config.long_term_delay)
@@ -343,6 +353,11 @@ def _decode_hf(place: Place, config: ModelConfig, dtype: torch.dtype, rows: int,
         model.generate(prompt, min_new_tokens=count, max_new_tokens=count, do_sample=False)
         place.sync()
         times[count] = time.perf_counter() - start
-    few, many = sorted(times)
-    spent = (times[many] - times[few]) / (many - few)
+    spent = _slope(times)
     return {"tokens_per_second": rows / spent, "ms": spent * 1e3}
+
+
+def _slope(times: dict[int, float]) -> float:
+    """Seconds of a token, from the seconds that few and many take."""
+    few, many = sorted(times)
+    return (times[many] - times[few]) / (many - few)

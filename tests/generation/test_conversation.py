@@ -14,6 +14,8 @@ from mmcore.generation.engine import generate
 from mmcore.generation.sampling import Sampling
 from tests.generation.fakes import FakeModel
 
+pytestmark = pytest.mark.usefixtures("ahead")
+
 TEXTS = ["Once upon a time there was a cat. She said: hello world!\n\n"] * 40
 LLAMA3 = """{% set loop_messages = messages %}{% for message in loop_messages %}
 {% set header = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' %}

@@ -15,6 +15,8 @@ from mmcore.generation.engine import Session, generate, generate_batch
 from mmcore.generation.sampling import Sampling
 from tests.generation.fakes import FakeModel
 
+pytestmark = pytest.mark.usefixtures("ahead")
+
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 35, 8, 9, 7]
 SAMPLED = Sampling(0.9, 20, 0.95, seed=5)
 
@@ -73,6 +75,40 @@ def test_leaving_the_stream_and_going_on():
     rest = list(session.stream(15, SAMPLED))
     assert first + rest == list(generate(FakeModel(), PROMPT, max_new_tokens=20, temperature=0.9, top_k=20, top_p=0.95,
                                          seed=5))
+
+
+def test_what_a_consumer_appends_within_a_stream_is_read_before_the_next_id():
+    model = FakeModel()
+    session = Session(model)
+    session.feed(PROMPT)
+    stream = session.stream(6)
+    first = [next(stream), next(stream)]
+    session.append([8, 30])
+    rest = list(stream)
+    assert rest == greedy(FakeModel(), [*PROMPT, *first, 8, 30], 4)
+    assert session.history == [*PROMPT, *first, 8, 30, *rest]
+    assert sum(model.passes) == len(session.history) - 1
+
+
+def test_a_session_reset_within_a_stream_ends_it():
+    session = Session(FakeModel())
+    session.feed(PROMPT)
+    stream = session.stream(6)
+    next(stream)
+    session.reset()
+    with pytest.raises(ConfigError, match="reset or loaded within a stream"):
+        next(stream)
+
+
+def test_a_session_ahead_has_read_what_it_gives_out(ahead):
+    model = FakeModel()
+    session = Session(model)
+    session.feed(PROMPT)
+    stream = session.stream(3)
+    read = [len(PROMPT) + ahead, len(PROMPT) + 1 + ahead, len(PROMPT) + 2]  # the last id waits for what comes after it
+    for number in read:
+        next(stream)
+        assert sum(model.passes) == session._state.length == number
 
 
 def test_a_stop_id_comes_last_and_stays_out_of_the_text():

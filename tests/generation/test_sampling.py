@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmcore.errors import ConfigError, NonFiniteError
-from mmcore.generation.sampling import Sampling, choose, probabilities, uniform
+from mmcore.generation import sampling as choosing
+from mmcore.generation.sampling import Draw, Sampling, choose, probabilities, uniform
 
 INF = math.inf
 
@@ -93,6 +94,21 @@ def test_the_ends_of_chance_find_a_token_that_can_come(u):
     logits = torch.tensor([[-INF, 1.0, 0.0, -INF]])
     for sampling in (Sampling(1.0), Sampling(1.0, top_k=9), Sampling(1.0, top_p=0.999), Sampling(1e-6), Sampling(1e6)):
         assert choose(logits, sampling, [u])[0] in (1, 2)
+
+
+def test_looking_further_changes_no_draw(monkeypatch):
+    logits = torch.randn(6, 400, generator=torch.Generator().manual_seed(1)) * torch.tensor([[0.1], [1], [2], [4], [8], [30]])
+    uniforms, settings = [uniform(0, i) for i in range(6)], Sampling(1.0, top_p=0.9)
+    monkeypatch.setattr(choosing, "_FIRST_LOOKS", ())
+    whole = choose(logits, settings, uniforms)
+    for looks in ((1, 2, 3), (8, 64), (150,)):
+        monkeypatch.setattr(choosing, "_FIRST_LOOKS", looks)
+        draw = Draw(logits, settings, uniforms)
+        assert (draw.tokens == choosing._FURTHER).any()  # of the flattest row at least
+        assert draw.ids() == draw.tokens.tolist() == whole
+    logits[3, 5] = math.nan
+    with pytest.raises(NonFiniteError, match="not finite"):
+        choose(logits, settings, uniforms)
 
 
 def test_tiny_top_p_and_one_best_are_greedy():
