@@ -133,12 +133,12 @@ def step(place: Place, report: dict[str, Any]) -> None:
                 attempt(report, f"{kind} {rows} by {block}: {line}", functools.partial(timed, work))
 
 
-SHARES = "64 4 4 4\n64 4 2 4\n64 4 3 4\n32 4 4 4\n32 2 4 4\n128 4 2 4\n64 4 2 8\n32 4 4 8\n64 4 3 3"
+SHARES = "64 4 2 8 0\n64 4 2 8 96\n64 4 2 4 0\n64 4 3 4 0\n32 4 2 8 0\n32 4 3 4 0\n64 8 2 4 0\n128 8 2 4 0\n64 4 2 3 0"
 
 
 def shares(place: Place, report: dict[str, Any]) -> None:
     """What a new key of each row reads of both memories of a layer, by pairs N, warps, stages, and the programs of a
-    multiprocessor that a memory's shares aim at: ms after 4,096 and 32,768 tokens of one row, and 4,096 of 32."""
+    multiprocessor that a memory's shares aim at, registers at most (0: any): ms after 4,096 and 32,768 tokens of one row, and 4,096 of 32."""
     import triton
 
     from mmcore.kernels.mosaic_step import triton as kernel
@@ -148,22 +148,30 @@ def shares(place: Place, report: dict[str, Any]) -> None:
     for rows, context in place.pick([(1, 4096), (1, 32_768), (32, 4096)], [(1, 40)]):
         reads = [min(context, 4 * W), context]
         pairs = [[numbers(place, rows, count, H, D) for _ in range(2)] for count in reads]
-        query, scalars = numbers(place, rows, 1, H, D), torch.full((H,), 4.0, device=place.device)
+        scalars = torch.full((H,), 0.5, device=place.device)
         clocks = [torch.tensor([count - 1], device=place.device) for count in reads]
+        waiting = [numbers(place, rows, H, D) for _ in range(4)]
+        states = [torch.rand(rows, H, *size, device=place.device) for size in ((), (D,))]
+        projected = torch.randn(rows, 4 * H * D + 4 * H, device=place.device)
         table = torch.tensor([
-            [0, 0, query.data_ptr(), 0, keys.data_ptr(), values.data_ptr(), clock.data_ptr(), 0, 0, *[scalars.data_ptr()] * 3,
-             keys.stride(0), window, delay, 0]
-            for (keys, values), clock, window, delay in zip(pairs, clocks, (W, 1 << 30), (1, 64), strict=True)
+            [*(part.data_ptr() for part in (*states, *waiting[2 * m : 2 * m + 2], keys, values, clock)),
+             *[scalars.data_ptr()] * 5, keys.stride(0), window, delay, 1]
+            for m, ((keys, values), clock, window, delay) in enumerate(zip(pairs, clocks, (W, 1 << 30), (1, 64), strict=True))
         ], device=place.device)  # fmt: skip
-        for line in mine(place, place.pick(SHARES, "16 4 1 4").split("\n")):
-            n, warps, stages, programs = map(int, line.split())
-            one = tuning.Tuned(kernel.share_kernel, [triton.Config({"N": n}, num_warps=warps, num_stages=stages)], ())
-            wanted = max(1, programs * tuning.processors(query) // (rows * H))
+        read = numbers(place, rows, 2 * H * D)
+        for line in mine(place, place.pick(SHARES, "16 4 1 4 0").split("\n")):
+            n, warps, stages, programs, registers = map(int, line.split())
+            config = triton.Config({"N": n}, num_warps=warps, num_stages=stages, maxnreg=registers or None)
+            one = tuning.Tuned(kernel.read_kernel, [config], ())
+            wanted = max(1, programs * tuning.processors(read) // (rows * H))
             short, far = (max(1, min(wanted, -(-reach // n))) for reach in (W, context))
             sums, totals, tops = (torch.empty(rows * H, short + far, *size, device=place.device) for size in ((D,), (), ()))
+            arrivals = torch.zeros(2, rows * H + 1, dtype=torch.int32, device=place.device)
+            arrivals[:, -1] = -(1 << 30)  # so that clocks stand still
             work = functools.partial(
-                one, (short + far, rows * H), table, table, sums, totals, tops, H, D, short, on=query, M=16, STARTS=False,
-                PRECISION="tf32", EVEN=True, ALIGNED=True, D=D, PAIRS=kind, WAITING=kind,
+                one, (short + far, rows * H), table, projected, table, sums, totals, tops, arrivals, read, H, D, short,
+                projected.stride(0), on=read, M=16, STARTS=False, PRECISION="tf32", EVEN=True, ALIGNED=True, D=D,
+                S=triton.next_power_of_2(max(short, far)), PAIRS=kind, WAITING=kind,
             )  # fmt: skip
             attempt(report, f"{rows} x {context}: {line}", lambda work=work: {"ms": 1e3 * seconds(place, work, 0.04)})
 

@@ -59,18 +59,24 @@ def read_pairs(
 
 @triton.jit
 def join_shares(sums, totals, tops, shares, step, size, D: tl.constexpr, S: tl.constexpr):
-    """[D], the quotient of the sums of one query's shares, which lie `step` apart; 0 where nothing was read."""
+    """[D], the quotient of the sums of one query's shares, which lie `step` apart; 0 where nothing was read. At most 32 of
+    them lie in registers at a time."""
     columns = tl.arange(0, D)
     numbers = tl.arange(0, S)
-    present = numbers < shares
-    top = tl.load(tops + numbers * step, mask=present, other=float("-inf"))
+    top = tl.load(tops + numbers * step, mask=numbers < shares, other=float("-inf"))
     greatest = tl.max(top, 0)
     finite = tl.where(greatest == float("-inf"), 0.0, greatest)
-    weight = tl.exp2(top - finite)
-    total = tl.sum(tl.load(totals + numbers * step, mask=present, other=0.0) * weight, 0)
-    inside = present[:, None] & (columns < size)[None, :]
-    parts = tl.load(sums + (numbers * step)[:, None] * size + columns[None, :], mask=inside, other=0.0)
-    return tl.sum(parts * weight[:, None], 0) / tl.where(total == 0, 1.0, total)
+    total = tl.sum(tl.load(totals + numbers * step, mask=numbers < shares, other=0.0) * tl.exp2(top - finite), 0)
+    R: tl.constexpr = min(S, 32)
+    result = tl.zeros([D], tl.float32)
+    for r in tl.static_range(0, S, R):
+        numbers = r + tl.arange(0, R)
+        present = numbers < shares
+        weight = tl.exp2(tl.load(tops + numbers * step, mask=present, other=float("-inf")) - finite)
+        inside = present[:, None] & (columns < size)[None, :]
+        parts = tl.load(sums + (numbers * step)[:, None] * size + columns[None, :], mask=inside, other=0.0)
+        result += tl.sum(parts * weight[:, None], 0)
+    return result / tl.where(total == 0, 1.0, total)
 
 
 @triton.jit(do_not_specialize=MOVING)

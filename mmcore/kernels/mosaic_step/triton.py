@@ -1,8 +1,7 @@
-"""The step in Triton: seven launches a layer for one row, and fifteen, products by the library, for more.
+"""The step in Triton: five launches a layer for one row, and thirteen, products by the library, for more.
 
     projected = [k~ v~ | k~ v~ | gates decays](RMSNorm(x))      product_kernel, NORM
-    pairs and recurrences go on                                 memory_kernel, both memories
-    shares of what the new keys read, joined                    share_kernel, join_kernel, both memories
+    pairs and recurrences go on, read = what the new keys read  read_kernel, both memories
     x += W_o read                                               product_kernel, ADD
     inner = SiLU(W_1 y) * W_3 y,  y = RMSNorm(x)                product_kernel, NORM and GATED
     x += W_2 inner                                              product_kernel, ADD
@@ -29,10 +28,8 @@ from mmcore.kernels.mosaic_step.triton_kernels import (
     JOB,
     MEMORY,
     ROWS,
-    join_kernel,
-    memory_kernel,
     product_kernel,
-    share_kernel,
+    read_kernel,
 )  # fmt: skip
 from mmcore.kernels.rms_norm import triton as rms_norm
 from mmcore.kernels.swiglu import triton as swiglu
@@ -167,13 +164,9 @@ def _product(y: Tensor, weight: Tensor, out: Tensor, add: bool) -> None:
         torch.ops.aten.mm.dtype_out(y, weight.T, torch.float32, out=out)
 
 
-_MEMORY = tuning.Tuned(memory_kernel, [triton.Config({}, num_warps=1, num_stages=1)], ())
-_SHARES = {
-    n: tuning.Tuned(share_kernel, [triton.Config({"N": n}, num_warps=4, num_stages=2)], ()) for n in (16, 32, 64)
-}
+_READ = {n: tuning.Tuned(read_kernel, [triton.Config({"N": n}, num_warps=4, num_stages=2)], ()) for n in (16, 32, 64)}
 """By the pairs that are read at a time. With 64 and eight programs for each multiprocessor it was the fastest of nine
 configurations after 4,096 and 32,768 tokens; wide heads in fp32 would not fit into shared memory."""
-_JOIN = tuning.Tuned(join_kernel, [triton.Config({}, num_warps=4, num_stages=1)], ())
 
 
 class _Layer:
@@ -224,6 +217,7 @@ class Step:
         self._precision, self._item = dot_precision(store.dtype), store.element_size()
         self._aligned = heads * self._size * store.element_size() % 16 == 0
         self._shares = [share_count(batch * heads, self._reach(memory), store, 8, 64) for memory in memories[:2]]
+        self._arrivals = torch.zeros(2, batch * heads + 1, dtype=torch.int32, device=store.device)
 
     @staticmethod
     def _reach(memory: Any) -> int:
@@ -242,20 +236,16 @@ class Step:
         short, shares = self._shares[0], sum(self._shares)
         sums, totals, tops = x.new_empty(heads, shares, size), *x.new_empty(2, heads, shares)
         padded = max(16, triton.next_power_of_2(size))
-        share = _SHARES[16 if tuning.INTERPRETED else 32 if padded * self._item > 512 else 64]
+        read_pairs = _READ[16 if tuning.INTERPRETED else 32 if padded * self._item > 512 else 64]
         for depth, layer in enumerate(self._layers):
             memories = self._memories[depth]
-            starts = memories if self._starts is None else self._starts[depth]
-            given = {"STARTS": self._starts is not None, "D": padded, **self._types}
             layer.project(x, projected, narrow, self._eps)
-            _MEMORY((heads, 2), memories, projected, starts, self._heads, size, projected.stride(0), on=x, **given)
-            share(
-                (shares, heads), memories, starts, sums, totals, tops, self._heads, size, short, on=x, M=FEW,
-                PRECISION=self._precision, EVEN=padded == size, ALIGNED=self._aligned, **given,
-            )  # fmt: skip
-            _JOIN(
-                (heads, 2), memories, sums, totals, tops, read, self._heads, size, short, shares, on=x, D=padded,
-                S=triton.next_power_of_2(max(self._shares)),
+            starts = memories if self._starts is None else self._starts[depth]
+            read_pairs(
+                (shares, heads), memories, projected, starts, sums, totals, tops, self._arrivals, read,
+                self._heads, size, short, projected.stride(0), on=x, PRECISION=self._precision, EVEN=padded == size,
+                ALIGNED=self._aligned, D=padded, M=FEW, S=triton.next_power_of_2(max(self._shares)),
+                STARTS=self._starts is not None, **self._types,
             )  # fmt: skip
             layer.out(read, x, narrow, add=True)
             layer.inner(x, inner, narrow, self._eps)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from mmcore.kernels.memory_read.triton_few import join_shares, read_pairs
-from mmcore.kernels.memory_read.triton_parts import LOG2E, count_power, load_rows
+from mmcore.kernels.memory_read.triton_parts import LOG2E, count_power
 
 JOB = tl.constexpr(6)
 """Numbers of a job, int64: addresses of a block of a matrix's rows and of their scales, the same of the second matrix, the
@@ -99,117 +99,143 @@ def product_kernel(
     tl.store(target, result.to(out.dtype.element_ty), mask=inside)
 
 
+# A program asks for these up to three times: registers that held all of it while it reads would leave room for three
+# programs a multiprocessor, not five.
+
+
 @triton.jit
-def memory_kernel(
-    memories, projected, starts, heads, size, row_step, PAIRS: tl.constexpr, WAITING: tl.constexpr, STARTS: tl.constexpr,
-    D: tl.constexpr,
-):
-    """One head of one row of one memory takes a token: the waiting pair gets its value (9) and goes into the store, the
-    recurrence goes a step on (8), and the new key and v~ wait.
+def _new_key(memory, projected, starts, row, m, rows, heads, size, row_step, STARTS: tl.constexpr, D: tl.constexpr):
+    """The recurrence of one head of one row of a memory, one step on (8): (key [D], log_scale, vector [D]), not stored.
 
     `projected` [B, .] holds k~ and v~ of the short-term memory, of the long-term one, then gates and decays of each.
     """
-    row, m = tl.program_id(0), tl.program_id(1)
-    rows = tl.num_programs(0) // heads
     b, h = row // heads, row % heads
-    memory = memories + m * MEMORY
     columns = tl.arange(0, D)
     inside = columns < size
     width = heads * size
     line = projected + b.to(tl.int64) * row_step
     raw = tl.load(line + 2 * m * width + h * size + columns, mask=inside, other=0.0)
-    value = tl.load(line + (2 * m + 1) * width + h * size + columns, mask=inside, other=0.0)
     gate = tl.load(line + 4 * width + 2 * m * heads + h)
     decay = -tl.abs(tl.load(line + 4 * width + (2 * m + 1) * heads + h))
-    clock = tl.load(_address(memory + 6, tl.int64))
-    own = row.to(tl.int64) * size + columns
-
-    pending_key, pending_raw = _address(memory + 2, WAITING) + own, _address(memory + 3, WAITING) + own
-    before = tl.load(pending_raw, mask=inside, other=0.0).to(tl.float32)
-    mix = tl.load(_address(memory + 7, tl.float32) + h)
-    mixed = mix * before + (1 - mix) * value
-    norm = tl.sqrt(tl.sum(mixed * mixed, 0))
-    mixed *= tl.load(_address(memory + 8, tl.float32) + h) / tl.where(norm == 0, 1.0, norm)
-    slot = b.to(tl.int64) * tl.load(memory + 12) + clock * width + h * size + columns
-    completed = tl.load(pending_key, mask=inside, other=0.0)
-    own_store = columns < tl.where(tl.load(memory + 15) == 0, size, 0)
-    tl.store(_address(memory + 4, PAIRS, False) + slot, completed.to(PAIRS), mask=own_store)
-    tl.store(_address(memory + 5, PAIRS, False) + slot, mixed.to(PAIRS), mask=own_store)
-
-    log_scale, vector = _address(memory, tl.float32) + row, _address(memory + 1, tl.float32) + own
-    carried = decay + tl.load(log_scale)
-    old = tl.load(vector, mask=inside, other=0.0)
+    carried = decay + tl.load(_address(memory, tl.float32) + row)
+    old = tl.load(_address(memory + 1, tl.float32) + row.to(tl.int64) * size + columns, mask=inside, other=0.0)
     if STARTS:
+        clock = tl.load(_address(memory + 6, tl.int64))
         fresh = tl.load(starts + m * rows + b) == clock + 1  # the row begins with this token
         carried = tl.where(fresh, float("-inf"), carried)
         old = tl.where(fresh, 0.0, old)
     top = tl.maximum(gate, carried)
-    new = tl.exp(gate - top) * raw + tl.exp(carried - top) * old
-    norm = tl.sqrt(tl.sum(new * new, 0))
-    key = new / tl.where(norm == 0, 1.0, norm)
-    tl.store(log_scale, top)
-    tl.store(vector, new, mask=inside)
-    tl.store(pending_key, key.to(WAITING), mask=inside)
-    tl.store(pending_raw, value.to(WAITING), mask=inside)
+    vector = tl.exp(gate - top) * raw + tl.exp(carried - top) * old
+    norm = tl.sqrt(tl.sum(vector * vector, 0))
+    return vector / tl.where(norm == 0, 1.0, norm), top, vector
+
+
+@triton.jit
+def _waiting_pair(memory, projected, row, m, heads, size, row_step, WAITING: tl.constexpr, D: tl.constexpr):
+    """[D] each: the key that waited, the value (9) that it gets now, and the new v~, which is part of it."""
+    b, h = row // heads, row % heads
+    columns = tl.arange(0, D)
+    inside = columns < size
+    line = projected + b.to(tl.int64) * row_step + (2 * m + 1) * heads * size
+    value = tl.load(line + h * size + columns, mask=inside, other=0.0)
+    own = row.to(tl.int64) * size + columns
+    key = tl.load(_address(memory + 2, WAITING) + own, mask=inside, other=0.0)
+    before = tl.load(_address(memory + 3, WAITING) + own, mask=inside, other=0.0).to(tl.float32)
+    mix = tl.load(_address(memory + 7, tl.float32) + h)
+    mixed = mix * before + (1 - mix) * value
+    norm = tl.sqrt(tl.sum(mixed * mixed, 0))
+    mixed *= tl.load(_address(memory + 8, tl.float32) + h) / tl.where(norm == 0, 1.0, norm)
+    return key, mixed, value
 
 
 @triton.jit(do_not_specialize=("short",))
-def share_kernel(
-    memories, starts, sums, totals, tops, heads, size, short, PAIRS: tl.constexpr, WAITING: tl.constexpr,
-    PRECISION: tl.constexpr, STARTS: tl.constexpr, EVEN: tl.constexpr, ALIGNED: tl.constexpr, D: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr,
+def read_kernel(
+    memories, projected, starts, sums, totals, tops, arrivals, read, heads, size, short, row_step,
+    PAIRS: tl.constexpr, WAITING: tl.constexpr, PRECISION: tl.constexpr, STARTS: tl.constexpr, EVEN: tl.constexpr,
+    ALIGNED: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, S: tl.constexpr,
 ):
-    """One share of what a head's new key reads: the first `short` programs share the short-term memory's pairs, the others
-    the long-term memory's."""
+    """Both memories of a layer take a token and answer its query.
+
+    A program reads one share of a head's pairs: the first `short` programs share the short-term memory's, the others the
+    long-term memory's. Each makes the new key for itself. The last that is done with a head joins the shares into `read`,
+    [short-term heads | long-term heads], and only it changes the state: the waiting pair goes into the store, the recurrence
+    a step on, the new key and v~ wait. The last of a memory's heads moves its clock on.
+
+    arrivals: int32 [2, B H + 1] zeros, how many programs are done with a head and, last, heads with a memory; zeros again
+    at the end. The order of sums is the shares', whoever joins them.
+    """
     program, row = tl.program_id(0), tl.program_id(1)
+    rows = tl.num_programs(1)
     b, h = row // heads, row % heads
     m = (program >= short).to(tl.int32)
     share = program - m * short
     shares = tl.where(m == 1, tl.num_programs(0) - short, short)
     memory = memories + m * MEMORY
-    clock = tl.load(_address(memory + 6, tl.int64)).to(tl.int32)
-    # The query stands behind the pair that has just been stored.
-    last = clock + 1 - tl.load(memory + 14).to(tl.int32)
-    first = tl.maximum(clock + 2 - tl.load(memory + 13).to(tl.int32), 0)
+    clock = tl.load(_address(memory + 6, tl.int64))
+    query = _new_key(memory, projected, starts, row, m, rows // heads, heads, size, row_step, STARTS, D)[0]
+    query = query.to(WAITING).to(PAIRS)
+    # The query stands behind the waiting pair, which gets the number `clock`.
+    now = clock.to(tl.int32)
+    last = now + 1 - tl.load(memory + 14).to(tl.int32)
+    first = tl.maximum(now + 2 - tl.load(memory + 13).to(tl.int32), 0)
     if STARTS:
-        first = tl.maximum(first, tl.load(starts + m * (tl.num_programs(1) // heads) + b))
+        first = tl.maximum(first, tl.load(starts + m * (rows // heads) + b))
     power, _ = count_power(first, last, tl.load(_address(memory + 11, tl.float32) + h))
     slope, base = tl.load(_address(memory + 10, tl.float32) + h), tl.load(_address(memory + 9, tl.float32) + h)
     scale = (slope * power + base) * LOG2E
-    only = tl.arange(0, M)
-    q = load_rows(_address(memory + 2, WAITING) + row.to(tl.int64) * size, only, 0, 1, size, D, EVEN).to(PAIRS)
+    only, columns = tl.arange(0, M), tl.arange(0, D)
+    q = tl.where((only == 0)[:, None], query[None, :], 0.0).to(PAIRS)
     step = tl.load(memory + 12)
     step = tl.multiple_of(step, 16) if ALIGNED else step
     offset = b.to(tl.int64) * step + h * size
     keys, values = _address(memory + 4, PAIRS, ALIGNED) + offset, _address(memory + 5, PAIRS, ALIGNED) + offset
-    count = tl.maximum(last + 1 - first, 0)
+    stored = tl.minimum(last, now - 1)
+    count = tl.maximum(stored + 1 - first, 0)
     each = tl.cdiv(tl.cdiv(count, N), shares) * N
     begin = first + share * each
     acc, total, top = read_pairs(
-        q, scale + tl.zeros([M], tl.float32), first + tl.zeros([M], tl.int32), last + tl.zeros([M], tl.int32),
-        keys, values, heads * size, heads * size, begin, tl.minimum(begin + each, last + 1), last + 1, size,
+        q, scale + tl.zeros([M], tl.float32), first + tl.zeros([M], tl.int32), stored + tl.zeros([M], tl.int32),
+        keys, values, heads * size, heads * size, begin, tl.minimum(begin + each, stored + 1), stored + 1, size,
         PRECISION, M, N, D, EVEN,
     )
+    if share == 0:  # the waiting pair, which is not in the store yet
+        completed, mixed, value = _waiting_pair(memory, projected, row, m, heads, size, row_step, WAITING, D)
+        score = tl.sum(query.to(tl.float32) * completed.to(PAIRS).to(tl.float32), 0) * scale
+        score = tl.where((first <= now) & (now <= last), score, float("-inf"))
+        greatest = tl.maximum(top, score)
+        finite = tl.where(greatest == float("-inf"), 0.0, greatest)
+        shrink, weight = tl.exp2(top - finite), tl.exp2(score - finite)
+        total = total * shrink + weight
+        acc = acc * shrink[:, None] + weight[:, None] * mixed.to(PAIRS).to(tl.float32)[None, :]
+        top = greatest
+
     at = row.to(tl.int64) * tl.num_programs(0) + program
-    columns = tl.arange(0, D)
     tl.store(sums + at * size + columns[None, :] + only[:, None] * 0, acc,
              mask=(only == 0)[:, None] & (columns < size)[None, :])
     tl.store(totals + at + only, total, mask=only == 0)
     tl.store(tops + at + only, top, mask=only == 0)
-
-
-@triton.jit(do_not_specialize=("short", "shares"))
-def join_kernel(memories, sums, totals, tops, read, heads, size, short, shares, D: tl.constexpr, S: tl.constexpr):
-    """What a head of a memory has read, into [short-term heads | long-term heads]; and its store has one more pair."""
-    row, m = tl.program_id(0), tl.program_id(1)
-    first = m * short
-    count = tl.where(m == 1, shares - short, short)
-    at = row.to(tl.int64) * shares + first
-    columns = tl.arange(0, D)
-    result = join_shares(sums + at * size, totals + at, tops + at, count, 1, size, D, S)
-    b, h = (row // heads).to(tl.int64), row % heads
-    target = read + (b * 2 + m) * heads * size + h * size
-    tl.store(target + columns, result.to(read.dtype.element_ty), mask=columns < size)
-    if row == 0:  # no program of this launch reads it
-        clock = _address(memories + m * MEMORY + 6, tl.int64)
-        tl.store(clock, tl.load(clock) + 1)
+    tl.debug_barrier()  # what all threads have stored is there before one of them says so
+    arrivals += m * (rows + 1)
+    if tl.atomic_add(arrivals + row, 1, sem="acq_rel") == shares - 1:
+        key, log_scale, vector = _new_key(
+            memory, projected, starts, row, m, rows // heads, heads, size, row_step, STARTS, D
+        )
+        completed, mixed, value = _waiting_pair(memory, projected, row, m, heads, size, row_step, WAITING, D)
+        at = row.to(tl.int64) * tl.num_programs(0) + m * short
+        result = join_shares(sums + at * size, totals + at, tops + at, shares, 1, size, D, S)
+        inside = columns < size
+        target = read + (b.to(tl.int64) * 2 + m) * heads * size + h * size
+        tl.store(target + columns, result.to(read.dtype.element_ty), mask=inside)
+        slot = clock * heads * size + columns
+        own_store = columns < tl.where(tl.load(memory + 15) == 0, size, 0)
+        tl.store(keys + slot, completed.to(PAIRS), mask=own_store)
+        tl.store(values + slot, mixed.to(PAIRS), mask=own_store)
+        own = row.to(tl.int64) * size + columns
+        tl.store(_address(memory, tl.float32) + row, log_scale)
+        tl.store(_address(memory + 1, tl.float32) + own, vector, mask=inside)
+        tl.store(_address(memory + 2, WAITING) + own, key.to(WAITING), mask=inside)
+        tl.store(_address(memory + 3, WAITING) + own, value.to(WAITING), mask=inside)
+        tl.store(arrivals + row, 0)
+        if tl.atomic_add(arrivals + rows, 1, sem="acq_rel") == rows - 1:
+            tl.store(arrivals + rows, 0)
+            tl.store(_address(memory + 6, tl.int64), clock + 1)
