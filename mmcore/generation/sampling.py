@@ -18,8 +18,10 @@ from mmcore.errors import ConfigError, NonFiniteError
 _MASK = (1 << 64) - 1
 _FIRST_LOOKS = (64, 1024)
 """Tokens sorted at first under top_p alone. Sorting all of Llama 3's 128,256 logits takes 11 ms on one core, the
-best 1,024 take 0.8 ms, and these few nearly always hold the mass that is asked for. On a GPU, where another look costs
-more than a longer one, the last alone."""
+best 1,024 take 0.8 ms, and these few nearly always hold the mass that is asked for. On a GPU, where an answer costs more
+than a longer look, the last alone."""
+BLIND = ("cuda",)
+"""Devices that work while the host does other things: a draw asks them once."""
 _NOT_FINITE, _FURTHER = -1, -2
 _DAMAGED = "the model's logits are not finite: the weights are damaged, or too large for this dtype (try float32)"
 
@@ -62,41 +64,39 @@ def uniform(seed: int, position: int) -> float:
 
 
 class Draw:
-    """The next token of each row, drawn where the logits are: `ids` waits for it, and nothing before does.
+    """The next token of each row, drawn where the logits are. On a GPU nothing waits for it until `ids` does.
 
     logits [B, V] of any float type; -inf marks tokens that cannot come; uniforms: B numbers in [0, 1), unused
     when the temperature is 0. The order of the limits is temperature, top_k, top_p, as elsewhere in the field.
+    Raises NonFiniteError, at the latest in `ids`, where a row's logits hold NaN, +inf, or nothing but -inf.
     """
 
     def __init__(self, logits: Tensor, sampling: Sampling, uniforms: list[float]) -> None:
-        self._logits, self._sampling, self._uniforms = logits, sampling, uniforms
-        self._looks = iter(_looks(logits, sampling))
-        self._begin()
+        self._given = logits, sampling, uniforms
+        self._drawn: torch.cuda.Event | None = None
+        blind = logits.device.type in BLIND
+        self.tokens = _draw(*self._given, blind)
+        """int64 [B], on the logits' device; right as soon as `ids` has been asked for."""
+        self._here = self.tokens.to("cpu", non_blocking=True) if blind else self.tokens
+        if logits.is_cuda:
+            self._drawn = torch.cuda.Event(enable_timing=True)
+            self._drawn.record(torch.cuda.current_stream(logits.device))
 
     def ids(self) -> list[int]:
-        """The ids. Raises NonFiniteError where a row's logits hold NaN, +inf, or nothing but -inf."""
-        while True:
-            if self._drawn is not None:
-                self._drawn.synchronize()
-            ids = self._here.tolist()
-            if _NOT_FINITE in ids:
-                raise NonFiniteError(_DAMAGED)
-            if _FURTHER not in ids:
-                return ids
-            self._begin()
+        """The ids; waits for them."""
+        if self._drawn is not None:
+            self._drawn.synchronize()
+        ids = self._here.tolist()
+        if _NOT_FINITE in ids:
+            raise NonFiniteError(_DAMAGED)
+        if _FURTHER in ids:
+            self.tokens = self._here = _draw(*self._given, blind=False)
+            ids = self.tokens.tolist()
+        return ids
 
     def device_seconds(self, begun: torch.cuda.Event | None) -> float:
         """Seconds of the GPU from an event until these ids were there; 0 without one."""
         return begun.elapsed_time(self._drawn) / 1e3 if begun is not None and self._drawn is not None else 0.0
-
-    def _begin(self) -> None:
-        self.tokens = _draw(self._logits, self._sampling, self._uniforms, next(self._looks))
-        """int64 [B], on the logits' device; right as soon as `ids` has been asked for."""
-        self._here, self._drawn = self.tokens, None
-        if self.tokens.is_cuda:
-            self._here = self.tokens.to("cpu", non_blocking=True)
-            self._drawn = torch.cuda.Event(enable_timing=True)
-            self._drawn.record(torch.cuda.current_stream(self.tokens.device))
 
 
 def choose(logits: Tensor, sampling: Sampling, uniforms: list[float]) -> list[int]:
@@ -106,60 +106,53 @@ def choose(logits: Tensor, sampling: Sampling, uniforms: list[float]) -> list[in
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     """The distribution [B, V] fp64 that `Draw` draws from, to look at and to test against."""
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    best = logits.amax(-1, keepdim=True)
-    if not bool(best.isfinite().all()):
-        raise NonFiniteError(_DAMAGED)
     if sampling.temperature == 0:
-        return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).double()
-    for look in _looks(logits, sampling):
-        weights, ids, further = _candidates(logits, best, sampling, look)
-        if further is None or not bool(further.any()):
-            break
+        best, ids = logits.max(-1)
+        _require_finite(best)
+        return torch.nn.functional.one_hot(ids, logits.shape[-1]).double()
+    best = logits.amax(-1, keepdim=True)
+    _require_finite(best)
+    weights, ids, _ = _candidates(logits, best, sampling, blind=False)
     weights = weights.double()
     if ids is not None:
         weights = torch.zeros_like(logits, dtype=torch.float64).scatter(-1, ids, weights)
     return weights / weights.sum(-1, keepdim=True)
 
 
-def _draw(logits: Tensor, sampling: Sampling, uniforms: list[float], look: int | None) -> Tensor:
-    """int64 [B]: ids, or the marks of a row that is not finite or has to be looked at further. Asks nothing of a GPU back:
-    each answer would keep it idle for some 60 us of a step of 2 ms."""
+def _draw(logits: Tensor, sampling: Sampling, uniforms: list[float], blind: bool) -> Tensor:
+    """int64 [B]: ids. `blind` asks nothing back, and marks rows that are not finite or have to be looked at further: each
+    answer would keep a GPU idle for some 60 us of a step of 2 ms."""
     if sampling.temperature == 0:
         best, ids = logits.max(-1)
-        return torch.where(best.isfinite(), ids, _NOT_FINITE)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
+        if blind:
+            return torch.where(best.isfinite(), ids, _NOT_FINITE)
+        _require_finite(best)
+        return ids
     best = logits.amax(-1, keepdim=True)
-    weights, ids, further = _candidates(logits, best, sampling, look)
+    if not blind:
+        _require_finite(best)
+    weights, ids, further = _candidates(logits, best, sampling, blind)
     cumulative = weights.cumsum(-1, dtype=torch.float64)
     # u is at most 1 - 2^-53, so that u * total rounds to less than the total: the token found always has weight.
     u = torch.tensor(uniforms, dtype=torch.float64, pin_memory=logits.is_cuda).to(logits.device, non_blocking=True)
     drawn = torch.searchsorted(cumulative, u.unsqueeze(-1) * cumulative[:, -1:], right=True)
-    drawn.clamp_(max=cumulative.shape[-1] - 1)  # past the end only where sums are not finite
+    if blind:
+        drawn.clamp_(max=cumulative.shape[-1] - 1)  # past the end where sums are not finite
     drawn = drawn if ids is None else ids.gather(-1, drawn)
-    if further is not None:
-        drawn = torch.where(further, _FURTHER, drawn)
-    return torch.where(best.isfinite(), drawn, _NOT_FINITE).squeeze(-1)
-
-
-def _looks(logits: Tensor, sampling: Sampling) -> list[int | None]:
-    """How many of the most likely tokens to look at, one number after the other until they suffice; None: all. Only under
-    top_p alone is it more than one."""
-    size = logits.shape[-1]
-    nucleus = sampling.temperature > 0 and sampling.top_p is not None and sampling.top_p < 1
-    if not nucleus or (sampling.top_k is not None and sampling.top_k < size):
-        return [None]
-    looks = _FIRST_LOOKS[-1:] if logits.is_cuda else _FIRST_LOOKS
-    return [*(look for look in looks if 2 * look < size), None]
+    if blind:
+        drawn = drawn if further is None else torch.where(further, _FURTHER, drawn)
+        drawn = torch.where(best.isfinite(), drawn, _NOT_FINITE)
+    return drawn.squeeze(-1)
 
 
 def _candidates(
-    logits: Tensor, best: Tensor, sampling: Sampling, look: int | None
+    logits: Tensor, best: Tensor, sampling: Sampling, blind: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Of logits [B, V], at least fp32, with the maxima `best` [B, 1]: weights [B, N] of the tokens that can come,
-    proportional to their probabilities; their ids [B, N] (None: the N = V columns are the ids); and, where only the first
-    `look` were looked at, which rows [B, 1] need more. Tokens that a limit excludes have weight 0."""
+    """Of logits [B, V] with the maxima `best` [B, 1]: weights [B, N] of the tokens that can come, proportional to their
+    probabilities, at least fp32; their ids [B, N] (None: the N = V columns are the ids); and, where `blind`, which rows
+    [B, 1] need more than was looked at. Tokens that a limit excludes have weight 0."""
     size = logits.shape[-1]
+    logits = logits if logits.dtype == torch.float64 else logits.float()
 
     def weigh(values: Tensor) -> Tensor:
         return (values - best).div_(sampling.temperature).exp_()
@@ -175,12 +168,15 @@ def _candidates(
         weights = weigh(values)
         return _nucleus(weights, sampling.top_p * weights.sum(-1, keepdim=True, dtype=torch.float64)), ids, None
     mass = sampling.top_p * weigh(logits).sum(-1, keepdim=True, dtype=torch.float64)
-    if look is None:
-        values, ids = logits.sort(descending=True, stable=True)
-        return _nucleus(weigh(values), mass), ids, None
-    values, ids = logits.topk(look)
-    weights = weigh(values)
-    return _nucleus(weights, mass), ids, weights.sum(-1, keepdim=True, dtype=torch.float64) < mass
+    for look in _FIRST_LOOKS[-1:] if blind else _FIRST_LOOKS:
+        if 2 * look < size:
+            values, ids = logits.topk(look)
+            weights = weigh(values)
+            short = weights.sum(-1, keepdim=True, dtype=torch.float64) < mass
+            if blind or not bool(short.any()):
+                return _nucleus(weights, mass), ids, short
+    values, ids = logits.sort(descending=True, stable=True)
+    return _nucleus(weigh(values), mass), ids, None
 
 
 def _nucleus(weights: Tensor, mass: Tensor) -> Tensor:
@@ -195,6 +191,11 @@ def _scramble(z: int) -> int:
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
     return z ^ (z >> 31)
+
+
+def _require_finite(best: Tensor) -> None:
+    if not all(map(math.isfinite, best.flatten().tolist())):
+        raise NonFiniteError(_DAMAGED)
 
 
 def _is_number(value: object) -> bool:

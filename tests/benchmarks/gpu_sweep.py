@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmcore.kernels import tuning
+from mmcore.kernels.mosaic_step import Matrix
 from tests.benchmarks.gpu_timing import Place, attempt, copy_bandwidth, seconds
 
 SCANS = {"whole heads": (8, 4096, 32, 128), "few heads": (3, 4096, 16, 128)}
@@ -93,44 +94,64 @@ def read_backward(place: Place, report: dict[str, Any]) -> None:
     kernel._gatherer = before
 
 
-PRODUCTS = {1: "4 1024 3 4\n4 1024 4 4\n4 512 4 4\n4 2048 2 4\n8 512 3 4", 16: "64 64 4 4\n32 128 4 4\n64 128 3 4"}
-"""By the rows of x that a program takes: rows of W, columns, stages, warps."""
+PRODUCTS = {
+    "bf16": {1: "4 1024 3 4\n4 1024 4 4\n4 512 4 4\n4 2048 2 4\n8 512 3 4", 16: "64 64 4 4\n32 128 4 4\n64 128 3 4"},
+    "int8": {1: "4 1024 3 4\n4 1024 4 4\n4 2048 3 4\n8 1024 3 4\n8 2048 2 4\n4 2048 2 8"},
+}
+"""By the weights' format and the rows of x that a program takes: rows of W, columns, stages, warps."""
 
 
 def step(place: Place, report: dict[str, Any]) -> None:
-    """The products of a decoding step of the 1.5b shape in bf16, each kind with each configuration and beside the library's,
-    weights from memory: ms, and the share of a copy's bandwidth."""
-    import triton
-
-    from mmcore.kernels.mosaic_step import Matrix
-    from mmcore.kernels.mosaic_step import triton as kernel
-
+    """The products of a decoding step of the 1.5b shape, each kind with each configuration and beside the library's, weights
+    from memory: ms, and the share of a copy's bandwidth."""
     copy = copy_bandwidth(place)
     d, inner, words = place.pick((2048, 6144, 128_256), (32, 48, 61))
     norm = torch.rand(d, device=place.device)
     shapes = {"project": (4 * d, d, False, True), "out": (d, 2 * d, False, False), "inner": (inner, d, True, True),
               "down": (d, inner, False, False), "classify": (words, d, False, True)}  # fmt: skip
     for kind, (out, width, gated, normed) in list(shapes.items())[: 1 if place.warm else None]:
-        weights = [numbers(place, out, width) for _ in range(1 + gated)]
-        for rows, block in place.pick([(1, 1), (8, 16)], [(1, 1)]):
-            x, result = torch.randn(rows, width, device=place.device), torch.empty(rows, out, device=place.device)
-            taken = sum(weight.numel() * weight.element_size() for weight in weights)
-            narrow = x.to(weights[0].dtype)
+        for format, lines in PRODUCTS.items():
+            weights = [_matrix(place, out, width, format) for _ in range(1 + gated)]
+            for rows, block in place.pick([(1, 1), (8, 16)], [(1, 1)]):
+                for line in place.pick(lines.get(block, ""), "64 64 1 4").splitlines():
+                    config = [int(word) for word in line.split()]
+                    work = functools.partial(_product, place, weights, norm if normed else None, rows, block, config, copy)
+                    attempt(report, f"{kind} {format} {rows} by {block}: {line}", work)
+                if format == "bf16":
+                    work = functools.partial(_product, place, weights, None, rows, block, None, copy)
+                    attempt(report, f"{kind} {format} {rows} library", work)
 
-            def timed(work, taken=taken) -> dict[str, float]:
-                spent = seconds(place, work, 0.04)
-                return {"ms": 1e3 * spent, "of_copy": taken / spent / copy}
 
-            work = functools.partial(lambda x, weights: [F.linear(x, weight) for weight in weights], narrow, weights)
-            attempt(report, f"{kind} {rows} library", functools.partial(timed, work))
-            for line in place.pick(PRODUCTS[block], "64 64 1 4").split("\n"):
-                n, k, stages, warps = map(int, line.split())
-                products = kernel._Products([tuple(Matrix(weight) for weight in weights)], norm if normed else None)
-                config = triton.Config({"N": n, "K": k, "STAGES": stages}, num_warps=warps, num_stages=1)
-                products._tuned[block] = tuning.Tuned(kernel.product_kernel, [config], ())
-                given = (products._all, x, result, weights[0].dtype, 1e-5, False, products.norm if rows == 1 else None)
-                work = functools.partial(products._launch, *given)
-                attempt(report, f"{kind} {rows} by {block}: {line}", functools.partial(timed, work))
+def _matrix(place: Place, out: int, width: int, format: str) -> Matrix:
+    if format == "bf16":
+        return Matrix(numbers(place, out, width))
+    weight = torch.randint(-127, 128, (out, width), dtype=torch.int8, device=place.device)
+    return Matrix(weight, torch.rand(out, device=place.device))
+
+
+def _product(place: Place, weights: list[Matrix], norm: Tensor | None, rows: int, block: int, config: list[int] | None,
+             copy: float) -> dict[str, float]:  # fmt: skip
+    """One kind of product in one configuration; None: the library's."""
+    import triton
+
+    from mmcore.kernels.mosaic_step import triton as kernel
+
+    out, width = weights[0].weight.shape
+    x, result = torch.randn(rows, width, device=place.device), torch.empty(rows, out, device=place.device)
+    narrow = torch.float32 if place.tiny else torch.bfloat16
+    if config is None:
+        y = x.to(narrow)
+        work = functools.partial(lambda y: [F.linear(y, matrix.weight) for matrix in weights], y)
+    else:
+        n, k, stages, warps = config
+        products = kernel._Products([tuple(weights)], norm)
+        config = triton.Config({"N": n, "K": k, "STAGES": stages}, num_warps=warps, num_stages=1)
+        products._tuned[block] = tuning.Tuned(kernel.product_kernel, [config], ())
+        given = (products._all, x, result, narrow, 1e-5, False, products.norm if rows == 1 else None)
+        work = functools.partial(products._launch, *given)
+    spent = seconds(place, work, 0.04)
+    taken = sum(matrix.weight.numel() * matrix.weight.element_size() for matrix in weights)
+    return {"ms": 1e3 * spent, "of_copy": taken / spent / copy}
 
 
 SHARES = "64 4 2 8 0\n64 4 2 8 96\n64 4 2 4 0\n64 4 3 4 0\n32 4 2 8 0\n32 4 3 4 0\n64 8 2 4 0\n128 8 2 4 0\n64 4 2 3 0"
@@ -138,7 +159,8 @@ SHARES = "64 4 2 8 0\n64 4 2 8 96\n64 4 2 4 0\n64 4 3 4 0\n32 4 2 8 0\n32 4 3 4 
 
 def shares(place: Place, report: dict[str, Any]) -> None:
     """What a new key of each row reads of both memories of a layer, by pairs N, warps, stages, and the programs of a
-    multiprocessor that a memory's shares aim at, registers at most (0: any): ms after 4,096 and 32,768 tokens of one row, and 4,096 of 32."""
+    multiprocessor that a memory's shares aim at, and registers at most (0: any): ms after 4,096 and 32,768 tokens of one row,
+    and 4,096 of 32."""
     import triton
 
     from mmcore.kernels.mosaic_step import triton as kernel

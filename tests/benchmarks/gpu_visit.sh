@@ -26,7 +26,7 @@ once() { # once PART i/n: untimed, its log beside the others
     >"$logs/warm-$1-${2%/*}.log" 2>&1 &
 }
 if [[ "$parts" == *a* ]]; then
-  OMP_NUM_THREADS=1 MM_AUTOTUNE=0 nice timeout -s INT -k 10 "$warm" python3 -W ignore -m pytest ${TESTS:-tests/kernels tests/model/test_graphed.py} \
+  OMP_NUM_THREADS=1 MM_AUTOTUNE=0 nice timeout -s INT -k 10 "$warm" python3 -W ignore -m pytest ${TESTS:-tests/kernels tests/model/test_graphed.py tests/generation/test_real_models.py} \
     -k "triton or on_a_gpu" -p tests.helpers.failures_at_once -q --tb=no -n "${TESTERS:-8}" >"$out/tests.log" 2>&1 &
 fi
 if [[ "$parts" == *p* ]]; then

@@ -99,3 +99,35 @@ def test_memories_knocked_out_can_be_saved(tmp_path):
     assert list(other.stream(10, HOT)) == list(session.stream(10, HOT))
     with pytest.raises(CheckpointError, match="saved with other memories knocked out"):
         other.load(tmp_path / "whole")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("model_type", ["memory_mosaics_v2", "llama"])
+@pytest.mark.parametrize("sampling", [Sampling(), HOT, Sampling(1.2, 30), Sampling(2.0, top_p=0.9999)], ids=range(4))
+def test_sessions_on_a_gpu_draw_the_same_ahead_and_in_turn(model_type, sampling):
+    """In fp32, with a vocabulary that is sorted only in part; turns, streams left early and stops, and rows of a batch."""
+    config = ModelConfig(model_type=model_type, vocab_size=4096, hidden_size=128, intermediate_size=192, num_hidden_layers=2,
+                         num_attention_heads=2, short_term_window=8, long_term_delay=4, long_term_delay_range=(4, 8),
+                         max_position_embeddings=256)  # fmt: skip
+    model = build_model(config).eval()
+    model.init_weights(3)
+    with torch.no_grad():
+        model.classifier_weight.mul_(20)
+    model.to("cuda")
+
+    def talk(ahead):
+        session, said = Session(model, ahead=ahead), []
+        for turn in range(3):
+            session.feed(PROMPT)
+            stream = session.stream(30, sampling)
+            said += [next(stream) for _ in range(12 + turn)]
+            stream.close()
+            said += list(session.stream(30, sampling, {said[3]}))
+        return said, session.history, session.length
+
+    assert talk(True) == talk(False)
+    settings = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+    rows = generate_batch(model, [PROMPT, PROMPT[:7]], max_new_tokens=20, seed=sampling.seed, **settings)
+    for i, prompt in enumerate((PROMPT, PROMPT[:7])):
+        assert rows[i] == list(generate(model, prompt, max_new_tokens=20, seed=sampling.seed + i, **settings))
