@@ -26,12 +26,13 @@ BACKWARD = ("64 64 64 4 2\n64 64 64 4 3\n128 64 64 8 2\n128 64 64 8 3\n64 32 32 
 
 
 def scan(place: Place, report: dict[str, Any]) -> None:
-    """gated_scan by pieces walked side by side, and for few heads by the programs of a multiprocessor that segments aim at;
+    """gated_scan's walk by pieces side by side, and for few heads by the programs of a multiprocessor that segments aim at;
     in ms."""
     from mmcore.kernels.gated_scan import triton as kernel
 
     names = {"summary": kernel.summary_kernel, "forward": kernel.forward_kernel, "backward": kernel.backward_kernel}
-    before = kernel._tuned, kernel.PROGRAMS
+    before = kernel._tuned, kernel.PROGRAMS, kernel.FORM
+    kernel.FORM = "walk"
     choices = [(pieces, programs) for pieces in (2, 4, 8) for programs in (2, 4, 8)]
     for pieces, programs in mine(place, place.pick(choices, [(2, 2)])):
 
@@ -56,7 +57,7 @@ def scan(place: Place, report: dict[str, Any]) -> None:
                 }
 
             attempt(report, f"{name}: {pieces} pieces, {programs} programs", times)
-    kernel._tuned, kernel.PROGRAMS = before
+    kernel._tuned, kernel.PROGRAMS, kernel.FORM = before
 
 
 def read_forward(place: Place, report: dict[str, Any]) -> None:

@@ -317,51 +317,98 @@ def test_fp64_runs_by_itself_and_bad_input_is_named():
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Log-maxima found for 32 steps at a time and two pieces of 16 walked side by side, so that short texts take several
-    times."""
+    """Log-maxima found for 32 steps at a time, stretches of two pieces of 16 and groups of two, so that short texts have
+    several."""
     from mmcore.kernels.gated_scan import triton
 
     monkeypatch.setattr(triton, "BLOCK", 32)
-    monkeypatch.setattr(triton, "PIECES", 2)
+    monkeypatch.setattr(triton, "GROUPS", (1, 2))
+    stretches_of(triton, monkeypatch, 2)
     return triton
 
 
-def whole(triton, monkeypatch, cut):
-    """Let the scan walk whole heads, or cut them into segments of as few chunks as it walks side by side."""
-    monkeypatch.setattr(triton.tuning, "processors", lambda x: 1000 if cut else 0)
+def stretches_of(triton, monkeypatch, pieces):
+    monkeypatch.setattr(triton, "PIECES", pieces)
+    monkeypatch.setattr(triton, "CHAINED", {"forward": (pieces, 128), "backward": (pieces, 168)})
+
+
+WAYS = ["chain", "groups", "whole heads", "segments"]
+
+
+def go(triton, monkeypatch, way):
+    """Stretches in a chain, alone or in groups; or walked, whole heads or cut into segments as short as what is walked side
+    by side."""
+    monkeypatch.setattr(triton, "FORM", "chained" if way in WAYS[:2] else "walk")
+    monkeypatch.setattr(triton.tuning, "processors", lambda x: 1000 if way in ("groups", "segments") else 0)
 
 
 @needs_triton
-@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("T", [1, 16, 17, 63, 65])
-def test_triton_keys_and_gradients(small_chunks, monkeypatch, T, cut):
-    whole(small_chunks, monkeypatch, cut)
+def test_triton_keys_and_gradients(small_chunks, monkeypatch, T, way):
+    go(small_chunks, monkeypatch, way)
     B, H, D = (1, 2, 12) if T < 60 else (1, 1, 16)
     check("triton", *problem(B, T, H, D, seed=T))
 
 
 @needs_triton
-@pytest.mark.parametrize("pieces, T, cut", [(1, 50, False), (1, 50, True), (4, 70, True), (8, 127, False), (8, 130, True)])
-def test_triton_pieces_side_by_side(small_chunks, monkeypatch, pieces, T, cut):
-    monkeypatch.setattr(small_chunks, "PIECES", pieces)
-    whole(small_chunks, monkeypatch, cut)
+@pytest.mark.parametrize("pieces, T, way", [
+    (1, 50, "chain"), (1, 50, "groups"), (4, 130, "groups"), (8, 127, "chain"), (8, 130, "groups"),
+    (1, 50, "segments"), (4, 70, "segments"), (8, 127, "whole heads"),
+])  # fmt: skip
+def test_triton_pieces_side_by_side(small_chunks, monkeypatch, pieces, T, way):
+    stretches_of(small_chunks, monkeypatch, pieces)
+    go(small_chunks, monkeypatch, way)
     check("triton", *problem(1, T, 2, 16, seed=T))
 
 
 @needs_triton
-@pytest.mark.parametrize("cut_heads", [False, True])
+@pytest.mark.parametrize("group, ticket, reload", [(1, True, False), (4, False, True), (4, True, False), (16, False, False)])
+def test_triton_chain_of_many_stretches(small_chunks, monkeypatch, group, ticket, reload):
+    """Full groups and a last one that is not, several documents in a stretch and one over several; equal bits each time."""
+    go(small_chunks, monkeypatch, "chain")
+    stretches_of(small_chunks, monkeypatch, 1)
+    for name, value in {"GROUPS": (group, group), "TICKET": ticket, "RELOAD": reload}.items():
+        monkeypatch.setattr(small_chunks, name, value)
+    parts, resets = problem(1, 300, 1, 8, seed=group), cut(1, 300, 120, 3, 5, 70)
+    check("triton", *parts, resets=resets)
+    parts = [x.to(DEVICE) for x in parts]
+    run, back = small_chunks._run, small_chunks._run_backward
+    first, again = (run(*parts, resets.to(DEVICE), None, None, True) for _ in range(2))
+    assert all(map(torch.equal, first, again))
+    assert all(map(torch.equal, *(back(torch.ones_like(parts[0]), *parts, *kept[3:]) for kept in (first, again))))
+
+
+@needs_triton
+def test_triton_gradients_of_a_document_have_the_bits_they_have_alone(small_chunks, monkeypatch):
+    """What a document before is makes no difference, not even to sums over a chunk that both lie in."""
+    go(small_chunks, monkeypatch, "groups")
+    raw, gates, decays = (x.to(DEVICE) for x in problem(1, 90, 2, 16))
+    resets, upstream = cut(1, 90, 41, 49).to(DEVICE), torch.randn(1, 90, 2, 16, device=DEVICE)
+    found = []
+    for factor in (1, -3):
+        changed = raw.clone()
+        changed[:, :41] *= factor
+        found.append(gradients(lambda *x: gated_scan(*x, resets=resets, implementation="triton")[0],
+                               changed, gates, decays, upstream)[1])  # fmt: skip
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one[:, 41:], other[:, 41:]) and not torch.equal(one[:, :41], other[:, :41])
+
+
+@needs_triton
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("lengths", [(1,), (1, 2, 1, 30), (33, 31)])
-def test_triton_documents_do_not_mix(small_chunks, monkeypatch, lengths, cut_heads):
-    whole(small_chunks, monkeypatch, cut_heads)
+def test_triton_documents_do_not_mix(small_chunks, monkeypatch, lengths, way):
+    go(small_chunks, monkeypatch, way)
     check("triton", *problem(2, 50, 1, 16, seed=3), resets=cut(2, 50, *lengths))
 
 
 @pytest.mark.slow
 @needs_triton
-@pytest.mark.parametrize("cut_heads", [False, True])
-def test_triton_carries_its_state(small_chunks, monkeypatch, cut_heads):
+@pytest.mark.parametrize("way", WAYS)
+def test_triton_carries_its_state(small_chunks, monkeypatch, way):
     """From a state to a state, whole and in pieces; the state is the last kbar; an empty one is none."""
-    whole(small_chunks, monkeypatch, cut_heads)
+    go(small_chunks, monkeypatch, way)
     raw, gates, decays = (x.to(DEVICE) for x in problem(2, 40, 2, 8))
     resets = cut(2, 40, 35, 8).to(DEVICE)
     vector, log_scale = torch.randn(2, 2, 8, device=DEVICE), torch.randn(2, 2, device=DEVICE)
@@ -392,8 +439,10 @@ def test_triton_carries_its_state(small_chunks, monkeypatch, cut_heads):
 
 
 @needs_triton
+@pytest.mark.parametrize("way", ["chain", "groups", "whole heads"])
 @pytest.mark.parametrize("gate, decay", [(80.0, -0.5), (-80.0, 0.0), (500.0, -500.0), (-500.0, -0.5)])
-def test_triton_extreme_gates_and_decays(small_chunks, gate, decay):
+def test_triton_extreme_gates_and_decays(small_chunks, monkeypatch, gate, decay, way):
+    go(small_chunks, monkeypatch, way)
     raw, gates, decays = problem(1, 40, 1, 16)
     gates[:, 5:25] = gate
     gates[:, 12] = 0.25
@@ -440,7 +489,8 @@ def test_a_piece_is_one_warp_s_in_what_triton_compiles():
     plain = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "MM_AUTOTUNE")}
     printed = subprocess.run(command, env=plain, capture_output=True, text=True, check=True).stdout
     found = re.findall(r"(\w+)_kernel .*'W': (\d), .*'D': 128}: (\d+) B shared, .* (\d+) B spilled", printed)
-    assert {(name, pieces) for name, pieces, *_ in found} == {(n, w) for n in ("summary", "forward", "backward") for w in "48"}
+    walked = {(name, pieces) for name in ("summary", "forward", "backward") for pieces in "48"}
+    assert {(name, pieces) for name, pieces, *_ in found} == walked | {("chained_forward", "4"), ("chained_backward", "4")}
     for name, pieces, shared, spilled in found:
         assert int(shared) <= int(pieces) * 128 * 4 and int(spilled) <= 256, f"{name}: {shared} B shared, {spilled} B spilled"
 

@@ -1,29 +1,33 @@
 """The gated scan in Triton: one pass over memory each way.
 
-Kernels are in `triton_kernels.py`. A small one goes ahead over gates and decays alone, 2 / D of the traffic: it finds
-the running log-maxima M of all steps, and with u_t = exp(-M_t) kbar_t what is left is
+A small kernel goes ahead over gates and decays alone, 2 / D of the traffic: it finds the running log-maxima M of all steps,
+and with u_t = exp(-M_t) kbar_t what is left is
 
     u_t = forget_t u_{t-1} + input_t k~_t,    forget_t = exp(log_decay_t + M_{t-1} - M_t),  input_t = exp(log_gate_t - M_t)
 
-with both factors in [0, 1]. A program walks the steps of one head, all D of it (the norm needs them), a stretch of W pieces
-of C steps at a time. A piece is one warp's: each of its columns lies in one thread, so that a step is a multiply-add and the
-norm 5 shuffles. Warps sum up their pieces from nothing, exchange what they end with through shared memory, [W, D] numbers,
-and add what comes to them: 61 instructions of a warp for a step forward where a lone warp (W = 1) takes 51, but that one
-waited for its own results most of the time (150 cycles a step on an H200, where 256 heads make 2 warps a multiprocessor).
-Triangular products of whole chunks on tensor cores, as linear attention does it, took 94 and 22 barriers a chunk.
+with both factors in [0, 1]. A program has a stretch of W pieces of C steps of one head, all D of it (the norm needs them). A
+piece is one warp's: each of its columns lies in one thread, so that a step is a multiply-add and the norm 5 shuffles. Warps
+sum up their pieces from nothing, exchange what they end with through shared memory, [W, D] numbers, and add what comes to
+them. Triangular products of whole chunks on tensor cores, as linear attention does it, took 94 and 22 barriers a chunk.
 
-Traffic. With `segments` = 1 a program walks all of a head: k~ is read once, keys are written once, and the backward
-pass reads k~ and the upstream gradient once and writes one gradient. Beside them go gates and decays, the two factors in
-fp32, and, kept for the backward pass, 1 / |u| of each step and the state that enters each chunk (1 / 8 of bf16 keys); u
-is computed again from k~, exactly, where rounded keys would spoil small gradients. Few heads are cut in time into
-segments: a pass before sums up each segment (reads k~ once more, and in the backward pass the gradient too), and every
-program folds the sums of the segments before its own into the state that it starts from.
+FORM "chained" (chained_kernels.py): each stretch is a program, and what enters it comes from the program before through
+memory. k~ is read once, keys are written once, and the backward pass reads k~ and the upstream gradient once and writes one
+gradient, however many heads there are. Few heads would wait for one hop after the other: theirs fold the sums of up to
+GROUPS - 1 stretches before theirs, and only every GROUPS-th stretch is a hop. The order of all sums is fixed.
+FORM "walk" (triton_kernels.py): a program walks all of a head, stretch after stretch, and there are no more programs than
+heads. Few heads are cut in time into segments: a pass before sums up each segment (reads k~ once more, and in the backward
+pass the gradient too), and every program folds the sums of the segments before its own into the state that it starts from.
+
+Beside k~ and its gradients go gates and decays, the two factors in fp32, and, kept for the backward pass, 1 / |u| of each
+step and the state that enters each chunk (1 / 8 of bf16 keys); u is computed again from k~, exactly, where rounded keys
+would spoil small gradients.
 
 A NaN reaches every step after it in its text.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import torch
@@ -32,6 +36,7 @@ from torch import Tensor
 
 from mmcore.errors import ConfigError
 from mmcore.kernels import registry, tuning
+from mmcore.kernels.gated_scan.chained_kernels import chained_backward_kernel, chained_forward_kernel
 from mmcore.kernels.gated_scan.triton_kernels import backward_kernel, forward_kernel, prepare_kernel, summary_kernel
 
 CHUNK = 16  # at D = 128 a backward pass over 32 has not the registers
@@ -40,6 +45,11 @@ MOST_SEGMENTS = 64
 PROGRAMS = 4  # for each multiprocessor that the cut into segments aims at
 BLOCK = 4096  # steps whose maxima are found at a time
 _LANES = 32
+FORM = "chained"  # or "walk"
+CHAINED = {"forward": (4, 128), "backward": (4, 168)}  # pieces of a stretch; registers of a thread, for 4 and 3 programs
+GROUPS = (1, 16)  # stretches of a group where heads are as many as multiprocessors, and where they are fewer: 16 at most
+RELOAD = False  # the chained backward pass reads k~ a second time, for fewer registers
+TICKET = False  # programs of a chain take their numbers as they start; False: processors start them in their order
 
 
 @functools.cache
@@ -60,6 +70,40 @@ def _config(width: int, pieces: int) -> triton.Config:
     pieces = min(pieces, 8 * _LANES // lanes)
     constants = {"W": pieces, "V": width // lanes}
     return triton.Config(constants, num_warps=max(1, pieces * lanes // _LANES), num_stages=1)
+
+
+@functools.cache
+def _chained(which: str, width: int, pieces: int, registers: int | None) -> tuning.Tuned:
+    """One configuration: trying others out would find the words of launches before set."""
+    kernel = {"forward": chained_forward_kernel, "backward": chained_backward_kernel}[which]
+    config = _config(width, pieces)
+    # Pieces of wide heads are two warps', whose exchanges take more.
+    config.maxnreg = registers if width <= 128 and torch.version.hip is None else None
+    return tuning.Tuned(kernel, [config], ())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chain:
+    """A chained launch: its kernel, its grid and what its programs tell one another in."""
+
+    kernel: tuning.Tuned
+    programs: int
+    group: int
+    groups: int
+
+    @staticmethod
+    def of(which: str, raw: Tensor) -> _Chain:
+        batch, time, heads, _ = raw.shape
+        kernel = _chained(which, _constants(raw)["D"], *CHAINED[which])
+        stretches = triton.cdiv(triton.cdiv(time, CHUNK), kernel.configs[0].kwargs["W"])
+        group = GROUPS[0 if batch * heads >= tuning.processors(raw) else 1]
+        return _Chain(kernel, batch * heads * stretches, group, triton.cdiv(stretches, group))
+
+    def scratch(self, rows: int, width: int, on: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(sums [stretches of all rows, width], factors of as many, states [groups of all rows, width])."""
+        fp32 = {"dtype": torch.float32, "device": on.device}
+        left = self.programs if self.group > 1 else 0
+        return torch.empty(left, width, **fp32), torch.empty(left, **fp32), torch.empty(rows * self.groups, width, **fp32)
 
 
 @functools.cache
@@ -94,27 +138,31 @@ def _side_by_side(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
 
 
-def _prepare(gates: Tensor, decays: Tensor, resets: Tensor | None, log_scale: Tensor | None):
-    """(forgets [B, H, chunks * C + 1], inputs [B, H, chunks * C], the last log-maximum [B, H]), fp32."""
+def _prepare(gates: Tensor, decays: Tensor, resets: Tensor | None, log_scale: Tensor | None, groups: int = 0):
+    """(forgets [B, H, (chunks + 1) * C], inputs [B, H, chunks * C], the last log-maximum [B, H]), fp32, and for a chain the
+    zeroed words of `groups` for each head and a ticket."""
     batch, time, heads = gates.shape
     padded = triton.cdiv(time, CHUNK) * CHUNK
     fp32 = {"dtype": torch.float32, "device": gates.device}
-    forgets, tops = torch.empty(batch, heads, padded + 1, **fp32), torch.empty(batch, heads, padded + 1, **fp32)
+    forgets, tops = torch.empty(batch, heads, padded + CHUNK, **fp32), torch.empty(batch, heads, padded + 1, **fp32)
     inputs, last = torch.empty(batch, heads, padded, **fp32), torch.empty(batch, heads, **fp32)
+    words = torch.empty(batch * heads * groups + 1 if groups else 0, dtype=torch.int32, device=gates.device)
     block = min(BLOCK, triton.next_power_of_2(padded))
     _preparer(8 if block > 1024 else 4)(
         (batch * heads,), gates, decays, _or(_bytes(resets), gates), _or(log_scale, tops), forgets, inputs, tops, last,
-        time, heads, padded, *_strides(resets, gates, decays), on=gates, RESETS=resets is not None,
-        STATE=log_scale is not None, BLOCK=block,
+        words, time, heads, padded, groups, *_strides(resets, gates, decays), on=gates, RESETS=resets is not None,
+        STATE=log_scale is not None, BLOCK=block, C=CHUNK,
     )  # fmt: skip
-    return forgets, inputs, last
+    return forgets, inputs, last, words
 
 
 def _run(raw, gates, decays, resets, vector, log_scale, keep: bool):
     batch, time, heads, size = raw.shape
     raw = _side_by_side(raw)
+    chain = _Chain.of("forward", raw) if FORM == "chained" else None
     chunks, each, segments = _plan(raw)
-    forgets, inputs, new_log_scale = _prepare(gates, decays, resets, log_scale)
+    prepared = _prepare(gates, decays, resets, log_scale, chain.groups if chain else 0)
+    forgets, inputs, new_log_scale, words = prepared
     keys = torch.empty(raw.shape, dtype=raw.dtype, device=raw.device)
     fp32 = {"dtype": torch.float32, "device": raw.device}
     new_vector = torch.empty(batch, heads, size, **fp32)
@@ -123,6 +171,15 @@ def _run(raw, gates, decays, resets, vector, log_scale, keep: bool):
     constants = _constants(raw)
     sides = (time, heads, size, *raw.stride()[:3], each, tuning.bucket(time))
     rows, width = batch * heads, constants["D"]
+    if chain:
+        chain.kernel(
+            (chain.programs,), raw, forgets, inputs, _or(vector, keys), keys, new_vector, entries, inverses, words,
+            *chain.scratch(rows, width, raw), time, heads, size, rows, *raw.stride()[:3], on=raw, STATE=vector is not None,
+            KEEP=keep, TICKET=TICKET, GROUP=chain.group, **constants,
+        )  # fmt: skip
+        if not keep:
+            forgets, inputs = forgets.new_empty(0), inputs.new_empty(0)
+        return keys, new_vector, new_log_scale, entries, inverses, forgets, inputs
     vectors, factors = keys, keys
     if segments > 1:
         vectors, factors = torch.empty(rows, segments, width, **fp32), torch.empty(rows, segments, **fp32)
@@ -155,7 +212,7 @@ def _fake(raw, gates, decays, resets, vector, log_scale, keep):
     def fp32(*shape):
         return raw.new_empty(shape, dtype=torch.float32)
 
-    saved = (fp32(batch, heads, padded + 1), fp32(batch, heads, padded)) if keep else (fp32(0), fp32(0))
+    saved = (fp32(batch, heads, padded + CHUNK), fp32(batch, heads, padded)) if keep else (fp32(0), fp32(0))
     entries, inverses = fp32(batch, heads, kept, size), fp32(batch, heads, padded)
     return raw.new_empty(raw.shape), fp32(batch, heads, size), fp32(batch, heads), entries, inverses, *saved
 
@@ -177,6 +234,15 @@ def _run_backward(grad, raw, gates, decays, entries, inverses, forgets, inputs):
     grad_gates, grad_decays = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (gates, decays))
     constants = _constants(raw)
     width, rows = constants["D"], batch * heads
+    if FORM == "chained":
+        chain = _Chain.of("backward", raw)
+        words = torch.zeros(rows * chain.groups + 1, dtype=torch.int32, device=raw.device)
+        chain.kernel(
+            (chain.programs,), grad, raw, forgets, inputs, entries, inverses, grad_raw, grad_gates, grad_decays, words,
+            *chain.scratch(rows, width, raw), *raw.shape[1:], rows, *grad.stride()[:3], *raw.stride()[:3], on=raw,
+            RELOAD=RELOAD, TICKET=TICKET, GROUP=chain.group, **constants,
+        )  # fmt: skip
+        return grad_raw, grad_gates, grad_decays
     ends, factors = (grad_raw, grad_raw)
     if segments > 1:
         ends = torch.empty(rows, segments, width, dtype=torch.float32, device=raw.device)

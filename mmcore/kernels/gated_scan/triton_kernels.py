@@ -31,13 +31,15 @@ def _times(a, b):
 
 @triton.jit
 def prepare_kernel(
-    gates, decays, resets, log_scale, forgets, inputs, tops, last, length, heads, padded,
+    gates, decays, resets, log_scale, forgets, inputs, tops, last, words, length, heads, padded, groups,
     gate_row, gate_step, gate_head, decay_row, decay_step, decay_head, reset_row, reset_step,
-    RESETS: tl.constexpr, STATE: tl.constexpr, BLOCK: tl.constexpr,
+    RESETS: tl.constexpr, STATE: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr,
 ):
     """Of one head: M of all steps (`tops`, the one before the first step first), exp(log_decay_t + M_{t-1} - M_t)
     (`forgets`, 0 where a document starts), exp(log_gate_t - M_t) (`inputs`), and M after the last step (`last`).
 
+    The words of the head's `groups` of stretches are zeroed, and with the last head's the ticket behind them all; see
+    chained_kernels.py.
     M may be off by a rounding: it is a unit, and both factors are computed from the one that was stored. Steps past the
     end add nothing and forget nothing: their gates are -inf.
     """
@@ -46,12 +48,12 @@ def prepare_kernel(
     gates += b * gate_row + h * gate_head
     decays += b * decay_row + h * decay_head
     resets += b * reset_row
-    forgets += row.to(tl.int64) * (padded + 1)
+    forgets += row.to(tl.int64) * (padded + C)  # one more is needed, C more keep rows aligned
     inputs += row.to(tl.int64) * padded
     tops += row.to(tl.int64) * (padded + 1)
     top = tl.load(log_scale + row) if STATE else float("-inf")
     tl.store(tops, top)
-    tl.store(forgets + padded, 0.0)
+    tl.store(forgets + padded + tl.arange(0, C), tl.zeros([C], tl.float32))
     for t0 in range(0, padded, BLOCK):
         steps = t0 + tl.arange(0, BLOCK)
         inside = steps < length
@@ -69,6 +71,12 @@ def prepare_kernel(
         tl.store(forgets + steps, tl.exp(decay + (before - maxima)), mask=steps < padded)
         tl.store(inputs + steps, tl.exp(gate - maxima), mask=steps < padded)
     tl.store(last + row, top)
+    words += row.to(tl.int64) * groups
+    for start in range(0, groups, BLOCK):
+        which = start + tl.arange(0, BLOCK)
+        tl.store(words + which, tl.zeros([BLOCK], tl.int32), mask=which < groups)
+    if (row + 1 == tl.num_programs(0)) & (groups > 0):
+        tl.store(words + groups, 0)
 
 
 @triton.jit
@@ -180,7 +188,7 @@ def summary_kernel(
     b, h = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
     chunks = tl.cdiv(length, C)
     raw += b * raw_row + h * raw_head
-    forgets += row.to(tl.int64) * (chunks * C + 1)
+    forgets += row.to(tl.int64) * (chunks + 1) * C
     inputs += row.to(tl.int64) * chunks * C
     places, spread = _places(C, W, False), _places(C, W, False, D)
     offsets = spread * raw_step + _columns(D, V, W)[None, :]
@@ -226,7 +234,7 @@ def forward_kernel(
     chunks = tl.cdiv(length, C)
     raw += b * raw_row + h * raw_head
     keys += (b * length * heads + h) * size
-    forgets += row.to(tl.int64) * (chunks * C + 1)
+    forgets += row.to(tl.int64) * (chunks + 1) * C
     inputs += row.to(tl.int64) * chunks * C
     entries += row.to(tl.int64) * chunks * size
     inverses += row.to(tl.int64) * chunks * C
@@ -284,7 +292,7 @@ def backward_kernel(
     grad_raw += (b * length * heads + h) * size
     grad_gates += b * length * heads + h
     grad_decays += b * length * heads + h
-    forgets += row.to(tl.int64) * (chunks * C + 1)
+    forgets += row.to(tl.int64) * (chunks + 1) * C
     inputs += row.to(tl.int64) * chunks * C
     entries += row.to(tl.int64) * chunks * size
     inverses += row.to(tl.int64) * chunks * C
