@@ -28,15 +28,14 @@ def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def gated_scan(dtype: torch.dtype) -> None:
-    """Many heads, and few: in groups, or cut into segments."""
+    """Many heads, and few, which are read in groups."""
     from mmcore.kernels.gated_scan import triton
 
-    for triton.FORM in ("walk", "chained"):
-        for batch, time, heads in ((B, T, H), (1, 32_768, 16)):
-            raw, gates = empty(batch, time, heads, D, dtype=dtype), empty(batch, time, heads, dtype=dtype)
-            resets = empty(batch, time, dtype=torch.bool)
-            keys, _, _, *kept = triton._run(raw, gates, gates, resets, None, None, True)
-            triton._run_backward(keys, raw, gates, gates, *kept)
+    for batch, time, heads in ((B, T, H), (1, 32_768, 16)):
+        raw, gates = empty(batch, time, heads, D, dtype=dtype), empty(batch, time, heads, dtype=dtype)
+        resets = empty(batch, time, dtype=torch.bool)
+        keys, _, _, *kept = triton._run(raw, gates, gates, resets, None, None, True)
+        triton._run_backward(keys, raw, gates, gates, *kept)
 
 
 def memory_read(dtype: torch.dtype) -> None:

@@ -25,23 +25,19 @@ BACKWARD = ("64 64 64 4 2\n64 64 64 4 3\n128 64 64 8 2\n128 64 64 8 3\n64 32 32 
             "128 64 128 8 2\n128 32 64 8 3")  # fmt: skip
 
 
+STRETCHES = "4 128 1\n4 128 4\n4 128 16\n8 128 1\n8 128 4\n2 128 4\n4 168 1\n4 168 4\n4 168 16\n2 168 1\n2 168 4\n8 128 16"
+"""Chunks of a stretch, registers, stretches of a group."""
+
+
 def scan(place: Place, report: dict[str, Any]) -> None:
-    """gated_scan's walk by pieces side by side, and for few heads by the programs of a multiprocessor that segments aim at;
-    in ms."""
+    """gated_scan by STRETCHES; in ms."""
     from mmcore.kernels.gated_scan import triton as kernel
 
-    names = {"summary": kernel.summary_kernel, "forward": kernel.forward_kernel, "backward": kernel.backward_kernel}
-    before = kernel._tuned, kernel.PROGRAMS, kernel.FORM
-    kernel.FORM = "walk"
-    choices = [(pieces, programs) for pieces in (2, 4, 8) for programs in (2, 4, 8)]
-    for pieces, programs in mine(place, place.pick(choices, [(2, 2)])):
-
-        def tuned(which: str, width: int, _, pieces=pieces) -> tuning.Tuned:
-            return tuning.Tuned(names[which], [kernel._config(width, pieces)], ())
-
-        kernel._tuned, kernel.PROGRAMS = tuned, programs
-        shapes = place.pick(SCANS, {"few heads": (1, 40, 2, 16)})
-        for name, shape in shapes.items() if programs == 2 else [("few heads", shapes["few heads"])]:
+    before = kernel.STRETCH, kernel.GROUPS
+    for line in mine(place, place.pick(STRETCHES, "2 128 2").split("\n")):
+        pieces, registers, group = map(int, line.split())
+        kernel.STRETCH, kernel.GROUPS = dict.fromkeys(before[0], (pieces, registers)), (group, group)
+        for name, shape in place.pick(SCANS, {"few heads": (1, 40, 2, 16)}).items():
 
             def times(shape=shape) -> dict[str, float]:
                 B, T, H, _ = shape
@@ -52,12 +48,12 @@ def scan(place: Place, report: dict[str, Any]) -> None:
                 kept = kernel._run(*inputs, None, None, True)[3:]
                 return {
                     "forward_ms": 1e3 * seconds(place, lambda: kernel._run(*inputs, None, None, True)),
-                    "prepare_ms": 1e3 * seconds(place, lambda: kernel._prepare(*inputs[1:], None)),
+                    "prepare_ms": 1e3 * seconds(place, lambda: kernel._prepare(*inputs[1:], None, 1)),
                     "backward_ms": 1e3 * seconds(place, lambda: kernel._run_backward(upstream, raw, gates, decays, *kept)),
                 }
 
-            attempt(report, f"{name}: {pieces} pieces, {programs} programs", times)
-    kernel._tuned, kernel.PROGRAMS, kernel.FORM = before
+            attempt(report, f"{name}: {line}", times)
+    kernel.STRETCH, kernel.GROUPS = before
 
 
 def read_forward(place: Place, report: dict[str, Any]) -> None:

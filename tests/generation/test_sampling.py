@@ -115,6 +115,22 @@ def test_looking_further_changes_no_draw(blind, monkeypatch):
         assert draw.ids() == draw.tokens.tolist() == whole
 
 
+@pytest.mark.parametrize("size", [2048, 3 * 256, 192, 1000])
+def test_logits_in_parts_equal_whole_rows(monkeypatch, size):
+    """Sizes of several parts, and of one; for the greedy choice ties, across parts and within one."""
+    random = torch.Generator().manual_seed(size)
+    logits = torch.randn(5, size, generator=random) * 3
+    logits[3, 7:] = -INF
+    tied, uniforms = logits.round(), [uniform(1, i) for i in range(5)]
+    for way in (Sampling(), Sampling(1.0), Sampling(0.5, top_p=0.7), Sampling(0.1, 9)):
+        given = logits if way.temperature else tied
+        monkeypatch.setattr(choosing, "BLIND", ())
+        whole = choose(given, way, uniforms)
+        monkeypatch.setattr(choosing, "BLIND", ("cpu",))
+        assert choosing._parts(given).shape[1] == {2048: 2, 768: 3, 192: 3, 1000: 1}[size]
+        assert choose(given, way, uniforms) == whole
+
+
 def test_tiny_top_p_and_one_best_are_greedy():
     logits = torch.tensor([[0.0, 3.0, 2.9]])
     for sampling in (Sampling(1.0, top_p=1e-12), Sampling(1.0, top_k=1), Sampling(1e-8)):

@@ -328,18 +328,15 @@ def small_chunks(monkeypatch):
 
 
 def stretches_of(triton, monkeypatch, pieces):
-    monkeypatch.setattr(triton, "PIECES", pieces)
-    monkeypatch.setattr(triton, "CHAINED", {"forward": (pieces, 128), "backward": (pieces, 168)})
+    monkeypatch.setattr(triton, "STRETCH", {"forward": (pieces, 128), "backward": (pieces, 168)})
 
 
-WAYS = ["chain", "groups", "whole heads", "segments"]
+WAYS = ["chain", "groups"]
 
 
 def go(triton, monkeypatch, way):
-    """Stretches in a chain, alone or in groups; or walked, whole heads or cut into segments as short as what is walked side
-    by side."""
-    monkeypatch.setattr(triton, "FORM", "chained" if way in WAYS[:2] else "walk")
-    monkeypatch.setattr(triton.tuning, "processors", lambda x: 1000 if way in ("groups", "segments") else 0)
+    """Stretches in a chain, alone or in groups."""
+    monkeypatch.setattr(triton.tuning, "processors", lambda x: 1000 if way == "groups" else 0)
 
 
 @needs_triton
@@ -354,7 +351,6 @@ def test_triton_keys_and_gradients(small_chunks, monkeypatch, T, way):
 @needs_triton
 @pytest.mark.parametrize("pieces, T, way", [
     (1, 50, "chain"), (1, 50, "groups"), (4, 130, "groups"), (8, 127, "chain"), (8, 130, "groups"),
-    (1, 50, "segments"), (4, 70, "segments"), (8, 127, "whole heads"),
 ])  # fmt: skip
 def test_triton_pieces_side_by_side(small_chunks, monkeypatch, pieces, T, way):
     stretches_of(small_chunks, monkeypatch, pieces)
@@ -363,13 +359,12 @@ def test_triton_pieces_side_by_side(small_chunks, monkeypatch, pieces, T, way):
 
 
 @needs_triton
-@pytest.mark.parametrize("group, ticket, reload", [(1, True, False), (4, False, True), (4, True, False), (16, False, False)])
-def test_triton_chain_of_many_stretches(small_chunks, monkeypatch, group, ticket, reload):
+@pytest.mark.parametrize("group", [1, 4, 16])
+def test_triton_chain_of_many_stretches(small_chunks, monkeypatch, group):
     """Full groups and a last one that is not, several documents in a stretch and one over several; equal bits each time."""
     go(small_chunks, monkeypatch, "chain")
     stretches_of(small_chunks, monkeypatch, 1)
-    for name, value in {"GROUPS": (group, group), "TICKET": ticket, "RELOAD": reload}.items():
-        monkeypatch.setattr(small_chunks, name, value)
+    monkeypatch.setattr(small_chunks, "GROUPS", (group, group))
     parts, resets = problem(1, 300, 1, 8, seed=group), cut(1, 300, 120, 3, 5, 70)
     check("triton", *parts, resets=resets)
     parts = [x.to(DEVICE) for x in parts]
@@ -439,7 +434,7 @@ def test_triton_carries_its_state(small_chunks, monkeypatch, way):
 
 
 @needs_triton
-@pytest.mark.parametrize("way", ["chain", "groups", "whole heads"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("gate, decay", [(80.0, -0.5), (-80.0, 0.0), (500.0, -500.0), (-500.0, -0.5)])
 def test_triton_extreme_gates_and_decays(small_chunks, monkeypatch, gate, decay, way):
     go(small_chunks, monkeypatch, way)
@@ -489,8 +484,7 @@ def test_a_piece_is_one_warp_s_in_what_triton_compiles():
     plain = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "MM_AUTOTUNE")}
     printed = subprocess.run(command, env=plain, capture_output=True, text=True, check=True).stdout
     found = re.findall(r"(\w+)_kernel .*'W': (\d), .*'D': 128}: (\d+) B shared, .* (\d+) B spilled", printed)
-    walked = {(name, pieces) for name in ("summary", "forward", "backward") for pieces in "48"}
-    assert {(name, pieces) for name, pieces, *_ in found} == walked | {("chained_forward", "4"), ("chained_backward", "4")}
+    assert {(name, pieces) for name, pieces, *_ in found} == {("forward", "4"), ("backward", "4")}
     for name, pieces, shared, spilled in found:
         assert int(shared) <= int(pieces) * 128 * 4 and int(spilled) <= 256, f"{name}: {shared} B shared, {spilled} B spilled"
 

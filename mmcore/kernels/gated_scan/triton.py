@@ -10,13 +10,11 @@ piece is one warp's: each of its columns lies in one thread, so that a step is a
 sum up their pieces from nothing, exchange what they end with through shared memory, [W, D] numbers, and add what comes to
 them. Triangular products of whole chunks on tensor cores, as linear attention does it, took 94 and 22 barriers a chunk.
 
-FORM "chained" (chained_kernels.py): each stretch is a program, and what enters it comes from the program before through
-memory. k~ is read once, keys are written once, and the backward pass reads k~ and the upstream gradient once and writes one
-gradient, however many heads there are. Few heads would wait for one hop after the other: theirs fold the sums of up to
-GROUPS - 1 stretches before theirs, and only every GROUPS-th stretch is a hop. The order of all sums is fixed.
-FORM "walk" (triton_kernels.py): a program walks all of a head, stretch after stretch, and there are no more programs than
-heads. Few heads are cut in time into segments: a pass before sums up each segment (reads k~ once more, and in the backward
-pass the gradient too), and every program folds the sums of the segments before its own into the state that it starts from.
+Each stretch is a program, and what enters it comes from the program before through memory. k~ is read once, keys are written
+once, and the backward pass reads k~ and the upstream gradient once and writes one gradient, however many heads there are
+(programs that walk whole heads, or segments of them after a pass that sums these up, took 1.2 to 1.6 times as long, and as
+long only forward with two heads a multiprocessor). Few heads would wait for one hop after the other: theirs fold the sums
+of up to GROUPS - 1 stretches before theirs, and only every GROUPS-th stretch is a hop. The order of all sums is fixed.
 
 Beside k~ and its gradients go gates and decays, the two factors in fp32, and, kept for the backward pass, 1 / |u| of each
 step and the state that enters each chunk (1 / 8 of bf16 keys); u is computed again from k~, exactly, where rounded keys
@@ -36,32 +34,15 @@ from torch import Tensor
 
 from mmcore.errors import ConfigError
 from mmcore.kernels import registry, tuning
-from mmcore.kernels.gated_scan.chained_kernels import chained_backward_kernel, chained_forward_kernel
-from mmcore.kernels.gated_scan.triton_kernels import backward_kernel, forward_kernel, prepare_kernel, summary_kernel
+from mmcore.kernels.gated_scan.triton_kernels import backward_kernel, forward_kernel, prepare_kernel
 
 CHUNK = 16  # at D = 128 a backward pass over 32 has not the registers
-PIECES = 8  # chunks that a program walks side by side
-MOST_SEGMENTS = 64
-PROGRAMS = 4  # for each multiprocessor that the cut into segments aims at
+STRETCH = {"forward": (4, 128), "backward": (4, 168)}
+"""Chunks of a stretch, and registers of a thread, for 4 and 3 programs a multiprocessor: of the configurations tried on an
+H100 within 5 % of the best for many heads and for few."""
+GROUPS = (1, 4)  # stretches of a group where heads are as many as multiprocessors, and where they are fewer: 16 at most
 BLOCK = 4096  # steps whose maxima are found at a time
 _LANES = 32
-FORM = "chained"  # or "walk"
-CHAINED = {"forward": (4, 128), "backward": (4, 168)}  # pieces of a stretch; registers of a thread, for 4 and 3 programs
-GROUPS = (1, 16)  # stretches of a group where heads are as many as multiprocessors, and where they are fewer: 16 at most
-RELOAD = False  # the chained backward pass reads k~ a second time, for fewer registers
-TICKET = False  # programs of a chain take their numbers as they start; False: processors start them in their order
-
-
-@functools.cache
-def _tuned(which: str, width: int, pieces: int) -> tuning.Tuned:
-    """`which` kernel for heads of up to `width`, which walks up to `pieces` chunks side by side."""
-    kernel, variants = {
-        "summary": (summary_kernel, ()), "forward": (forward_kernel, ("SEGMENTS",)),
-        "backward": (backward_kernel, ("SEGMENTS", "SUMMARY")),
-    }[which]  # fmt: skip
-    choices = [max(1, pieces // 2), pieces]
-    configs = {str(config): config for config in (_config(width, choice) for choice in choices)}
-    return tuning.Tuned(kernel, list(configs.values()), ("LENGTH", "D", *variants))
 
 
 def _config(width: int, pieces: int) -> triton.Config:
@@ -73,9 +54,9 @@ def _config(width: int, pieces: int) -> triton.Config:
 
 
 @functools.cache
-def _chained(which: str, width: int, pieces: int, registers: int | None) -> tuning.Tuned:
+def _tuned(which: str, width: int, pieces: int, registers: int) -> tuning.Tuned:
     """One configuration: trying others out would find the words of launches before set."""
-    kernel = {"forward": chained_forward_kernel, "backward": chained_backward_kernel}[which]
+    kernel = {"forward": forward_kernel, "backward": backward_kernel}[which]
     config = _config(width, pieces)
     # Pieces of wide heads are two warps', whose exchanges take more.
     config.maxnreg = registers if width <= 128 and torch.version.hip is None else None
@@ -84,7 +65,7 @@ def _chained(which: str, width: int, pieces: int, registers: int | None) -> tuni
 
 @dataclasses.dataclass(frozen=True)
 class _Chain:
-    """A chained launch: its kernel, its grid and what its programs tell one another in."""
+    """A launch: its kernel, its grid and what its programs tell one another in."""
 
     kernel: tuning.Tuned
     programs: int
@@ -94,7 +75,7 @@ class _Chain:
     @staticmethod
     def of(which: str, raw: Tensor) -> _Chain:
         batch, time, heads, _ = raw.shape
-        kernel = _chained(which, _constants(raw)["D"], *CHAINED[which])
+        kernel = _tuned(which, _constants(raw)["D"], *STRETCH[which])
         stretches = triton.cdiv(triton.cdiv(time, CHUNK), kernel.configs[0].kwargs["W"])
         group = GROUPS[0 if batch * heads >= tuning.processors(raw) else 1]
         return _Chain(kernel, batch * heads * stretches, group, triton.cdiv(stretches, group))
@@ -109,18 +90,6 @@ class _Chain:
 @functools.cache
 def _preparer(warps: int) -> tuning.Tuned:
     return tuning.Tuned(prepare_kernel, [triton.Config({}, num_warps=warps, num_stages=1)], ())
-
-
-def _plan(raw: Tensor) -> tuple[int, int, int]:
-    """(chunks, chunks of a segment, segments)."""
-    batch, time, heads, _ = raw.shape
-    chunks = triton.cdiv(time, CHUNK)
-    # Segments read their keys twice: with a program for most multiprocessors a head is better left whole.
-    if batch * heads >= 0.75 * tuning.processors(raw):
-        return chunks, chunks, 1
-    wanted = min(MOST_SEGMENTS, triton.cdiv(PROGRAMS * tuning.processors(raw), batch * heads))
-    each = triton.cdiv(triton.cdiv(chunks, wanted), PIECES) * PIECES
-    return chunks, each, triton.cdiv(chunks, each)
 
 
 def _constants(raw: Tensor) -> dict:
@@ -138,15 +107,15 @@ def _side_by_side(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
 
 
-def _prepare(gates: Tensor, decays: Tensor, resets: Tensor | None, log_scale: Tensor | None, groups: int = 0):
-    """(forgets [B, H, (chunks + 1) * C], inputs [B, H, chunks * C], the last log-maximum [B, H]), fp32, and for a chain the
-    zeroed words of `groups` for each head and a ticket."""
+def _prepare(gates: Tensor, decays: Tensor, resets: Tensor | None, log_scale: Tensor | None, groups: int):
+    """(forgets [B, H, (chunks + 1) * C], inputs [B, H, chunks * C], the last log-maximum [B, H]), fp32, and the zeroed words
+    of `groups` for each head and a ticket."""
     batch, time, heads = gates.shape
     padded = triton.cdiv(time, CHUNK) * CHUNK
     fp32 = {"dtype": torch.float32, "device": gates.device}
     forgets, tops = torch.empty(batch, heads, padded + CHUNK, **fp32), torch.empty(batch, heads, padded + 1, **fp32)
     inputs, last = torch.empty(batch, heads, padded, **fp32), torch.empty(batch, heads, **fp32)
-    words = torch.empty(batch * heads * groups + 1 if groups else 0, dtype=torch.int32, device=gates.device)
+    words = torch.empty(batch * heads * groups + 1, dtype=torch.int32, device=gates.device)
     block = min(BLOCK, triton.next_power_of_2(padded))
     _preparer(8 if block > 1024 else 4)(
         (batch * heads,), gates, decays, _or(_bytes(resets), gates), _or(log_scale, tops), forgets, inputs, tops, last,
@@ -159,36 +128,18 @@ def _prepare(gates: Tensor, decays: Tensor, resets: Tensor | None, log_scale: Te
 def _run(raw, gates, decays, resets, vector, log_scale, keep: bool):
     batch, time, heads, size = raw.shape
     raw = _side_by_side(raw)
-    chain = _Chain.of("forward", raw) if FORM == "chained" else None
-    chunks, each, segments = _plan(raw)
-    prepared = _prepare(gates, decays, resets, log_scale, chain.groups if chain else 0)
-    forgets, inputs, new_log_scale, words = prepared
+    chain, rows, chunks = _Chain.of("forward", raw), batch * heads, triton.cdiv(time, CHUNK)
+    forgets, inputs, new_log_scale, words = _prepare(gates, decays, resets, log_scale, chain.groups)
     keys = torch.empty(raw.shape, dtype=raw.dtype, device=raw.device)
     fp32 = {"dtype": torch.float32, "device": raw.device}
     new_vector = torch.empty(batch, heads, size, **fp32)
     entries = torch.empty(batch, heads, chunks if keep else 0, size, **fp32)
     inverses = torch.empty(batch, heads, inputs.shape[2] if keep else 0, **fp32)
     constants = _constants(raw)
-    sides = (time, heads, size, *raw.stride()[:3], each, tuning.bucket(time))
-    rows, width = batch * heads, constants["D"]
-    if chain:
-        chain.kernel(
-            (chain.programs,), raw, forgets, inputs, _or(vector, keys), keys, new_vector, entries, inverses, words,
-            *chain.scratch(rows, width, raw), time, heads, size, rows, *raw.stride()[:3], on=raw, STATE=vector is not None,
-            KEEP=keep, TICKET=TICKET, GROUP=chain.group, **constants,
-        )  # fmt: skip
-        if not keep:
-            forgets, inputs = forgets.new_empty(0), inputs.new_empty(0)
-        return keys, new_vector, new_log_scale, entries, inverses, forgets, inputs
-    vectors, factors = keys, keys
-    if segments > 1:
-        vectors, factors = torch.empty(rows, segments, width, **fp32), torch.empty(rows, segments, **fp32)
-        _tuned("summary", width, PIECES)(
-            (segments, rows), raw, forgets, inputs, vectors, factors, *sides, on=raw, **constants
-        )
-    _tuned("forward", width, PIECES)(
-        (segments, rows), raw, forgets, inputs, _or(vector, keys), keys, new_vector, entries, inverses, vectors, factors,
-        *sides, on=raw, STATE=vector is not None, KEEP=keep, SEGMENTS=segments > 1, **constants,
+    chain.kernel(
+        (chain.programs,), raw, forgets, inputs, _or(vector, keys), keys, new_vector, entries, inverses, words,
+        *chain.scratch(rows, constants["D"], raw), time, heads, size, rows, *raw.stride()[:3], on=raw,
+        STATE=vector is not None, KEEP=keep, GROUP=chain.group, **constants,
     )  # fmt: skip
     if not keep:
         forgets, inputs = forgets.new_empty(0), inputs.new_empty(0)
@@ -227,32 +178,17 @@ def _gradients(ctx, grad, *_):
 
 
 def _run_backward(grad, raw, gates, decays, entries, inverses, forgets, inputs):
-    batch, time, heads, _ = raw.shape
+    batch, _, heads, _ = raw.shape
     grad, raw = _side_by_side(grad), _side_by_side(raw)
-    _, each, segments = _plan(raw)
     grad_raw = torch.empty(raw.shape, dtype=raw.dtype, device=raw.device)
     grad_gates, grad_decays = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (gates, decays))
-    constants = _constants(raw)
-    width, rows = constants["D"], batch * heads
-    if FORM == "chained":
-        chain = _Chain.of("backward", raw)
-        words = torch.zeros(rows * chain.groups + 1, dtype=torch.int32, device=raw.device)
-        chain.kernel(
-            (chain.programs,), grad, raw, forgets, inputs, entries, inverses, grad_raw, grad_gates, grad_decays, words,
-            *chain.scratch(rows, width, raw), *raw.shape[1:], rows, *grad.stride()[:3], *raw.stride()[:3], on=raw,
-            RELOAD=RELOAD, TICKET=TICKET, GROUP=chain.group, **constants,
-        )  # fmt: skip
-        return grad_raw, grad_gates, grad_decays
-    ends, factors = (grad_raw, grad_raw)
-    if segments > 1:
-        ends = torch.empty(rows, segments, width, dtype=torch.float32, device=raw.device)
-        factors = torch.empty(rows, segments, dtype=torch.float32, device=raw.device)
-    for summary in (True, False) if segments > 1 else (False,):
-        _tuned("backward", width, PIECES)(
-            (segments, rows), grad, raw, forgets, inputs, entries, inverses, grad_raw, grad_gates, grad_decays, ends,
-            factors, *raw.shape[1:], *grad.stride()[:3], *raw.stride()[:3], each, tuning.bucket(time),
-            on=raw, SUMMARY=summary, SEGMENTS=segments > 1, **constants,
-        )  # fmt: skip
+    chain, rows, constants = _Chain.of("backward", raw), batch * heads, _constants(raw)
+    words = torch.zeros(rows * chain.groups + 1, dtype=torch.int32, device=raw.device)
+    chain.kernel(
+        (chain.programs,), grad, raw, forgets, inputs, entries, inverses, grad_raw, grad_gates, grad_decays, words,
+        *chain.scratch(rows, constants["D"], raw), *raw.shape[1:], rows, *grad.stride()[:3], *raw.stride()[:3], on=raw,
+        GROUP=chain.group, **constants,
+    )  # fmt: skip
     return grad_raw, grad_gates, grad_decays
 
 

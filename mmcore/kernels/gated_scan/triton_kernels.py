@@ -1,9 +1,26 @@
-"""The Triton kernels of gated_scan; see triton.py for how they share the work.
+"""The Triton kernels of gated_scan; see triton.py.
 
 A tile [C, W, D] has W pieces of C steps. It lies in registers so that each piece is a warp's, and all its steps of a column
 one thread's: scans over C then are plain multiply-adds, without shuffles, shared memory or barriers. The compiler lays
 tiles out so because they are read as [C, W * D], V neighbours (`_columns`) for each thread; [C, W, D] it lays out now one
 way, now another.
+
+A program has one stretch, a tile, of one head, in registers from its loading to its storing. It sums up its stretch from
+nothing, and what enters the stretch comes from the programs before it through memory: a scan in one pass, a chain in a fixed
+order (Merrill and Garland's decoupled look-back takes what is there first, and rounds otherwise each time).
+
+Stretches are numbered along the chain, backwards in time for gradients, and GROUP of them make a group, which has a word:
+
+    bit r < GROUP    the r-th stretch of the group has left what it adds to the state ([D], `sums`) and the factor of the
+                     state that enters it (`factors`)
+    bit GROUP        the state that enters the group is there ([D], `states`)
+
+A stretch that finds the bits of all before it in its group folds their sums in their order; only the group's last waits
+for the state that enters the group and has the next group wait for it. With GROUP = 1 there is nothing to fold, and every
+stretch waits for the one before.
+
+Waiting ends because a program waits only for programs of lower numbers, and takes its number when it starts: those are
+resident or done.
 """
 
 from __future__ import annotations
@@ -38,8 +55,7 @@ def prepare_kernel(
     """Of one head: M of all steps (`tops`, the one before the first step first), exp(log_decay_t + M_{t-1} - M_t)
     (`forgets`, 0 where a document starts), exp(log_gate_t - M_t) (`inputs`), and M after the last step (`last`).
 
-    The words of the head's `groups` of stretches are zeroed, and with the last head's the ticket behind them all; see
-    chained_kernels.py.
+    The words of the head's `groups` of stretches are zeroed, and with the last head's the ticket behind them all.
     M may be off by a rounding: it is a unit, and both factors are computed from the one that was stored. Steps past the
     end add nothing and forget nothing: their gates are -inf.
     """
@@ -86,10 +102,9 @@ def _columns(D: tl.constexpr, V: tl.constexpr, W: tl.constexpr = 1):
 
 
 @triton.jit
-def _places(C: tl.constexpr, W: tl.constexpr, MIRRORED: tl.constexpr, D: tl.constexpr = 1):
-    """[C, W * D]: where the steps of a stretch of W pieces stand in it; MIRRORED counts steps and pieces from its end."""
-    places = (tl.arange(0, W * D) // D)[None, :] * C + tl.arange(0, C)[:, None]
-    return W * C - 1 - places if MIRRORED else places
+def _places(C: tl.constexpr, W: tl.constexpr, D: tl.constexpr = 1):
+    """[C, W * D]: where the steps of a stretch of W pieces stand in it."""
+    return (tl.arange(0, W * D) // D)[None, :] * C + tl.arange(0, C)[:, None]
 
 
 @triton.jit
@@ -125,168 +140,166 @@ def _row(tile, which: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def _first(x, W: tl.constexpr):
-    """[D]: what the first of W pieces has in x [W, D]."""
-    return tl.sum(tl.where(tl.arange(0, W)[:, None] == 0, x, 0.0), 0)
+def _number(words, rows, groups):
+    """Which program this is: programs of lower numbers have started."""
+    return tl.atomic_add(words + tl.full((), rows, tl.int64) * groups, 1, sem="relaxed")
 
 
 @triton.jit
-def _sums(x, factor, arriving, C: tl.constexpr, W: tl.constexpr, D: tl.constexpr):
-    """The recurrence s_c = factor_c s_{c-1} + x_c of a stretch, piece after piece: (s [C, W, D], what comes to each piece
-    [W, D], what comes to the first piece of the next stretch).
-
-    x: [C, W, D]; factor: [C, W]; arriving: [W, D], whose first row comes to the first piece.
-    Each warp sums up its piece from nothing; then the last sums of all are summed, and what comes to each is added.
-    """
-    first = tl.arange(0, W)[:, None] == 0
-    factor = tl.broadcast_to(factor[:, :, None], x.shape)
-    if W == 1:
-        x += tl.where((tl.arange(0, C) == 0)[:, None, None], factor * arriving[None, :, :], 0.0)
-        s = tl.associative_scan((factor, x), 0, _recur)[1]
-        return s, arriving, _row(s, C - 1, C)
-    kept, s = tl.associative_scan((factor, x), 0, _recur)
-    kept_of_piece, last = _row(kept, C - 1, C), _row(s, C - 1, C)
-    last += tl.where(first, kept_of_piece * arriving, 0.0)
-    last = tl.associative_scan((kept_of_piece, last), 0, _recur)[1]
-    before = tl.broadcast_to(((tl.arange(0, W) + W - 1) % W)[:, None], (W, D))
-    passed = tl.gather(last, before, 0)
-    arriving = tl.where(first, arriving, passed)
-    return s + kept * arriving[None, :, :], arriving, passed
+def _publish(word, bit):
+    """Let others see what this program stored before."""
+    tl.debug_barrier()
+    tl.atomic_add(word, bit, sem="release")
 
 
 @triton.jit
-def _sums_mirrored(x, factor, u_in, C: tl.constexpr):
-    """u of all steps of mirrored pieces: u_c = factor_c u_{c+1} + x_c from u_in [W, D], which comes to each piece. Written
-    out, for a reverse scan shuffles."""
-    steps, factor = tl.arange(0, C)[:, None, None], tl.broadcast_to(factor[:, :, None], x.shape)
-    all_u = x + tl.where(steps == C - 1, factor * u_in[None, :, :], 0.0)
-    u = _row(all_u, C - 1, C)
+def _wait(word, bits):
+    """Return when others have published all of `bits`."""
+    found = tl.atomic_add(word, 0, sem="acquire")
+    while (found & bits) != bits:
+        found = tl.atomic_add(word, 0, sem="acquire")
+    tl.debug_barrier()
+
+
+@triton.jit
+def _laid_out(x, like):
+    """x in the layout of `like` [C, W, D]: a choice whose outcome the compiler knows once layouts are chosen. What it finds
+    no reason to lay out as a tile it lays out another way, and converts it step by step."""
+    return tl.where((tl.arange(0, like.shape[0]) < like.shape[0])[:, None, None], x, like)
+
+
+@triton.jit
+def _from_nothing(x, factor):
+    """s_c = factor_c s_{c-1} + x_c of each piece from s = 0, and the factor of what would have come to the piece: both
+    [C, W, D]. x: [C, W, D]; factor: [C, W]."""
+    return tl.associative_scan((tl.broadcast_to(factor[:, :, None], x.shape), x), 0, _recur)
+
+
+@triton.jit
+def _back_from_nothing(x, factor, C: tl.constexpr):
+    """g_c = x_c + factor_c g_{c+1} of each piece from g = 0 after it, and the factor of what would have come to it: both
+    [C, W, D]. x: [C, W, D]; factor: [C, W]. Written out, for a reverse scan shuffles."""
+    steps = tl.arange(0, C)[:, None, None]
+    factor = _laid_out(factor[:, :, None], x)
+    g, kept = _row(x, C - 1, C), _row(factor, C - 1, C)
+    all_g, all_kept = x, factor
     for back in tl.static_range(1, C):
-        u = _row(x, C - 1 - back, C) + _row(factor, C - 1 - back, C) * u
-        all_u = tl.where(steps == C - 1 - back, u[None, :, :], all_u)
-    return all_u
+        onward = _row(factor, C - 1 - back, C)
+        g, kept = _row(x, C - 1 - back, C) + onward * g, onward * kept
+        here = steps == C - 1 - back
+        all_g, all_kept = tl.where(here, g[None, :, :], all_g), tl.where(here, kept[None, :, :], all_kept)
+    return all_kept, all_g
 
 
 @triton.jit
-def _decay_gradients(for_gate, forget, arriving, C: tl.constexpr):
-    """Gradients of the decays of mirrored pieces, g_t . forget_t u_{t-1}. Since keys do not change with the length of u_t,
-    what reaches u_t from its own key is orthogonal to it, and so g_t . u_t = forget_{t+1} g_{t+1} . u_t: the next step's
-    gradient, from which the gate's g_t . input_t k~_t goes off. `arriving` [W] is that of the step after each piece."""
-    found = arriving[None, :] - tl.cumsum(for_gate, 0)
-    return tl.where(forget == 0, 0.0, found)
+def _come(kept, last, start, position, positions, words, sums, factors, states,
+          GROUP: tl.constexpr, W: tl.constexpr, D: tl.constexpr, V: tl.constexpr):  # fmt: skip
+    """(what comes to each piece of a stretch [W, D], what leaves the stretch: the first row of [W, D]), from what each piece
+    ends with when nothing comes to it, `last`, and the factor of what does, `kept`; both [W, D].
 
-
-@triton.jit
-def summary_kernel(
-    raw, forgets, inputs, vectors, factors, length, heads, size, raw_row, raw_step, raw_head, per_segment, LENGTH,
-    EVEN: tl.constexpr, C: tl.constexpr, W: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
-):
-    """What a segment adds to the state: u at its end when it starts from nothing, and the factor of the state that it
-    starts from."""
-    segment = tl.program_id(0)
-    row = tl.program_id(1)
-    b, h = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
-    chunks = tl.cdiv(length, C)
-    raw += b * raw_row + h * raw_head
-    forgets += row.to(tl.int64) * (chunks + 1) * C
-    inputs += row.to(tl.int64) * chunks * C
-    places, spread = _places(C, W, False), _places(C, W, False, D)
-    offsets = spread * raw_step + _columns(D, V, W)[None, :]
-    arriving = tl.zeros([W, D], tl.float32)
-    kept = tl.full([W], 1.0, tl.float32)
-    first = segment * per_segment * C
-    last = tl.minimum(first + per_segment * C, chunks * C)
-    end = tl.minimum(last, length)
-    for t0 in range(first, last, W * C):
-        inside = _inside(spread, t0, end, size, W, D, V, EVEN)
-        tile = _tile(raw, offsets, t0, raw_step, inside, C, W, D)
-        forget, weight = _factors(forgets, places, t0, last, 1.0), _factors(inputs, places, t0, last, 0.0)
-        _, _, arriving = _sums(tile.to(tl.float32) * weight[:, :, None], forget, arriving, C, W, D)
-        kept *= tl.reduce(forget, 0, _times)
-    at = row * tl.num_programs(0) + segment
-    tl.store(vectors + at.to(tl.int64) * D + _columns(D, V), _first(arriving, W))
-    tl.store(factors + at, tl.reduce(kept, 0, _times))
-
-
-@triton.jit
-def _entry(vectors, factors, vector, segment, D: tl.constexpr, V: tl.constexpr):
-    """The state that enters `segment`: the initial one and the sums of the segments before, folded."""
-    folded, weight = tl.zeros([D], tl.float32), 1.0
-    for back in range(0, segment):
-        r = segment - 1 - back
-        folded += weight * tl.load(vectors + r * D + _columns(D, V))
-        weight *= tl.load(factors + r)
-    return folded + weight * vector
+    start [W, D]: what comes to the first stretch. words, sums, factors, states: those of the head.
+    """
+    pieces, columns = tl.arange(0, W)[:, None], tl.broadcast_to(_columns(D, V)[None, :], (W, D))
+    first = pieces == 0
+    if W > 1:
+        # What the pieces before each end with; the first row gets that of all.
+        kept, last = tl.associative_scan((kept, last), 0, _recur)
+        before = tl.broadcast_to((pieces + W - 1) % W, (W, D))
+        kept, last = tl.gather(kept, before, 0), tl.gather(last, before, 0)
+    group, place = position // GROUP, position % GROUP
+    if GROUP > 1:
+        tl.store(sums + position * D + columns, last, mask=first)
+        tl.store(factors + position + columns * 0, kept, mask=first & (columns == 0))
+        _publish(words + group, 1 << place)
+        members = tl.arange(0, GROUP)
+        earlier = members < place
+        if place > 0:
+            _wait(words + group, (1 << place) - 1)
+        # Past L1, which is not coherent.
+        factor = tl.load(factors + group * GROUP + members, mask=earlier, other=1.0, cache_modifier=".cg")
+        sum_places = (group * GROUP + members)[:, None] * D + _columns(D, V)[None, :]
+        each = tl.load(sums + sum_places, mask=earlier[:, None], other=0.0, cache_modifier=".cg")
+        onward = tl.reduce(tl.where(members[None, :] > members[:, None], factor[None, :], 1.0), 1, _times)
+        folded, weight = tl.sum(each * onward[:, None], 0), tl.reduce(factor, 0, _times)
+    arriving = start
+    if group > 0:
+        _wait(words + group, 1 << GROUP)
+        arriving = tl.load(states + group * D + columns, cache_modifier=".cg")
+    if GROUP > 1:
+        arriving = folded[None, :] + weight * arriving
+    leaving = last + kept * arriving
+    if (place == GROUP - 1) & (position + 1 < positions):
+        tl.store(states + (group + 1) * D + columns, leaving, mask=first)
+        _publish(words + group + 1, 1 << GROUP)
+    return tl.where(first, arriving, leaving), leaving
 
 
 @triton.jit
 def forward_kernel(
-    raw, forgets, inputs, vector, keys, new_vector, entries, inverses, vectors, factors,
-    length, heads, size, raw_row, raw_step, raw_head, per_segment, LENGTH,
-    STATE: tl.constexpr, KEEP: tl.constexpr, SEGMENTS: tl.constexpr, EVEN: tl.constexpr,
+    raw, forgets, inputs, vector, keys, new_vector, entries, inverses, words, sums, factors, states,
+    length, heads, size, rows, raw_row, raw_step, raw_head,
+    STATE: tl.constexpr, KEEP: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
     C: tl.constexpr, W: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
 ):
-    """Keys of one segment of one head; the last segment's program also writes the state after the last step."""
-    segment = tl.program_id(0)
-    row = tl.program_id(1)
-    b, h = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
-    columns = _columns(D, V)
+    """Keys of one stretch of one head; the last stretch's program also writes the state after the last step."""
     chunks = tl.cdiv(length, C)
+    positions = tl.cdiv(chunks, W)
+    groups = tl.cdiv(positions, GROUP)
+    number = _number(words, rows, groups)
+    position, row = number // rows, number % rows
+    b, h = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
     raw += b * raw_row + h * raw_head
     keys += (b * length * heads + h) * size
     forgets += row.to(tl.int64) * (chunks + 1) * C
     inputs += row.to(tl.int64) * chunks * C
     entries += row.to(tl.int64) * chunks * size
     inverses += row.to(tl.int64) * chunks * C
-    u_in = tl.zeros([D], tl.float32)
+    t0, padded = position * W * C, chunks * C
+    places, spread, spread_columns = _places(C, W), _places(C, W, D), _columns(D, V, W)
+    inside = _inside(spread, t0, length, size, W, D, V, EVEN)
+    tile = _tile(raw, spread * raw_step + spread_columns[None, :], t0, raw_step, inside, C, W, D)
+    forget, weight = _factors(forgets, places, t0, padded, 1.0), _factors(inputs, places, t0, padded, 0.0)
+    columns = tl.broadcast_to(_columns(D, V)[None, :], (W, D))
+    start = tl.zeros([W, D], tl.float32)
     if STATE:
-        u_in = tl.load(vector + row.to(tl.int64) * size + columns, mask=columns < size, other=0.0)
-    if SEGMENTS:
-        at = row.to(tl.int64) * tl.num_programs(0)
-        u_in = _entry(vectors + at * D, factors + at, u_in, segment, D, V)
-    places, spread, spread_columns = _places(C, W, False), _places(C, W, False, D), _columns(D, V, W)
-    offsets = spread * raw_step + spread_columns[None, :]
+        start = tl.load(vector + row.to(tl.int64) * size + columns, mask=columns < size, other=0.0)
+    kept, s = _from_nothing(tile.to(tl.float32) * weight[:, :, None], forget)
+    at = row.to(tl.int64) * positions
+    entry, leaving = _come(
+        _row(kept, C - 1, C), _row(s, C - 1, C), start, position, positions, words + row.to(tl.int64) * groups,
+        sums + at * D, factors + at, states + row.to(tl.int64) * groups * D, GROUP, W, D, V,
+    )
+    u = s + kept * entry[None, :, :]
+    square = tl.sum(u * u, 2)
+    inverse = tl.where(square == 0, 0.0, tl.rsqrt(square))
+    if KEEP:
+        pieces = tl.arange(0, W * D) // D
+        there = (pieces * C < padded - t0) & (spread_columns < size)
+        tl.store(entries + t0 // C * size + pieces * size + spread_columns, tl.reshape(entry, (W * D,)), mask=there)
+        tl.store(inverses + t0 + places, inverse, mask=places < padded - t0)
     key_offsets = spread * (heads * size) + spread_columns[None, :]
-    pieces = tl.arange(0, W * D) // D
-    entry_offsets = pieces * size + spread_columns
-    arriving = tl.broadcast_to(u_in[None, :], (W, D))
-    first = segment * per_segment * C
-    last = tl.minimum(first + per_segment * C, chunks * C)
-    end = tl.minimum(last, length)
-    for t0 in range(first, last, W * C):
-        inside = _inside(spread, t0, end, size, W, D, V, EVEN)
-        tile = _tile(raw, offsets, t0, raw_step, inside, C, W, D)
-        forget, weight = _factors(forgets, places, t0, last, 1.0), _factors(inputs, places, t0, last, 0.0)
-        u, entry, arriving = _sums(tile.to(tl.float32) * weight[:, :, None], forget, arriving, C, W, D)
-        square = tl.sum(u * u, 2)
-        inverse = tl.where(square == 0, 0.0, tl.rsqrt(square))
-        if KEEP:
-            there = (pieces * C < last - t0) & (spread_columns < size)
-            tl.store(entries + t0 // C * size + entry_offsets, tl.reshape(entry, (W * D,)), mask=there)
-            tl.store(inverses + t0 + places, inverse, mask=places < last - t0)
-        _store(keys, u * inverse[:, :, None], key_offsets, t0, heads * size, inside, C, W, D)
-    if last == chunks * C:
-        tl.store(new_vector + row.to(tl.int64) * size + columns, _first(arriving, W), mask=columns < size)
+    _store(keys, u * inverse[:, :, None], key_offsets, t0, heads * size, inside, C, W, D)
+    if position + 1 == positions:
+        one = (tl.arange(0, W)[:, None] == 0) & (columns < size)
+        tl.store(new_vector + row.to(tl.int64) * size + columns, leaving, mask=one)
 
 
 @triton.jit
 def backward_kernel(
-    grad, raw, forgets, inputs, entries, inverses, grad_raw, grad_gates, grad_decays, ends, factors,
-    length, heads, size, grad_row, grad_step, grad_head, raw_row, raw_step, raw_head, per_segment, LENGTH,
-    SUMMARY: tl.constexpr, SEGMENTS: tl.constexpr, EVEN: tl.constexpr,
+    grad, raw, forgets, inputs, entries, inverses, grad_raw, grad_gates, grad_decays, words, sums, factors, states,
+    length, heads, size, rows, grad_row, grad_step, grad_head, raw_row, raw_step, raw_head,
+    GROUP: tl.constexpr, EVEN: tl.constexpr,
     C: tl.constexpr, W: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
 ):
-    """Gradients of one segment of one head, walked backwards: g_t = direct_t + forget_{t+1} g_{t+1} for u_t. Tiles are
-    mirrored, their first row is a piece's last step, so that g is summed as u is in the forward pass.
-
-    With SUMMARY nothing is written but g of the segment's first step when nothing arrives from the segments that follow
-    (`ends`), and the factor of what would arrive (`factors`).
-    """
-    segment = tl.program_id(0)
-    row = tl.program_id(1)
-    b, h = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
-    columns = _columns(D, V)
+    """Gradients of one stretch of one head: g_t = direct_t + forget_{t+1} g_{t+1} for u_t, in a chain from the last stretch
+    to the first. Pieces are mirrored, the first of a tile is the stretch's last; their steps are not, so that factors are
+    loaded four at a time."""
     chunks = tl.cdiv(length, C)
+    positions = tl.cdiv(chunks, W)
+    groups = tl.cdiv(positions, GROUP)
+    number = _number(words, rows, groups)
+    position, row = number // rows, number % rows
+    b, h = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
     grad += b * grad_row + h * grad_head
     raw += b * raw_row + h * raw_head
     grad_raw += (b * length * heads + h) * size
@@ -296,48 +309,40 @@ def backward_kernel(
     inputs += row.to(tl.int64) * chunks * C
     entries += row.to(tl.int64) * chunks * size
     inverses += row.to(tl.int64) * chunks * C
-    g_next, factor = tl.zeros([D], tl.float32), 1.0
-    if SEGMENTS and not SUMMARY:
-        at = row.to(tl.int64) * tl.num_programs(0)
-        for r in range(segment + 1, tl.num_programs(0)):
-            g_next += factor * tl.load(ends + (at + r) * D + columns)
-            factor *= tl.load(factors + at + r)
-    places, spread, spread_columns = _places(C, W, True), _places(C, W, True, D), _columns(D, V, W)
+    t0, padded = (positions - 1 - position) * W * C, chunks * C
+    pieces, spread_columns = W - 1 - tl.arange(0, W * D) // D, _columns(D, V, W)
+    places = (W - 1 - tl.arange(0, W))[None, :] * C + tl.arange(0, C)[:, None]
+    spread = pieces[None, :] * C + tl.arange(0, C)[:, None]
+    inside = _inside(spread, t0, length, size, W, D, V, EVEN)
     offsets = spread * raw_step + spread_columns[None, :]
-    grad_offsets = spread * grad_step + spread_columns[None, :]
+    tile = _tile(raw, offsets, t0, raw_step, inside, C, W, D)
+    upstream = _tile(grad, spread * grad_step + spread_columns[None, :], t0, grad_step, inside, C, W, D)
+    forget, weight = _factors(forgets, places, t0, padded, 1.0), _factors(inputs, places, t0, padded, 0.0)
+    onward, inverse = _factors(forgets + 1, places, t0, padded, 1.0), _factors(inverses, places, t0, padded, 0.0)
+    there = (pieces * C < padded - t0) & (spread_columns < size)
+    u_in = tl.load(entries + t0 // C * size + pieces * size + spread_columns, mask=there, other=0.0)
+    u_in, upstream = tl.reshape(u_in, (W, D)), upstream.to(tl.float32)
+    first = (tl.arange(0, C) == 0)[:, None]
+    x = tile.to(tl.float32) * weight[:, :, None] + tl.where(first, forget, 0.0)[:, :, None] * u_in[None, :, :]
+    _, u = _from_nothing(x, forget)
+    along = tl.sum(u * upstream, 2) * inverse * inverse
+    kept, g = _back_from_nothing((upstream - u * along[:, :, None]) * inverse[:, :, None], onward, C)
+    at = row.to(tl.int64) * positions
+    g_after, _ = _come(
+        _row(kept, 0, C), _row(g, 0, C), tl.zeros([W, D], tl.float32), position, positions,
+        words + row.to(tl.int64) * groups, sums + at * D, factors + at, states + row.to(tl.int64) * groups * D,
+        GROUP, W, D, V,
+    )
+    g += kept * g_after[None, :, :]
     key_offsets = spread * (heads * size) + spread_columns[None, :]
-    pieces = W - 1 - tl.arange(0, W * D) // D
-    entry_offsets = pieces * size + spread_columns
-    arriving, kept = tl.broadcast_to(g_next[None, :], (W, D)), tl.full([W], 1.0, tl.float32)
-    first = segment * per_segment * C
-    last = tl.minimum(first + per_segment * C, chunks * C)
-    end = tl.minimum(last, length)
-    for back in range(0, last - first, W * C):
-        t0 = first + (last - first - 1) // (W * C) * (W * C) - back
-        inside = _inside(spread, t0, end, size, W, D, V, EVEN)
-        tile = _tile(raw, offsets, t0, raw_step, inside, C, W, D)
-        upstream = _tile(grad, grad_offsets, t0, grad_step, inside, C, W, D)
-        forget, weight = _factors(forgets, places, t0, last, 1.0), _factors(inputs, places, t0, last, 0.0)
-        onward, inverse = _factors(forgets + 1, places, t0, last, 1.0), _factors(inverses, places, t0, last, 0.0)
-        there = (pieces * C < last - t0) & (spread_columns < size)
-        u_in = tl.reshape(tl.load(entries + t0 // C * size + entry_offsets, mask=there, other=0.0), (W, D))
-        x, upstream = tile.to(tl.float32) * weight[:, :, None], upstream.to(tl.float32)
-        u = _sums_mirrored(x, forget, u_in, C)
-        along = tl.sum(u * upstream, 2) * inverse * inverse
-        direct = (upstream - u * along[:, :, None]) * inverse[:, :, None]
-        g, g_after, arriving = _sums(direct, onward, arriving, C, W, D)
-        if SUMMARY:
-            kept *= tl.reduce(onward, 0, _times)
-        else:
-            _store(grad_raw, g * weight[:, :, None], key_offsets, t0, heads * size, inside, C, W, D)
-            for_gate = tl.sum(g * x, 2)
-            onward_last = tl.sum(tl.where(tl.arange(0, C)[:, None] == 0, onward, 0.0), 0)
-            for_next = tl.sum(g_after * _row(u, 0, C), 1) * onward_last
-            for_decay = _decay_gradients(for_gate, forget, for_next, C)
-            at_steps = (t0 + places).to(tl.int64) * heads
-            tl.store(grad_gates + at_steps, for_gate.to(grad_gates.dtype.element_ty), mask=places < end - t0)
-            tl.store(grad_decays + at_steps, for_decay.to(grad_decays.dtype.element_ty), mask=places < end - t0)
-    if SUMMARY:
-        at = row * tl.num_programs(0) + segment
-        tl.store(ends + at.to(tl.int64) * D + columns, _first(arriving, W))
-        tl.store(factors + at, tl.reduce(kept, 0, _times))
+    _store(grad_raw, g * weight[:, :, None], key_offsets, t0, heads * size, inside, C, W, D)
+    for_gate = tl.sum(g * tile.to(tl.float32), 2) * weight
+    # The gradient of a decay is g_t . forget_t u_{t-1}; with the gate's, g_t . input_t k~_t, it makes g_t . u_t. Keys do not
+    # change with the length of u_t, so that direct_t is orthogonal to it, and g_t . u_t is the next decay's gradient. Hence
+    # one product at the first step of a piece, and sums from there, which start anew with each document.
+    arriving = tl.sum(_row(g, 0, C) * u_in, 1)[None, :]
+    summed = for_gate + tl.where(first, forget * arriving, 0.0)
+    for_decay = tl.associative_scan((tl.where(forget == 0, 0.0, 1.0), summed), 0, _recur)[1] - for_gate
+    at_steps = (t0 + places).to(tl.int64) * heads
+    tl.store(grad_gates + at_steps, for_gate.to(grad_gates.dtype.element_ty), mask=places < length - t0)
+    tl.store(grad_decays + at_steps, for_decay.to(grad_decays.dtype.element_ty), mask=places < length - t0)

@@ -128,7 +128,7 @@ def _reader(width: int, narrow: bool) -> tuning.Tuned:
     elif width <= 64:
         table = "128 64 4 3\n128 128 8 3\n64 64 4 3"
     elif width <= 128:
-        table = "128 64 8 3\n128 128 8 3\n64 64 4 3"
+        table = "64 64 4 3\n128 128 8 3\n128 64 8 3"
     else:
         table = "128 32 8 2\n64 64 4 2"
     return tuning.Tuned(_forward_kernel, configs("M N", table), ("LENGTH", "WINDOW", "STARTS"))

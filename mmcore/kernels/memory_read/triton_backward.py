@@ -17,7 +17,9 @@ from mmcore.kernels.memory_read.triton_parts import (
     count_power,
     interval,
     load_rows,
+    load_rows_at,
     plain,
+    rows_at,
     spans,
     store_rows,
 )  # fmt: skip
@@ -64,21 +66,23 @@ def _key_span(
 ):
     """What the pairs `numbers` receive from the queries begin <= i < end, keys log2(e) times too much. Scores are
     transposed: [pairs, queries]."""
+    queries_at, grad_at = rows_at(queries, query_step, QB, D), rows_at(grad, grad_step, QB, D)
     for i in range(begin, end, QB):
         rows = i + tl.arange(0, QB)
-        q = load_rows(queries, rows, query_step, count, size, D, EVEN)
-        upstream = load_rows(grad, rows, grad_step, count, size, D, EVEN)
+        q = load_rows_at(queries_at, i, query_step, count, size, QB, D, EVEN)
+        upstream = load_rows_at(grad_at, i, grad_step, count, size, QB, D, EVEN)
+        products = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        # Rows of numbers as late as may be, for their registers; a product before exponentials, which run beside it.
         log_total = tl.load(statistics + rows, mask=rows < count, other=float("inf"))
         scale = tl.load(scales + rows, mask=rows < count, other=0.0)
-        level = scale * tl.load(along + rows, mask=rows < count, other=0.0)
-        products = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        grad_weights = tl.dot(v, tl.trans(upstream), input_precision=PRECISION)
         weights = tl.exp2(products * scale[None, :] - log_total[None, :])
         if MASKED:
             first, last = interval(starts, rows, offset, count, pairs, window, delay, STARTS, WINDOW)
             open_ = (numbers[:, None] >= first[None, :]) & (numbers[:, None] <= last[None, :])
             weights = tl.where(open_, weights, 0.0)
         grad_value = tl.dot(weights.to(upstream.dtype), upstream, grad_value, input_precision=PRECISION)
-        grad_weights = tl.dot(v, tl.trans(upstream), input_precision=PRECISION)
+        level = tl.load(along + rows, mask=rows < count, other=0.0) * scale
         grad_scores = weights * (grad_weights * scale[None, :] - level[None, :])
         grad_key = tl.dot(grad_scores.to(q.dtype), q, grad_key, input_precision=PRECISION)
     return grad_key, grad_value
@@ -89,12 +93,13 @@ def _query_span(
     grad_query, sums, q, upstream, scale, log_total, level, first, last, keys, values, key_step, value_step, begin, end,
     limit, size, MASKED: tl.constexpr, PRECISION: tl.constexpr, KB: tl.constexpr, D: tl.constexpr, EVEN: tl.constexpr,
 ):
-    """What a block of queries receives, before the factor beta, from the pairs begin <= j < end; and, added to `sums`, what
+    """What a block of queries receives, log2(e) times too much, from the pairs begin <= j < end; and, added to `sums`, what
     each query's w_j q.k_j, ds_j and ds_j q.k_j sum up to, in fp32."""
+    keys_at, values_at = rows_at(keys, key_step, KB, D), rows_at(values, value_step, KB, D)
     for n in range(begin, end, KB):
         pairs = n + tl.arange(0, KB)
-        k = load_rows(keys, pairs, key_step, limit, size, D, EVEN)
-        v = load_rows(values, pairs, value_step, limit, size, D, EVEN)
+        k = load_rows_at(keys_at, n, key_step, limit, size, KB, D, EVEN)
+        v = load_rows_at(values_at, n, value_step, limit, size, KB, D, EVEN)
         products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         weights = tl.exp2(products * scale[:, None] - log_total[:, None])
         if MASKED:
@@ -102,7 +107,8 @@ def _query_span(
             weights = tl.where(open_, weights, 0.0)
         grad_weights = tl.dot(upstream, tl.trans(v), input_precision=PRECISION)
         grad_scores = weights * (grad_weights - level[:, None])
-        grad_query = tl.dot(grad_scores.to(k.dtype), k, grad_query, input_precision=PRECISION)
+        received = (grad_scores * scale[:, None]).to(k.dtype)
+        grad_query = tl.dot(received, k, grad_query, input_precision=PRECISION)
         mean, slip, along = sums
         sums = (mean + tl.sum(weights * products, 1), slip + tl.sum(grad_scores, 1),
                 along + tl.sum(grad_scores * products, 1))  # fmt: skip
@@ -182,9 +188,9 @@ def _backward_kernel(
                     query_step, grad_step, full_end, end, count, pairs, size, window, delay, offset,
                     True, STARTS, WINDOW, PRECISION, QB, D, EVEN,
                 )
-        grad_key *= 1 / LOG2E
         store_rows(grad_values + (b * pairs * heads + h) * size, grad_value, rows, heads * size, pairs, size, D)
         if not AS_QUERIES:
+            grad_key *= 1 / LOG2E
             store_rows(grad_keys + (b * pairs * heads + h) * size, grad_key, rows, heads * size, pairs, size, D)
     if AS_QUERIES:
         q = load_rows(queries, rows, query_step, count, size, D, EVEN)
@@ -193,7 +199,8 @@ def _backward_kernel(
         level = tl.load(along + rows, mask=rows < count, other=0.0)
         first, last = interval(starts, rows, offset, count, pairs, window, delay, STARTS, WINDOW)
         scale = tl.load(scales + rows, mask=rows < count, other=0.0)
-        grad_query, none = tl.zeros([R, D], tl.float32), tl.zeros([R], tl.float32)
+        grad_query = grad_key  # the sums are wanted together: 64 registers of a thread less at D = 128
+        none = tl.zeros([R], tl.float32)
         sums = (none, none, none)
         begin, full, full_end, end = spans(first, last, rows < count, KB)
         if WINDOW:
@@ -219,9 +226,8 @@ def _backward_kernel(
         # from a rounded result, also lets each ds_j slip by w_j times one number: the sum of all ds, for weights sum to 1.
         mean, slip, along = sums
         grad_beta = along - slip * mean
-        grad_query *= (scale / LOG2E)[:, None]
+        grad_query *= 1 / LOG2E
         if AS_KEYS:
-            grad_query += grad_key
             store_rows(grad_keys + (b * pairs * heads + h) * size, grad_query, rows, heads * size, count, size, D)
         else:
             store_rows(grad_queries + (b * count * heads + h) * size, grad_query, rows, heads * size, count, size, D)
@@ -249,7 +255,8 @@ def _bandwidth_kernel(
 
 
 def _backward_configs(width: int, narrow: bool) -> list[triton.Config]:
-    # A few only: each takes the compiler some seconds, and a model has four kinds of reads.
+    # A few only: each takes the compiler some seconds, and a model has four kinds of reads. First what packed documents and
+    # windows of 16-bit numbers are read with fastest.
     if tuning.INTERPRETED:
         table = "32 16 16 4 1"
     elif not narrow:
@@ -258,7 +265,7 @@ def _backward_configs(width: int, narrow: bool) -> list[triton.Config]:
     elif width <= 64:
         table = "128 64 64 8 2\n128 32 32 4 3\n64 64 64 4 2"
     elif width <= 128:
-        table = "128 32 64 8 3\n64 32 32 4 3\n128 64 64 8 3"
+        table = "64 32 32 4 3\n128 64 64 8 3\n128 32 64 8 3"
     else:
         table = "64 32 32 8 2\n64 32 32 4 1"
     return configs("R QB KB", table)

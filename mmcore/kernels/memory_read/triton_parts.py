@@ -45,6 +45,21 @@ def load_rows(base, rows, step, limit, size, D: tl.constexpr, EVEN: tl.constexpr
 
 
 @triton.jit
+def rows_at(base, step, N: tl.constexpr, D: tl.constexpr):
+    """Where the first N rows [., D] of a head at `base` lie: a loop that adds to these spares itself the products."""
+    return base + tl.arange(0, N).to(tl.int64)[:, None] * step + tl.arange(0, D)[None, :]
+
+
+@triton.jit
+def load_rows_at(at, n, step, limit, size, N: tl.constexpr, D: tl.constexpr, EVEN: tl.constexpr):
+    """Rows n <= j < n + N of a head, as load_rows does; `at` points to the first N."""
+    inside = (tl.arange(0, N) < limit - n)[:, None]
+    if EVEN:
+        return tl.load(at + tl.cast(n, tl.int64) * step, mask=inside, other=0.0)
+    return tl.load(at + tl.cast(n, tl.int64) * step, mask=inside & (tl.arange(0, D) < size)[None, :], other=0.0)
+
+
+@triton.jit
 def store_rows(base, tile, rows, step, limit, size, D: tl.constexpr):
     columns = tl.arange(0, D)
     mask = (rows < limit)[:, None] & (columns < size)[None, :]

@@ -57,12 +57,13 @@ def why_not(matrices: Sequence[Matrix]) -> str | None:
     return None
 
 
-def _configs(rows: int) -> list[triton.Config]:
-    """N rows of W and K columns a program and turn. One configuration: a conversation's first token waits for it."""
+def _configs(rows: int, scaled: bool) -> list[triton.Config]:
+    """N rows of W, int8 where `scaled`, and K columns a program and turn. One configuration: a conversation's first token
+    waits for it."""
     if tuning.INTERPRETED:
         table = {"N": 64, "K": 64, "STAGES": 1}
     elif rows == 1:
-        table = {"N": 4, "K": 1024, "STAGES": 3}
+        table = {"N": 8 if scaled else 4, "K": 1024, "STAGES": 3}
     else:
         table = {"N": 64, "K": 64, "STAGES": 4}
     return [triton.Config(table, num_warps=4, num_stages=1)]
@@ -124,7 +125,7 @@ class _Products:
         rows = len(x)
         block = self.block(rows)
         if block not in self._tuned:
-            self._tuned[block] = tuning.Tuned(product_kernel, _configs(block), ())
+            self._tuned[block] = tuning.Tuned(product_kernel, _configs(block, self._scaled), ())
         self._tuned[block](
             lambda meta: (len(jobs) * (ROWS.value // meta["N"]), triton.cdiv(rows, block)),
             jobs, x, x if norm is None else norm, out, self._width, rows, x.stride(0), out.stride(0), eps, on=x,
@@ -165,8 +166,9 @@ def _product(y: Tensor, weight: Tensor, out: Tensor, add: bool) -> None:
 
 
 _READ = {n: tuning.Tuned(read_kernel, [triton.Config({"N": n}, num_warps=4, num_stages=2)], ()) for n in (16, 32, 64)}
-"""By the pairs that are read at a time. With 64 and eight programs for each multiprocessor it was the fastest of nine
-configurations after 4,096 and 32,768 tokens; wide heads in fp32 would not fit into shared memory."""
+"""By the pairs that are read at a time. With 64 and three programs for each multiprocessor it was the fastest of nine
+configurations after 4,096 and 32,768 tokens of one row, with eight after 4,096 of 32; wide heads in fp32 would not fit into
+shared memory."""
 
 
 class _Layer:
@@ -216,7 +218,8 @@ class Step:
         self._types = {"PAIRS": _TYPES[store.dtype], "WAITING": _TYPES[fixed[0].key.dtype]}
         self._precision, self._item = dot_precision(store.dtype), store.element_size()
         self._aligned = heads * self._size * store.element_size() % 16 == 0
-        self._shares = [share_count(batch * heads, self._reach(memory), store, 8, 64) for memory in memories[:2]]
+        programs = 3 if 2 * batch * heads < tuning.processors(store) else 8
+        self._shares = [share_count(batch * heads, self._reach(memory), store, programs, 64) for memory in memories[:2]]
         self._arrivals = torch.zeros(2, batch * heads + 1, dtype=torch.int32, device=store.device)
 
     @staticmethod
