@@ -5,9 +5,11 @@ Weights and states are found through tables of addresses: one launch then reads 
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
+from mmcore.kernels import tuning
 from mmcore.kernels.memory_read.triton_few import join_shares, read_pairs
 from mmcore.kernels.memory_read.triton_parts import LOG2E, count_power
 
@@ -21,6 +23,31 @@ base, slope, exponent; numbers from row to row of the store; window, delay; 1 wh
 
 ROWS = tl.constexpr(64)
 """Rows of a job at most."""
+
+
+ASSEMBLER = tl.constexpr(not tuning.INTERPRETED and torch.version.hip is None)
+_WIDEN = tl.constexpr("""{
+.reg .b32 x;
+xor.b32 x, $4, 0x80808080;
+prmt.b32 $0, x, 0x4B000000, 0x7440;
+prmt.b32 $1, x, 0x4B000000, 0x7441;
+prmt.b32 $2, x, 0x4B000000, 0x7442;
+prmt.b32 $3, x, 0x4B000000, 0x7443;
+add.f32 $0, $0, 0fCB000080;
+add.f32 $1, $1, 0fCB000080;
+add.f32 $2, $2, 0fCB000080;
+add.f32 $3, $3, 0fCB000080;
+}""")
+"""Four int8 to fp32: x + 128 as the last byte of the float 2^23 is 2^23 + 128 + x, exactly. The instruction that converts
+one number takes four times as long as each of these, and was what products of int8 weights waited for."""
+
+
+@triton.jit
+def _wide(w, SCALED: tl.constexpr):
+    """Weights in fp32; int8 where SCALED."""
+    if SCALED and ASSEMBLER:
+        return tl.inline_asm_elementwise(_WIDEN, "=r,=r,=r,=r,r", [w], dtype=tl.float32, is_pure=True, pack=4)
+    return w.to(tl.float32)
 
 
 @triton.jit
@@ -70,13 +97,13 @@ def product_kernel(
             squares += a * a
             a *= tl.load(norm + columns, mask=columns < width, other=0.0).to(tl.float32)[None, :]
         if B == 1:
-            sums += w.to(tl.float32) * a
+            sums += _wide(w, SCALED) * a
         else:
             sums = tl.dot(a.to(NARROW), tl.trans(w.to(NARROW)), sums, input_precision=PRECISION)
         if GATED:
             w = _block(second, n, count, width, columns)
             if B == 1:
-                others += w.to(tl.float32) * a
+                others += _wide(w, SCALED) * a
             else:
                 others = tl.dot(a.to(NARROW), tl.trans(w.to(NARROW)), others, input_precision=PRECISION)
     result = tl.sum(sums, 1)[None, :] if B == 1 else sums
