@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mmcore.errors import CheckpointError, ConfigError
 from mmcore.generation import history as files
+from mmcore.generation import sampling as drawing
 from mmcore.generation.sampling import Draw, Sampling, uniform
 
 if TYPE_CHECKING:
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
 PREFILL_CHUNK = 512
 """Tokens of a prompt read in one pass: long enough for matrix products at full speed, short enough to stop
 within a moment and to bound the memory a long prompt takes."""
-
-AHEAD = ("cuda",)
-"""Devices that work while the host does other things, so that sessions read ahead there."""
 
 GREEDY = Sampling()
 
@@ -91,7 +89,7 @@ class Session:
         if chunk < 1:
             raise ConfigError(f"the prefill chunk is {chunk}: it must be at least 1 token")
         self.model = model
-        self._ahead = self._device.type in AHEAD if ahead is None else ahead
+        self._ahead = self._device.type in drawing.ASYNCHRONOUS if ahead is None else ahead
         self.chunk = chunk
         self.vocab_size = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
         self.reset()
@@ -222,21 +220,25 @@ class Session:
             if token in stop_ids:
                 yield token
                 return
+            # In the text only when the pass has begun: what fails before that has not happened.
+            step = _Step(self, draw.tokens.unsqueeze(0), sampling) if self._ahead and left else None
             self.history.append(token)
-            step = None
-            if self._ahead and left:
-                step = _Step(self, draw.tokens.unsqueeze(0), sampling)
-            else:
+            if step is None:
                 self._unread.append(token)
             yield token
             if not left:
                 return
-            if step is None or self._unread or self._logits is not step.logits:  # or the text went on in another way
-                if not self._unread:
-                    raise ConfigError("the session was reset or loaded within a stream: begin another stream")
+            if self._unread:
                 ids, self._unread = self._unread, []
                 step = _Step(self, torch.tensor([ids], device=self._device), sampling)
-            draw, token = step.draw, step.token()
+            elif self._logits is None:
+                raise ConfigError("the session was reset within a stream: begin another stream")
+            if step is not None and self._logits is step.logits:
+                token = step.token()
+                draw = step.draw
+            else:  # the text has gone on, or is another, and was read: this goes on with it
+                draw = self._draw(self._logits, sampling)
+                token = draw.ids()[0]
 
     def _draw(self, logits_BV: Tensor, sampling: Sampling) -> Draw:
         point = uniform(sampling.seed, self._state.length) if sampling.temperature else 0.0
@@ -253,6 +255,10 @@ class Session:
             self.stats.prefill_tokens += len(ids)
             if progress:
                 progress(total - len(self._unread), total)
+        if total and self._device.type == "cuda":
+            started = time.perf_counter()
+            torch.cuda.synchronize(self._device)  # until here the time was the host's, which asks for work and goes on
+            self.stats.prefill_seconds += time.perf_counter() - started
         if self._logits is None:
             raise ConfigError("the prompt is empty: give at least one token, such as the tokenizer's bos_id")
         return self._logits
@@ -280,13 +286,18 @@ class _Step:
             self._begun = torch.cuda.Event(enable_timing=True)
             self._begun.record(torch.cuda.current_stream(tokens_1T.device))
         self.logits = session._logits = session._read(tokens_1T)
-        self.draw = session._draw(self.logits, sampling)
-        self._session, self._count = session, tokens_1T.shape[1]
+        self._session, self._count, self._error = session, tokens_1T.shape[1], None
+        try:
+            self.draw = session._draw(self.logits, sampling)
+        except BaseException as error:  # of the next token; the one just read is still to be given out
+            self._error = error
         self._seconds = time.perf_counter() - started
 
     def token(self) -> int:
         """The id that was drawn. Counts the step among the session's statistics: what the GPU took, or the host where that
         is more, for whoever looked at the last token meanwhile may have taken longer."""
+        if self._error is not None:
+            raise self._error
         started = time.perf_counter()
         token = self.draw.ids()[0]
         seconds = self._seconds + time.perf_counter() - started

@@ -20,9 +20,9 @@ _FIRST_LOOKS = (64, 1024)
 """Tokens sorted at first under top_p alone. Sorting all of Llama 3's 128,256 logits takes 11 ms on one core, the
 best 1,024 take 0.8 ms, and these few nearly always hold the mass that is asked for. On a GPU, where an answer costs more
 than a longer look, the last alone."""
-BLIND = ("cuda",)
-"""Devices that work while the host does other things: a draw asks them once."""
-_PART = 1024  # logits of a part, or the largest number above a sixteenth of it that divides both it and all of them
+ASYNCHRONOUS = ("cuda",)
+"""Devices that work while the host does other things: a draw asks them once, and sessions read ahead there."""
+_PART = 1024  # logits of a part, or what divides both it and all of them, if that is a sixteenth of it at least
 _NOT_FINITE, _FURTHER = -1, -2
 _DAMAGED = "the model's logits are not finite: the weights are damaged, or too large for this dtype (try float32)"
 
@@ -75,8 +75,8 @@ class Draw:
     def __init__(self, logits: Tensor, sampling: Sampling, uniforms: list[float]) -> None:
         self._given = logits, sampling, uniforms
         self._drawn: torch.cuda.Event | None = None
-        blind = logits.device.type in BLIND
-        self.tokens = _draw(*self._given, blind)
+        blind = logits.device.type in ASYNCHRONOUS
+        self.tokens = _draw(*self._given, _FIRST_LOOKS[-1:] if blind else _FIRST_LOOKS, blind)
         """int64 [B], on the logits' device; right as soon as `ids` has been asked for."""
         self._here = self.tokens.to("cpu", non_blocking=True) if blind else self.tokens
         if logits.is_cuda:
@@ -91,18 +91,14 @@ class Draw:
         if _NOT_FINITE in ids:
             raise NonFiniteError(_DAMAGED)
         if _FURTHER in ids:
-            self.tokens = self._here = _draw(*self._given, blind=False)
+            again = _draw(*self._given, (), blind=False)
+            self.tokens = self._here = torch.where(self.tokens == _FURTHER, again, self.tokens)
             ids = self.tokens.tolist()
         return ids
 
     def device_seconds(self, begun: torch.cuda.Event | None) -> float:
         """Seconds of the GPU from an event until these ids were there; 0 without one."""
         return begun.elapsed_time(self._drawn) / 1e3 if begun is not None and self._drawn is not None else 0.0
-
-
-def choose(logits: Tensor, sampling: Sampling, uniforms: list[float]) -> list[int]:
-    """The next token of each row, as `Draw` describes it."""
-    return Draw(logits, sampling, uniforms).ids()
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
@@ -113,16 +109,16 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
         return torch.nn.functional.one_hot(ids, logits.shape[-1]).double()
     best = logits.amax(-1, keepdim=True)
     _require_finite(best)
-    weights, ids, _ = _candidates(logits, best, sampling, blind=False)
+    weights, ids, _ = _candidates(logits, best, sampling, _FIRST_LOOKS, blind=False)
     weights = weights.double()
     if ids is not None:
         weights = torch.zeros_like(logits, dtype=torch.float64).scatter(-1, ids, weights)
     return weights / weights.sum(-1, keepdim=True)
 
 
-def _draw(logits: Tensor, sampling: Sampling, uniforms: list[float], blind: bool) -> Tensor:
-    """int64 [B]: ids. `blind` asks nothing back, and marks rows that are not finite or have to be looked at further: each
-    answer would keep a GPU idle for some 60 us of a step of 2 ms."""
+def _draw(logits: Tensor, sampling: Sampling, uniforms: list[float], looks: tuple[int, ...], blind: bool) -> Tensor:
+    """int64 [B]: ids; `looks` as in `_candidates`. `blind` asks nothing back, and marks rows that are not finite or have to
+    be looked at further: each answer would keep a GPU idle for some 60 us of a step of 2 ms."""
     if sampling.temperature == 0:
         best, ids = _greatest(logits)
         if blind:
@@ -132,7 +128,7 @@ def _draw(logits: Tensor, sampling: Sampling, uniforms: list[float], blind: bool
     best = _parts(logits).amax(-1).amax(-1, keepdim=True)
     if not blind:
         _require_finite(best)
-    weights, ids, further = _candidates(logits, best, sampling, blind)
+    weights, ids, further = _candidates(logits, best, sampling, looks, blind)
     cumulative = weights.cumsum(-1, dtype=torch.float64)
     # u is at most 1 - 2^-53, so that u * total rounds to less than the total: the token found always has weight.
     u = torch.tensor(uniforms, dtype=torch.float64, pin_memory=logits.is_cuda).to(logits.device, non_blocking=True)
@@ -151,7 +147,7 @@ def _parts(x: Tensor) -> Tensor:
     parts by all (128,256 logits of one row: 0.1 ms of a step of 2). On a CPU one part."""
     size = x.shape[-1]
     part = math.gcd(size, _PART)
-    return x.unflatten(-1, (size // part, part) if x.device.type in BLIND and part >= _PART // 16 else (1, size))
+    return x.unflatten(-1, (size // part, part) if x.device.type in ASYNCHRONOUS and part >= _PART // 16 else (1, size))
 
 
 def _greatest(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -165,11 +161,12 @@ def _greatest(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _candidates(
-    logits: Tensor, best: Tensor, sampling: Sampling, blind: bool
+    logits: Tensor, best: Tensor, sampling: Sampling, looks: tuple[int, ...], blind: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Of logits [B, V] with the maxima `best` [B, 1]: weights [B, N] of the tokens that can come, proportional to their
     probabilities, at least fp32; their ids [B, N] (None: the N = V columns are the ids); and, where `blind`, which rows
-    [B, 1] need more than was looked at. Tokens that a limit excludes have weight 0."""
+    [B, 1] need more than was looked at. Tokens that a limit excludes have weight 0. Under top_p alone so many of the most
+    likely tokens as `looks` says are looked at, one number after the other until they suffice, and then all."""
     size = logits.shape[-1]
     logits = logits if logits.dtype == torch.float64 else logits.float()
 
@@ -187,7 +184,7 @@ def _candidates(
         weights = weigh(values)
         return _nucleus(weights, sampling.top_p * weights.sum(-1, keepdim=True, dtype=torch.float64)), ids, None
     mass = sampling.top_p * _parts(weigh(logits)).sum(-1, dtype=torch.float64).sum(-1, keepdim=True)
-    for look in _FIRST_LOOKS[-1:] if blind else _FIRST_LOOKS:
+    for look in looks:
         if 2 * look < size:
             values, ids = logits.topk(look)
             weights = weigh(values)

@@ -14,6 +14,7 @@ import torch
 
 from mmcore.config import load_recipe
 from mmcore.kernels import tuning
+from mmcore.kernels.mosaic_step import Matrix
 from mmcore.kernels.mosaic_step.graphed import _Fixed
 from mmcore.model import build_model
 from tests.helpers.hopper import SHARED_LIMIT, Launches, compile_all
@@ -53,7 +54,7 @@ def memory_read(dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def mosaic_step(dtype: torch.dtype) -> None:
-    """A decoding step of the 1.5b shape, one row and eight."""
+    """A decoding step of the 1.5b shape, one row and eight; of padded rows, and with int8 weights."""
     from mmcore.kernels.mosaic_step import triton
     from mmcore.model.state import DecodingState, MemoryState
 
@@ -61,7 +62,10 @@ def mosaic_step(dtype: torch.dtype) -> None:
     with torch.device("meta"):
         model = build_model(config).to(dtype)
     weights = [layer.step_weights(64) for layer in model.model.layers]
-    step = triton.Step(weights, model.model.norm.weight, model.lm_head.matrix(), config.num_attention_heads, 1e-5)
+    steps = []
+    for scaled in (False, True):
+        *layers, classifier = [_scaled(part) if scaled else part for part in (*weights, model.lm_head.matrix())]
+        steps.append(triton.Step(layers, model.model.norm.weight, classifier, config.num_attention_heads, 1e-5))
     heads, size = config.num_attention_heads, config.hidden_size // config.num_attention_heads
     for rows in (1, 8):
         owner, fixed = DecodingState(rows), []
@@ -71,8 +75,20 @@ def mosaic_step(dtype: torch.dtype) -> None:
             memory.scan = empty(rows, heads, size, dtype=torch.float32), empty(rows, heads, dtype=torch.float32)
             memory.store.reserve(1, memory.pending_key)
             fixed.append(_Fixed.of(memory))
-        step.bind(memories, fixed, None)
-        step(empty(rows, 1, config.hidden_size, dtype=dtype))
+        for step in steps:
+            for starts in (None, empty(2, rows, dtype=torch.int32)):
+                step.bind(memories, fixed, starts)
+                step(empty(rows, 1, config.hidden_size, dtype=dtype))
+
+
+def _scaled(weights):
+    """The same with int8 for each matrix."""
+    if isinstance(weights, Matrix):
+        return Matrix(weights.weight.to(torch.int8), empty(len(weights.weight), dtype=torch.float32))
+    if not dataclasses.is_dataclass(weights):
+        return weights
+    parts = {field.name: _scaled(getattr(weights, field.name)) for field in dataclasses.fields(weights)}
+    return dataclasses.replace(weights, **parts)
 
 
 def small_ones(dtype: torch.dtype) -> None:

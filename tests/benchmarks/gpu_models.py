@@ -139,9 +139,7 @@ def _steps(
     `document`: mean tokens of a document, None for whole sequences. The FLOPs of "mfu" are of whole sequences, as is usual."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     tokens = torch.randint(0, config.vocab_size, (batch, length), device=place.device)
-    documents = None
-    if document is not None:
-        documents = (torch.rand(batch, length, device=place.device) < 1 / document).cumsum(1)
+    documents = None if document is None else _documents(batch, length, document).to(place.device)
 
     def forward() -> Tensor:
         with torch.autocast(place.device.type, torch.bfloat16, enabled=place.gpu):
@@ -189,6 +187,18 @@ def _steps(
         "batch": batch, "micro_batches": MICRO_BATCHES, "length": length, "forward_ms": ahead, "backward_ms": back,
         "update_ms": last, "host_ms": host * 1e3, "peak_gb": peak, "kernels_ms": costliest(place, lambda: forward().backward()),
     }  # fmt: skip
+
+
+def _documents(batch: int, length: int, mean: int) -> Tensor:
+    """Numbers of documents [B, T] of `mean` tokens on average: in each sequence the same lengths, quantiles of the exponential
+    distribution, in an order of its own, so that all have the same pairs to read. (Drawn anew for each model, as they were
+    in the first seven visits, they made up to 5 % of a step.)"""
+    count = max(1, round(length / mean))
+    quantiles = [-math.log(1 - (i + 0.5) / count) for i in range(count)]
+    ends = [round(length * sum(quantiles[: i + 1]) / sum(quantiles)) for i in range(count)]
+    lengths = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
+    rows = [random.Random(row).sample(lengths, count) for row in range(batch)]
+    return torch.stack([torch.repeat_interleave(torch.arange(count), torch.tensor(row)) for row in rows])
 
 
 def titan_training(place: Place, report: dict[str, Any]) -> None:
@@ -304,7 +314,7 @@ def _decode(place: Place, model: Any, rows: int, context: int, form: str, bandwi
     draw = functools.partial(torch.randint, 0, config.vocab_size, device=place.device)
     word = model.advance(draw((rows, 8)), state).argmax(-1, keepdim=True)
     for memory in state.memories.values():  # the rest of the context as it would lie there
-        store, missing = memory.store, context - 2 * count - state.length
+        store, missing = memory.store, context - 4 * count - state.length
         if store.window is None:
             like = store.keys[:, :1]
             for _ in range(0, missing, 512):
@@ -314,11 +324,11 @@ def _decode(place: Place, model: Any, rows: int, context: int, form: str, bandwi
                 missing -= part.shape[1]
         else:
             store.first += missing
-    state.length = context - 2 * count
+    state.length = context - 4 * count
     for _ in range(4 if place.warm else count):
         word = model.advance(word, state).argmax(-1, keepdim=True)
     times = {}
-    for tokens in () if place.warm else (count // 8, count):
+    for tokens in () if place.warm else (count // 8, count // 8, count):  # once for what loads at its first call
         place.sync()
         start = time.perf_counter()
         if rows == 1:  # as mm chat goes on, and as generate_batch does
@@ -343,7 +353,7 @@ def _decode(place: Place, model: Any, rows: int, context: int, form: str, bandwi
 
 @torch.inference_mode()
 def _decode_hf(place: Place, config: ModelConfig, dtype: torch.dtype, rows: int, context: int) -> dict[str, Any]:
-    """generate() of Hugging Face, its default cache: seconds of the last half of the new tokens."""
+    """generate() of Hugging Face, its default cache: seconds of the later of the new tokens."""
     model = _llama(place, config, context + 256).to(dtype).eval()
     prompt = torch.randint(2, config.vocab_size, (rows, context), device=place.device)
     times = {}

@@ -17,7 +17,7 @@ from mmcore.kernels import tuning
 from mmcore.kernels.mosaic_step import Matrix
 from tests.benchmarks.gpu_timing import Place, attempt, copy_bandwidth, seconds
 
-SCANS = {"whole heads": (8, 4096, 32, 128), "few heads": (3, 4096, 16, 128)}
+SCANS = {"many heads": (8, 4096, 32, 128), "few heads": (3, 4096, 16, 128)}
 READ = (8, 4096, 32, 128)
 READS = {"causal": (None, 0), "window": (256, 1)}
 FORWARD = "128 64 8 3\n128 64 8 2\n128 128 8 2\n128 128 8 3\n64 64 4 3\n64 64 4 2\n128 64 4 3\n64 128 4 2\n128 32 4 3\n64 32 4 4"

@@ -96,8 +96,51 @@ def test_a_session_reset_within_a_stream_ends_it():
     stream = session.stream(6)
     next(stream)
     session.reset()
-    with pytest.raises(ConfigError, match="reset or loaded within a stream"):
+    with pytest.raises(ConfigError, match="reset within a stream"):
         next(stream)
+
+
+def test_a_stream_goes_on_with_whatever_the_text_has_become(tmp_path):
+    """Ids fed within it, another stream within it, a text that was loaded."""
+    session = Session(FakeModel())
+    session.feed(PROMPT)
+    stream = session.stream(20)
+    text = [*PROMPT, next(stream), next(stream)]
+    session.feed([8, 30])
+    text += [8, 30, next(stream)]
+    inner = session.stream(5, SAMPLED)
+    text += [next(inner), next(inner)]
+    text += [next(stream), next(stream)]
+    assert session.history == text
+    assert text[-2:] == greedy(FakeModel(), text[:-2], 2)
+    other = Session(FakeModel())
+    other.feed([9, 9, 4])
+    other.save(tmp_path / "other")
+    session.load(tmp_path / "other")
+    rest = [next(stream), next(stream)]
+    assert rest == greedy(FakeModel(), [9, 9, 4], 2) and session.history == [9, 9, 4, *rest]
+
+
+def test_what_fails_in_the_next_step_takes_no_id_away(monkeypatch, ahead):
+    """A Ctrl-C in the draw behind a pass that was made ahead: the id that was read has been given out, and nothing else."""
+    session, draws = Session(FakeModel()), []
+    session.feed(PROMPT)
+    expected = greedy(FakeModel(), PROMPT, 6)
+
+    def draw(self, logits, whole=Session._draw):
+        draws.append(0)
+        if len(draws) == 4:
+            raise KeyboardInterrupt
+        return whole(self, logits, Sampling())
+
+    monkeypatch.setattr(Session, "_draw", lambda self, logits, _: draw(self, logits))
+    given = []
+    with pytest.raises(KeyboardInterrupt):
+        for token in session.stream(6):
+            given.append(token)
+    assert given == expected[:3]
+    assert session.history == PROMPT + expected[:3] and session.length == len(PROMPT) + 3
+    assert list(session.stream(3)) == expected[3:]
 
 
 def test_a_session_ahead_has_read_what_it_gives_out(ahead):
@@ -132,6 +175,11 @@ def test_generate_goes_on_from_a_state():
     assert state.length == len(PROMPT) + 5
     second = list(generate(model, [first[-1], 8], max_new_tokens=6, state=state))
     assert second == greedy(model, PROMPT + first + [8], 6)
+    state = model.new_state(1)
+    left_early = generate(model, PROMPT, max_new_tokens=6, state=state)
+    for count in range(3):
+        next(left_early)
+        assert state.length == len(PROMPT) + count  # whatever the device: every id but the last one given out
 
 
 def test_prompts_may_be_tensors():

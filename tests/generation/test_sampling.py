@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mmcore.errors import ConfigError, NonFiniteError
 from mmcore.generation import sampling as choosing
-from mmcore.generation.sampling import Draw, Sampling, choose, probabilities, uniform
+from mmcore.generation.sampling import Draw, Sampling, probabilities, uniform
 
 INF = math.inf
 
@@ -27,6 +27,10 @@ def exact(logits: list[float], sampling: Sampling) -> list[float]:
     return [weights[i] / reached if i in kept else 0.0 for i in range(len(logits))]
 
 
+def choose(logits: torch.Tensor, sampling: Sampling, uniforms: list[float]) -> list[int]:
+    return Draw(logits, sampling, uniforms).ids()
+
+
 def draw(logits: torch.Tensor, sampling: Sampling, count: int) -> torch.Tensor:
     """How often each token comes in `count` draws, all in one batch of equal rows."""
     uniforms = [uniform(sampling.seed, i) for i in range(count)]
@@ -37,7 +41,7 @@ def draw(logits: torch.Tensor, sampling: Sampling, count: int) -> torch.Tensor:
 @pytest.fixture(params=[False, True], ids=["", "blind"])
 def blind(request, monkeypatch):
     """Whether a draw asks nothing back until its ids are wanted, as on a GPU."""
-    monkeypatch.setattr(choosing, "BLIND", ("cpu",) if request.param else ())
+    monkeypatch.setattr(choosing, "ASYNCHRONOUS", ("cpu",) if request.param else ())
     return request.param
 
 
@@ -115,6 +119,18 @@ def test_looking_further_changes_no_draw(blind, monkeypatch):
         assert draw.ids() == draw.tokens.tolist() == whole
 
 
+def test_a_row_that_looks_further_leaves_the_others_theirs(monkeypatch):
+    """Ties beyond what is asked for are cut another way by another look; the neighbours' rows must not show."""
+    flat, peaked = torch.zeros(1, 500), torch.full((1, 500), -30.0)
+    peaked[:, 100:104] = 1.0
+    monkeypatch.setattr(choosing, "ASYNCHRONOUS", ("cpu",))
+    monkeypatch.setattr(choosing, "_FIRST_LOOKS", (3, 20))
+    for u in (0.1, 0.4, 0.6, 0.95):
+        alone = choose(peaked, Sampling(1.0, top_p=0.9), [u])
+        both = choose(torch.cat([flat, peaked]), Sampling(1.0, top_p=0.9), [0.5, u])
+        assert both[1:] == alone and alone[0] in range(100, 104)
+
+
 @pytest.mark.parametrize("size", [2048, 3 * 256, 192, 1000])
 def test_logits_in_parts_equal_whole_rows(monkeypatch, size):
     """Sizes of several parts, and of one; for the greedy choice ties, across parts and within one."""
@@ -124,9 +140,9 @@ def test_logits_in_parts_equal_whole_rows(monkeypatch, size):
     tied, uniforms = logits.round(), [uniform(1, i) for i in range(5)]
     for way in (Sampling(), Sampling(1.0), Sampling(0.5, top_p=0.7), Sampling(0.1, 9)):
         given = logits if way.temperature else tied
-        monkeypatch.setattr(choosing, "BLIND", ())
+        monkeypatch.setattr(choosing, "ASYNCHRONOUS", ())
         whole = choose(given, way, uniforms)
-        monkeypatch.setattr(choosing, "BLIND", ("cpu",))
+        monkeypatch.setattr(choosing, "ASYNCHRONOUS", ("cpu",))
         assert choosing._parts(given).shape[1] == {2048: 2, 768: 3, 192: 3, 1000: 1}[size]
         assert choose(given, way, uniforms) == whole
 

@@ -375,7 +375,7 @@ def test_triton_chain_of_many_stretches(small_chunks, monkeypatch, group):
 
 
 @needs_triton
-def test_triton_gradients_of_a_document_have_the_bits_they_have_alone(small_chunks, monkeypatch):
+def test_triton_gradients_of_a_document_have_the_same_bits_behind_any_other(small_chunks, monkeypatch):
     """What a document before is makes no difference, not even to sums over a chunk that both lie in."""
     go(small_chunks, monkeypatch, "groups")
     raw, gates, decays = (x.to(DEVICE) for x in problem(1, 90, 2, 16))

@@ -445,6 +445,7 @@ FEW_CASES = {
     "decode empty": Case(1, 10, offset=3, delay=4, batch=1),
     "decode several": Case(5, 60, offset=58, delay=3, batch=1, heads=1),
     "decode padded": Case(2, 40, offset=39, padding=(0, 39), size=24, heads=1),
+    "decode far": Case(1, 1100, offset=1100, delay=7, size=8, batch=1, heads=1),
 }
 on_a_card = pytest.mark.skipif(not ON_GPU, reason="no CUDA device")
 
@@ -543,11 +544,14 @@ def test_triton_in_half_precision_on_a_card(name, dtype):
 
 
 @needs_triton
+@pytest.mark.parametrize("shares", [None, 44, 99])
 @pytest.mark.parametrize("case", FEW_CASES.values(), ids=FEW_CASES.keys())
-def test_triton_few_queries(case):
-    """Shares of the memory, joined."""
-    from mmcore.kernels.memory_read import triton
+def test_triton_few_queries(case, shares, monkeypatch):
+    """Shares of the memory, joined; also more of them than lie in registers at a time, some of them empty."""
+    from mmcore.kernels.memory_read import triton, triton_few
 
+    if shares:
+        monkeypatch.setattr(triton_few, "share_count", lambda *_: shares)
     inputs, _ = case.tensors()
     q, k, v, *bandwidths = [t.float().to(DEVICE) for t in inputs]
     starts = case.place()["starts"]

@@ -14,7 +14,7 @@ Each stretch is a program, and what enters it comes from the program before thro
 once, and the backward pass reads k~ and the upstream gradient once and writes one gradient, however many heads there are
 (programs that walk whole heads, or segments of them after a pass that sums these up, took 1.2 to 1.6 times as long, and as
 long only forward with two heads a multiprocessor). Few heads would wait for one hop after the other: theirs fold the sums
-of up to GROUPS - 1 stretches before theirs, and only every GROUPS-th stretch is a hop. The order of all sums is fixed.
+of those before them in a group of GROUPS[1], and only every GROUPS[1]-th stretch is a hop. The order of all sums is fixed.
 
 Beside k~ and its gradients go gates and decays, the two factors in fp32, and, kept for the backward pass, 1 / |u| of each
 step and the state that enters each chunk (1 / 8 of bf16 keys); u is computed again from k~, exactly, where rounded keys

@@ -57,13 +57,13 @@ def why_not(matrices: Sequence[Matrix]) -> str | None:
     return None
 
 
-def _configs(rows: int, scaled: bool) -> list[triton.Config]:
-    """N rows of W, int8 where `scaled`, and K columns a program and turn. One configuration: a conversation's first token
+def _configs(rows: int, wide: bool) -> list[triton.Config]:
+    """N rows of W, more where `wide`, and K columns a program and turn. One configuration: a conversation's first token
     waits for it."""
     if tuning.INTERPRETED:
         table = {"N": 64, "K": 64, "STAGES": 1}
     elif rows == 1:
-        table = {"N": 8 if scaled else 4, "K": 1024, "STAGES": 3}
+        table = {"N": 8 if wide else 4, "K": 1024, "STAGES": 3}
     else:
         table = {"N": 64, "K": 64, "STAGES": 4}
     return [triton.Config(table, num_warps=4, num_stages=1)]
@@ -125,7 +125,9 @@ class _Products:
         rows = len(x)
         block = self.block(rows)
         if block not in self._tuned:
-            self._tuned[block] = tuning.Tuned(product_kernel, _configs(block, self._scaled), ())
+            # Rows of int8 are short; a pair of matrices has not the registers.
+            wide = self._scaled and not self._gated
+            self._tuned[block] = tuning.Tuned(product_kernel, _configs(block, wide), ())
         self._tuned[block](
             lambda meta: (len(jobs) * (ROWS.value // meta["N"]), triton.cdiv(rows, block)),
             jobs, x, x if norm is None else norm, out, self._width, rows, x.stride(0), out.stride(0), eps, on=x,

@@ -126,7 +126,7 @@ def product_kernel(
     tl.store(target, result.to(out.dtype.element_ty), mask=inside)
 
 
-# A program asks for these up to three times: registers that held all of it while it reads would leave room for three
+# Programs ask for these twice: registers that held all of it while it reads would leave room for three
 # programs a multiprocessor, not five.
 
 
