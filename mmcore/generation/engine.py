@@ -1,7 +1,7 @@
 """Generation on token ids: prompts in chunks, then one token at a time from a state that is never re-read.
 
 Shape suffixes: B rows of a batch, T tokens, V vocabulary. The model is anything with `config.vocab_size`,
-`parameters`, `new_state` and `advance` (`mmcore.model.build_model`, `mmcore.load_model`).
+`parameters`, `new_state`, `advance` and `takes_back` (`mmcore.model.build_model`, `mmcore.load_model`).
 """
 
 from __future__ import annotations
@@ -84,8 +84,9 @@ class Session:
     ) -> None:
         """`state`: go on from this one, of batch size 1, which the session changes; none: an empty one.
         `vocab_size`: ids from here on are never drawn (rows of the classifier that no token stands for).
-        `ahead`: read a drawn token before it is given out, so that a GPU works while the token is looked at; where a stream
-        is left early, one pass may have been for nothing. None: on a GPU."""
+        `ahead`: read a drawn token before it is given out, and where the model can take it back before it is looked at,
+        so that a GPU is never idle; where a stream is left or ends early, a pass may have been for nothing. None: on a
+        GPU."""
         if chunk < 1:
             raise ConfigError(f"the prefill chunk is {chunk}: it must be at least 1 token")
         self.model = model
@@ -214,31 +215,49 @@ class Session:
     def _stream(
         self, max_new_tokens: int, sampling: Sampling, stop_ids: frozenset[int], progress: Progress | None
     ) -> Iterator[int]:
-        draw = self._draw(self._catch_up(progress), sampling)
-        token = draw.ids()[0]
+        self._catch_up(progress)
+        step = _Step(self, None, sampling)
         for left in range(max_new_tokens - 1, -1, -1):
+            following, token = self._wait(step, sampling, stop_ids, bool(left))
             if token in stop_ids:
                 yield token
                 return
             # In the text only when the pass has begun: what fails before that has not happened.
-            step = _Step(self, draw.tokens.unsqueeze(0), sampling) if self._ahead and left else None
+            if following is None and self._ahead and left:
+                following = _Step(self, step.tokens.unsqueeze(0), sampling)
             self.history.append(token)
-            if step is None:
+            if following is None:
                 self._unread.append(token)
             yield token
             if not left:
                 return
             if self._unread:
                 ids, self._unread = self._unread, []
-                step = _Step(self, torch.tensor([ids], device=self._device), sampling)
+                following = _Step(self, torch.tensor([ids], device=self._device), sampling)
             elif self._logits is None:
                 raise ConfigError("the session was reset within a stream: begin another stream")
-            if step is not None and self._logits is step.logits:
-                token = step.token()
-                draw = step.draw
-            else:  # the text has gone on, or is another, and was read: this goes on with it
-                draw = self._draw(self._logits, sampling)
-                token = draw.ids()[0]
+            elif following is None or self._logits is not following.logits:
+                following = _Step(self, None, sampling)  # the text has gone on, or is another, and was read
+            step = following
+
+    def _wait(
+        self, step: _Step, sampling: Sampling, stop_ids: frozenset[int], more: bool
+    ) -> tuple[_Step | None, int]:
+        """(the step that follows, if it was asked for before the token was known; the token). A GPU is never idle then; a
+        token that ends the stream, or fails, has its step taken back."""
+        tokens, before = step.tokens, self._logits
+        following = None
+        if more and self._ahead and tokens is not None and self.model.takes_back(self._state):
+            # Marks of a draw that is not done are no ids.
+            following = _Step(self, tokens.clamp(min=0).unsqueeze(0), sampling)
+        token = None
+        try:
+            token = step.token()
+        finally:
+            if following is not None and (token is None or token in stop_ids or step.tokens is not tokens):
+                self._state.take_back()
+                self._logits, following = before, None
+        return following, token
 
     def _draw(self, logits_BV: Tensor, sampling: Sampling) -> Draw:
         point = uniform(sampling.seed, self._state.length) if sampling.temperature else 0.0
@@ -277,32 +296,43 @@ class Session:
 
 
 class _Step:
-    """A pass of the model over tokens [1, T] and the draw of the next, begun, and waited for by `token`."""
+    """A pass of the model over tokens [1, T], or none, and the draw of the next; begun, and waited for by `token`."""
 
-    def __init__(self, session: Session, tokens_1T: Tensor, sampling: Sampling) -> None:
+    def __init__(self, session: Session, tokens_1T: Tensor | None, sampling: Sampling) -> None:
         started = time.perf_counter()
-        self._begun = None
-        if tokens_1T.is_cuda:
-            self._begun = torch.cuda.Event(enable_timing=True)
-            self._begun.record(torch.cuda.current_stream(tokens_1T.device))
-        self.logits = session._logits = session._read(tokens_1T)
-        self._session, self._count, self._error = session, tokens_1T.shape[1], None
+        self._session, self._count = session, 0
+        self._begun: torch.cuda.Event | None = None
+        self._draw: Draw | None = None
+        self._error: BaseException | None = None
+        if tokens_1T is not None:
+            self._count = tokens_1T.shape[1]
+            if tokens_1T.is_cuda:
+                self._begun = torch.cuda.Event(enable_timing=True)
+                self._begun.record(torch.cuda.current_stream(tokens_1T.device))
+            session._logits = session._read(tokens_1T)
+        self.logits = session._logits
         try:
-            self.draw = session._draw(self.logits, sampling)
+            self._draw = session._draw(self.logits, sampling)
         except BaseException as error:  # of the next token; the one just read is still to be given out
             self._error = error
         self._seconds = time.perf_counter() - started
 
+    @property
+    def tokens(self) -> Tensor | None:
+        """What was drawn, int64 [1], as soon as it is asked for; another tensor when `token` had to draw again."""
+        return self._draw.tokens if self._draw is not None else None
+
     def token(self) -> int:
-        """The id that was drawn. Counts the step among the session's statistics: what the GPU took, or the host where that
+        """The id that was drawn. Counts the pass among the session's statistics: what the GPU took, or the host where that
         is more, for whoever looked at the last token meanwhile may have taken longer."""
         if self._error is not None:
             raise self._error
         started = time.perf_counter()
-        token = self.draw.ids()[0]
+        token = self._draw.ids()[0]
         seconds = self._seconds + time.perf_counter() - started
-        self._session.stats.decode_seconds += max(seconds, self.draw.device_seconds(self._begun))
-        self._session.stats.decode_tokens += self._count
+        if self._count:
+            self._session.stats.decode_seconds += max(seconds, self._draw.device_seconds(self._begun))
+            self._session.stats.decode_tokens += self._count
         return token
 
 
@@ -384,13 +414,19 @@ def draw_rows(
     answers: list[list[int]] = [[] for _ in logits_BV]
     for count in range(max_new_tokens):
         drawn = draw(logits_BV, count)
+        tokens, ahead = drawn.tokens, None
+        if tokens.device.type in drawing.ASYNCHRONOUS and count + 1 < max_new_tokens and model.takes_back(state):
+            ahead = model.advance(tokens.clamp(min=0).unsqueeze(1), state)  # before they are known: a GPU is never idle
         for answer, token in zip(answers, drawn.ids(), strict=True):
             if not answer or answer[-1] not in stops:
                 answer.append(token)
         if count + 1 == max_new_tokens or all(answer[-1] in stops for answer in answers):
             break
+        if ahead is not None and drawn.tokens is not tokens:
+            state.take_back()
+            ahead = None
         # Rows that have ended go on reading what they draw; nobody looks at it.
-        logits_BV = model.advance(drawn.tokens.unsqueeze(1), state)
+        logits_BV = model.advance(drawn.tokens.unsqueeze(1), state) if ahead is None else ahead
     return answers
 
 

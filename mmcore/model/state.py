@@ -306,6 +306,11 @@ class DecodingState:
             else:
                 memory.rewind(mark.memories[name])
 
+    def take_back(self) -> None:
+        """Undo the last token, which must have been the last that happened to this state; see LanguageModel.takes_back."""
+        self.whole_step.take_back(tuple(self.memories.values()))
+        self.length -= 1
+
     def branch(self, source: DecodingState, room: int, lent: Collection[str] = ()) -> None:
         """Become rows that each go on, by at most `room` tokens, from the only row of `source`, an unpadded state of the
         same model that must not change meanwhile.

@@ -68,13 +68,13 @@ def mosaic_step(dtype: torch.dtype) -> None:
         steps.append(triton.Step(layers, model.model.norm.weight, classifier, config.num_attention_heads, 1e-5))
     heads, size = config.num_attention_heads, config.hidden_size // config.num_attention_heads
     for rows in (1, 8):
-        owner, fixed = DecodingState(rows), []
+        owner = DecodingState(rows)
         memories = [MemoryState(owner, window) for window in (config.short_term_window, None)]
         for memory in memories:
             memory.pending_key = memory.pending_raw = empty(rows, 1, heads, size, dtype=dtype)
             memory.scan = empty(rows, heads, size, dtype=torch.float32), empty(rows, heads, dtype=torch.float32)
             memory.store.reserve(1, memory.pending_key)
-            fixed.append(_Fixed.of(memory))
+        fixed, _ = _Fixed.of(memories)
         for step in steps:
             for starts in (None, empty(2, rows, dtype=torch.int32)):
                 step.bind(memories, fixed, starts)

@@ -26,6 +26,11 @@ class FakeState:
     def load(self, tensors: dict[str, Tensor]) -> None:
         self.vector, self.length = tensors["vector"].clone(), int(tensors["length"])
 
+    def take_back(self) -> None:
+        self.vector, self.length, passes = self.before
+        passes.pop()
+        del self.before
+
 
 class FakeModel(nn.Module):
     """h <- tanh(a h + E[token]), logits = 4 C h. `passes` counts the tokens read, in pieces."""
@@ -43,9 +48,13 @@ class FakeModel(nn.Module):
     def new_state(self, batch_size: int = 1, padding: Tensor | None = None) -> FakeState:
         return FakeState(batch_size, self.embedding.shape[1], padding)
 
+    def takes_back(self, state: FakeState) -> bool:
+        return False
+
     @torch.no_grad()
     def advance(self, tokens: Tensor, state: FakeState, last_only: bool = True) -> Tensor:
         self.passes.append(tokens.shape[1])
+        state.before = state.vector, state.length, self.passes
         for column in tokens.unbind(1):
             new = torch.tanh(0.9 * state.vector + self.embedding[column])
             if state.padding is not None:

@@ -126,6 +126,35 @@ def test_triton_step_goes_through_marks_moves_and_branches():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rows, sizes", [(1, {}), (2, ODD)], ids=["even", "odd"])
+def test_triton_step_takes_a_token_back(rows, sizes):
+    """Another token before each, taken back: at the first step, which binds, at ones that move a store, and after a piece. All
+    that a state holds is as it was, bit for bit, and so is what follows."""
+    model, exact = pair(num_hidden_layers=1, **sizes)
+    tokens, wrong = random_tokens(rows, 42).to(DEVICE), random_tokens(rows, 42, seed=9).to(DEVICE)
+    with torch.no_grad():
+        whole = exact(tokens.cpu())
+    state, step, found = model.new_state(rows), graphed(model), []
+    assert not model.takes_back(state)
+    for start, end in ((0, 30), *((n, n + 1) for n in range(30, 38)), (38, 40), (40, 41), (41, 42)):
+        state.whole_step = step if end - start == 1 else False
+        if end - start == 1:
+            assert model.takes_back(state)
+            before = {name: tensor.clone() for name, tensor in state.tensors().items()}
+            model.advance(wrong[:, start:end], state)
+            assert not torch.equal(state.tensors()["layers.0.short_term.pending_raw"], before["layers.0.short_term.pending_raw"])
+            state.take_back()
+            after = state.tensors()
+            for name, tensor in before.items():  # of a window's pairs the oldest may be gone that no query reads again
+                same = after[name][:, -tensor.shape[1] :] if name.endswith(("keys", "values")) else after[name]
+                assert torch.equal(same, tensor[:, -same.shape[1] :] if name.endswith(("keys", "values")) else tensor), name
+        found.append(model.advance(tokens[:, start:end], state, last_only=False))
+    assert (torch.cat(found, 1).double().cpu() - whole).abs().max() < 2e-5 * whole.abs().max()
+    model.knocked_out = frozenset(["long_term"])
+    assert not model.takes_back(state)  # layer by layer
+
+
+@pytest.mark.slow
 def test_triton_step_notices_pairs_that_a_mark_has_moved():
     """`mark(room)` makes room within the buffer, whose address stays."""
     model, exact = pair(num_hidden_layers=1)

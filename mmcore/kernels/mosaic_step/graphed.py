@@ -8,6 +8,7 @@ A store that moves (a long-term one that doubles) means another recording.
 from __future__ import annotations
 
 import functools
+import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -59,10 +60,18 @@ class _Fixed:
     """int64 [1]: pairs in the store."""
 
     @staticmethod
-    def of(memory: Any) -> _Fixed:
-        parts = (memory.pending_key, memory.pending_raw, *memory.scan)
-        copies = (part.clone(memory_format=torch.contiguous_format) for part in parts)
-        return _Fixed(*copies, torch.zeros(1, dtype=torch.int64, device=parts[0].device))
+    def of(memories: Sequence[Any]) -> tuple[list[_Fixed], Tensor]:
+        """Those of each memory, with no numbers yet, and the bytes that they all lie in: one copy keeps what they hold."""
+        places, end = [], 0
+        for memory in memories:
+            for part in (memory.pending_key, memory.pending_raw, *memory.scan, None):
+                shape, kind = ((1,), torch.int64) if part is None else (part.shape, part.dtype)
+                size = math.prod(shape) * kind.itemsize
+                places.append((end, size, shape, kind))
+                end += (size + 15) // 16 * 16  # addresses that the kernels take for multiples of 16
+        held = torch.empty(end, dtype=torch.uint8, device=memories[0].pending_key.device)
+        parts = [held[start : start + size].view(kind).view(shape) for start, size, shape, kind in places]
+        return [_Fixed(*parts[n : n + 5]) for n in range(0, len(parts), 5)], held
 
     def hold(self, memory: Any) -> None:
         """Let the memory's own tensors be these, with the numbers that it has now."""
@@ -83,6 +92,14 @@ class GraphedStep:
         self._bound: list[_Bound] = []
         self._room = 0  # tokens until a store may have to move
         self._graph: torch.cuda.CUDAGraph | None = None
+
+    def take_back(self, memories: Sequence[Any]) -> None:
+        """Undo the last step, once, after which nothing else may have happened to the memories: the pair that it stored will
+        be written over, and all else that it changed is as it was before."""
+        self._held.copy_(self._before)
+        self._room += 1
+        for memory in memories:
+            memory.store.used -= not memory.store.lent
 
     def __call__(
         self, x: Tensor, memories: Sequence[Any], position: int, padding: Tensor | None = None, last_only: bool = True
@@ -120,7 +137,8 @@ class GraphedStep:
     @torch.inference_mode(False)  # what is written in place from now on must not belong to a mode that may end
     def _bind(self, x: Tensor, memories: Sequence[Any], padding: Tensor | None) -> None:
         self._bound, self._graph, self._taken = [], None, 0
-        fixed = [_Fixed.of(memory) for memory in memories]
+        fixed, self._held = _Fixed.of(memories)
+        self._before = torch.empty_like(self._held)
         self._x = x.clone()
         shape = (len(fixed), len(x))
         self._starts = None if padding is None else torch.empty(shape, dtype=torch.int32, device=x.device)
@@ -137,10 +155,14 @@ class GraphedStep:
             # Other threads may go on with their work.
             recording = torch.cuda.graph(graph, stream=_recording_stream(device), capture_error_mode="thread_local")
             with torch.cuda.device(device), recording:
-                logits = self._step(self._x)
+                logits = self._once()
             self._graph, self._logits = graph, logits
         if self._graph is None:
-            self._logits = self._step(self._x)
+            self._logits = self._once()
         else:
             self._graph.replay()
         self._taken += 1
+
+    def _once(self) -> Tensor:
+        self._before.copy_(self._held)
+        return self._step(self._x)
