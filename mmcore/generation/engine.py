@@ -216,6 +216,7 @@ class Session:
         self, max_new_tokens: int, sampling: Sampling, stop_ids: frozenset[int], progress: Progress | None
     ) -> Iterator[int]:
         self._catch_up(progress)
+        self._sure = True
         step = _Step(self, None, sampling)
         for left in range(max_new_tokens - 1, -1, -1):
             following, token = self._wait(step, sampling, stop_ids, bool(left))
@@ -245,18 +246,21 @@ class Session:
     ) -> tuple[_Step | None, int]:
         """(the step that follows, if it was asked for before the token was known; the token). A GPU is never idle then; a
         token that ends the stream, or fails, has its step taken back."""
-        tokens, before = step.tokens, self._logits
-        following = None
-        if more and self._ahead and tokens is not None and self.model.takes_back(self._state):
+        tokens, before, following = step.tokens, self._logits, None
+        if more and self._ahead and self._sure and tokens is not None and self.model.takes_back(self._state):
             # Marks of a draw that is not done are no ids.
             following = _Step(self, tokens.clamp(min=0).unsqueeze(0), sampling)
         token = None
         try:
             token = step.token()
         finally:
-            if following is not None and (token is None or token in stop_ids or step.tokens is not tokens):
+            self._sure = step.tokens is tokens  # where one word had to be drawn twice, so may the next
+            if following is not None and (token is None or token in stop_ids or not self._sure):
+                self._broken = True  # until all of it is undone
                 self._state.take_back()
-                self._logits, following = before, None
+                self._logits, self._broken = before, False
+                following.give_up()
+                following = None
         return following, token
 
     def _draw(self, logits_BV: Tensor, sampling: Sampling) -> Draw:
@@ -321,6 +325,11 @@ class _Step:
     def tokens(self) -> Tensor | None:
         """What was drawn, int64 [1], as soon as it is asked for; another tensor when `token` had to draw again."""
         return self._draw.tokens if self._draw is not None else None
+
+    def give_up(self) -> None:
+        """Nobody will ask for the token: of what failed a Ctrl-C is still to be heard."""
+        if self._error is not None and not isinstance(self._error, Exception):
+            raise self._error
 
     def token(self) -> int:
         """The id that was drawn. Counts the pass among the session's statistics: what the GPU took, or the host where that
@@ -412,19 +421,22 @@ def draw_rows(
     """The ids that rows go on with from `state` and the logits [B, V] behind it: `draw(logits, count)` draws each row's next
     after `count` of them. A row ends with the first id of `stops`."""
     answers: list[list[int]] = [[] for _ in logits_BV]
+    sure = True  # that no row has to be drawn twice
     for count in range(max_new_tokens):
-        drawn = draw(logits_BV, count)
+        drawn, last = draw(logits_BV, count), count + 1 == max_new_tokens
         tokens, ahead = drawn.tokens, None
-        if tokens.device.type in drawing.ASYNCHRONOUS and count + 1 < max_new_tokens and model.takes_back(state):
+        if tokens.device.type in drawing.ASYNCHRONOUS and sure and not last and model.takes_back(state):
             ahead = model.advance(tokens.clamp(min=0).unsqueeze(1), state)  # before they are known: a GPU is never idle
         for answer, token in zip(answers, drawn.ids(), strict=True):
             if not answer or answer[-1] not in stops:
                 answer.append(token)
-        if count + 1 == max_new_tokens or all(answer[-1] in stops for answer in answers):
-            break
-        if ahead is not None and drawn.tokens is not tokens:
+        sure = drawn.tokens is tokens
+        over = last or all(answer[-1] in stops for answer in answers)
+        if ahead is not None and (over or not sure):
             state.take_back()
             ahead = None
+        if over:
+            break
         # Rows that have ended go on reading what they draw; nobody looks at it.
         logits_BV = model.advance(drawn.tokens.unsqueeze(1), state) if ahead is None else ahead
     return answers

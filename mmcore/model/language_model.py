@@ -142,9 +142,9 @@ class LanguageModel(nn.Module):
         return state
 
     def takes_back(self, state: DecodingState) -> bool:
-        """Whether, of a token that is fed to `state` next, `state.take_back()` can leave no trace. A GPU's steps can, from
-        the second on: it may then be asked for the step on a token that is not known to be wanted yet."""
-        return not self.knocked_out and state.length > 0 and hasattr(state.whole_step, "take_back")
+        """Whether, of a token that is fed to `state` next, `state.take_back()` can leave no trace. A GPU's steps can, but
+        for the first and those that move a store: it may be asked for the step on a token that is not known to be wanted."""
+        return not self.knocked_out and state.length > 0 and getattr(state.whole_step, "takes_back", False)
 
     def _whole_step(self, state: DecodingState) -> Callable | bool:
         """A compiled form of `advance`, where the architecture has one and it can run here, else False."""

@@ -11,9 +11,10 @@ from safetensors.torch import save_file
 
 from mmcore.errors import CheckpointError, ConfigError
 from mmcore.generation import history as files
+from mmcore.generation import sampling
 from mmcore.generation.engine import Session, generate, generate_batch
 from mmcore.generation.sampling import Sampling
-from tests.generation.fakes import FakeModel
+from tests.generation.fakes import FakeModel, FakeState
 
 pytestmark = pytest.mark.usefixtures("ahead")
 
@@ -152,6 +153,51 @@ def test_a_session_ahead_has_read_what_it_gives_out(ahead):
     for number in read:
         next(stream)
         assert sum(model.passes) == session._state.length == number
+
+
+def test_a_step_that_cannot_be_taken_back_whole_breaks_the_session(ahead, monkeypatch):
+    """And a Ctrl-C in the draw of a step that nobody wants is heard."""
+    model = FakeModel()
+    if not model.takes_back(None):
+        pytest.skip("nothing is asked for unseen")
+    free = list(generate(FakeModel(), PROMPT, max_new_tokens=12))
+    stop = free[4]
+    first = free.index(stop)
+    session, draws = Session(model), []
+    session.feed(PROMPT)
+
+    def draw(self, logits, sampling, whole=Session._draw):
+        draws.append(0)
+        if len(draws) == first + 2:
+            raise KeyboardInterrupt
+        return whole(self, logits, sampling)
+
+    monkeypatch.setattr(Session, "_draw", draw)
+    with pytest.raises(KeyboardInterrupt):
+        list(session.stream(12, stop_ids={stop}))
+    monkeypatch.undo()
+    monkeypatch.setattr(sampling, "ASYNCHRONOUS", ("cpu",))
+    monkeypatch.setattr(FakeModel, "takes_back", lambda *_: True)
+    assert session.history == PROMPT + free[:first] and session.length == len(session.history)
+    monkeypatch.setattr(session._state, "take_back", lambda: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        list(session.stream(12, stop_ids={stop}))
+    with pytest.raises(ConfigError, match="cut off within a token"):
+        session.feed([1])
+
+
+def test_redraws_waste_one_step_at_most(ahead, monkeypatch):
+    """Where the words looked at first do not suffice, time after time, steps are no longer asked for unseen."""
+    monkeypatch.setattr(sampling, "_FIRST_LOOKS", (1,))
+    settings = {"max_new_tokens": 15, "temperature": 3.0, "top_p": 0.99}
+    model, taken = FakeModel(), []
+    take_back = FakeState.take_back
+    monkeypatch.setattr(FakeState, "take_back", lambda state: (taken.append(0), take_back(state)))
+    ids = list(generate(model, PROMPT, **settings))
+    rows = generate_batch(FakeModel(), [PROMPT, PROMPT], **settings)
+    assert rows[0] == ids and len(taken) <= 4
+    monkeypatch.setattr(sampling, "ASYNCHRONOUS", ())
+    assert list(generate(FakeModel(), PROMPT, **settings)) == ids
 
 
 def test_a_stop_id_comes_last_and_stays_out_of_the_text():

@@ -93,6 +93,11 @@ class GraphedStep:
         self._room = 0  # tokens until a store may have to move
         self._graph: torch.cuda.CUDAGraph | None = None
 
+    @property
+    def takes_back(self) -> bool:
+        """Whether the next step is worth asking for unseen: one that moves a store may find no memory, or record anew."""
+        return self._room >= 1
+
     def take_back(self, memories: Sequence[Any]) -> None:
         """Undo the last step, once, after which nothing else may have happened to the memories: the pair that it stored will
         be written over, and all else that it changed is as it was before."""
