@@ -358,6 +358,7 @@ def test_triton_pieces_side_by_side(small_chunks, monkeypatch, pieces, T, way):
     check("triton", *problem(1, T, 2, 16, seed=T))
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("group", [1, 4, 16])
 def test_triton_chain_of_many_stretches(small_chunks, monkeypatch, group):
