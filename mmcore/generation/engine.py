@@ -216,16 +216,17 @@ class Session:
         self, max_new_tokens: int, sampling: Sampling, stop_ids: frozenset[int], progress: Progress | None
     ) -> Iterator[int]:
         self._catch_up(progress)
-        self._sure = True
-        step = _Step(self, None, sampling)
+        step, sure = _Step(self, None, sampling), True
         for left in range(max_new_tokens - 1, -1, -1):
-            following, token = self._wait(step, sampling, stop_ids, bool(left))
+            unseen = bool(left) and self._ahead and sure and self.model.takes_back(self._state)
+            following, token = self._wait(step, sampling, stop_ids, unseen)
+            sure = not step.again  # where one word had to be drawn twice, so may the next
             if token in stop_ids:
                 yield token
                 return
             # In the text only when the pass has begun: what fails before that has not happened.
             if following is None and self._ahead and left:
-                following = _Step(self, step.tokens.unsqueeze(0), sampling)
+                following = _Step(self, step.draw.tokens.unsqueeze(0), sampling)
             self.history.append(token)
             if following is None:
                 self._unread.append(token)
@@ -242,20 +243,18 @@ class Session:
             step = following
 
     def _wait(
-        self, step: _Step, sampling: Sampling, stop_ids: frozenset[int], more: bool
+        self, step: _Step, sampling: Sampling, stop_ids: frozenset[int], unseen: bool
     ) -> tuple[_Step | None, int]:
-        """(the step that follows, if it was asked for before the token was known; the token). A GPU is never idle then; a
-        token that ends the stream, or fails, has its step taken back."""
-        tokens, before, following = step.tokens, self._logits, None
-        if more and self._ahead and self._sure and tokens is not None and self.model.takes_back(self._state):
-            # Marks of a draw that is not done are no ids.
-            following = _Step(self, tokens.clamp(min=0).unsqueeze(0), sampling)
+        """(the step that follows, if it was asked for before the token was known, `unseen`; the token). A GPU is never idle
+        then; a token that ends the stream, or fails, has its step taken back."""
+        before, following = self._logits, None
+        if unseen and step.draw is not None:
+            following = _Step(self, step.draw.unseen().unsqueeze(0), sampling)
         token = None
         try:
             token = step.token()
         finally:
-            self._sure = step.tokens is tokens  # where one word had to be drawn twice, so may the next
-            if following is not None and (token is None or token in stop_ids or not self._sure):
+            if following is not None and (token is None or token in stop_ids or step.again):
                 self._broken = True  # until all of it is undone
                 self._state.take_back()
                 self._logits, self._broken = before, False
@@ -267,8 +266,8 @@ class Session:
         point = uniform(sampling.seed, self._state.length) if sampling.temperature else 0.0
         return Draw(logits_BV, sampling, [point])
 
-    def _catch_up(self, progress: Progress | None) -> Tensor:
-        """Read what is unread, in chunks; returns the logits [1, V] behind the text."""
+    def _catch_up(self, progress: Progress | None) -> None:
+        """Read what is unread, in chunks: `_logits` [1, V] then stand behind the text."""
         total = len(self._unread)
         while self._unread:
             started = time.perf_counter()
@@ -284,7 +283,6 @@ class Session:
             self.stats.prefill_seconds += time.perf_counter() - started
         if self._logits is None:
             raise ConfigError("the prompt is empty: give at least one token, such as the tokenizer's bos_id")
-        return self._logits
 
     def _read(self, tokens_1T: Tensor) -> Tensor:
         """One pass of the model over the tokens; returns the logits [1, V] behind the last."""
@@ -306,7 +304,7 @@ class _Step:
         started = time.perf_counter()
         self._session, self._count = session, 0
         self._begun: torch.cuda.Event | None = None
-        self._draw: Draw | None = None
+        self.draw: Draw | None = None
         self._error: BaseException | None = None
         if tokens_1T is not None:
             self._count = tokens_1T.shape[1]
@@ -316,15 +314,15 @@ class _Step:
             session._logits = session._read(tokens_1T)
         self.logits = session._logits
         try:
-            self._draw = session._draw(self.logits, sampling)
+            self.draw = session._draw(self.logits, sampling)
         except BaseException as error:  # of the next token; the one just read is still to be given out
             self._error = error
         self._seconds = time.perf_counter() - started
 
     @property
-    def tokens(self) -> Tensor | None:
-        """What was drawn, int64 [1], as soon as it is asked for; another tensor when `token` had to draw again."""
-        return self._draw.tokens if self._draw is not None else None
+    def again(self) -> bool:
+        """Whether the token had to be drawn a second time."""
+        return self.draw is not None and self.draw.again
 
     def give_up(self) -> None:
         """Nobody will ask for the token: of what failed a Ctrl-C is still to be heard."""
@@ -337,10 +335,10 @@ class _Step:
         if self._error is not None:
             raise self._error
         started = time.perf_counter()
-        token = self._draw.ids()[0]
+        token = self.draw.ids()[0]
         seconds = self._seconds + time.perf_counter() - started
         if self._count:
-            self._session.stats.decode_seconds += max(seconds, self._draw.device_seconds(self._begun))
+            self._session.stats.decode_seconds += max(seconds, self.draw.device_seconds(self._begun))
             self._session.stats.decode_tokens += self._count
         return token
 
@@ -368,78 +366,6 @@ def generate(
     session.append(prompt_ids)
     sampling = Sampling(temperature, top_k, top_p, seed)
     return session.stream(max_new_tokens, sampling, default_stop_ids(model) if stop_ids is None else stop_ids)
-
-
-def generate_batch(
-    model: LanguageModel,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
-    stop_ids: Iterable[int] | None = None,
-    vocab_size: int | None = None,
-    chunk: int = PREFILL_CHUNK,
-) -> list[list[int]]:
-    """The ids that go on with each of the prompts, of any lengths, read and drawn together.
-
-    Row i draws as `generate` does with seed + i. A row ends with the first id of `stop_ids`, as the stream does.
-    Raises ConfigError for no prompts, an empty one, or settings out of range.
-    """
-    check_length(max_new_tokens)
-    sampling = Sampling(temperature, top_k, top_p, seed)
-    size = model.config.vocab_size
-    rows = [checked_ids(prompt, size) for prompt in prompts]
-    if not rows or not all(rows):
-        raise ConfigError("a prompt is empty: give each at least one token, such as the tokenizer's bos_id")
-    stops = frozenset(default_stop_ids(model) if stop_ids is None else stop_ids)
-    longest = max(map(len, rows))
-    padding = [longest - len(row) for row in rows]
-    device = next(model.parameters()).device
-    state = model.new_state(len(rows), padding=torch.tensor(padding, device=device) if any(padding) else None)
-    tokens_BT = torch.tensor([[0] * pad + row for pad, row in zip(padding, rows, strict=False)], device=device)
-    for piece_BT in tokens_BT.split(chunk, dim=1):
-        logits_BV = model.advance(piece_BT, state)
-
-    def draw(logits_BV: Tensor, count: int) -> Draw:
-        points = [uniform(seed + i, len(row) + count) if temperature else 0.0 for i, row in enumerate(rows)]
-        return Draw(logits_BV[:, : vocab_size or size], sampling, points)
-
-    return draw_rows(model, state, logits_BV, draw, stops, max_new_tokens)
-
-
-def draw_rows(
-    model: LanguageModel,
-    state: Any,
-    logits_BV: Tensor,
-    draw: Callable[[Tensor, int], Draw],
-    stops: frozenset[int],
-    max_new_tokens: int,
-) -> list[list[int]]:
-    """The ids that rows go on with from `state` and the logits [B, V] behind it: `draw(logits, count)` draws each row's next
-    after `count` of them. A row ends with the first id of `stops`."""
-    answers: list[list[int]] = [[] for _ in logits_BV]
-    sure = True  # that no row has to be drawn twice
-    for count in range(max_new_tokens):
-        drawn, last = draw(logits_BV, count), count + 1 == max_new_tokens
-        tokens, ahead = drawn.tokens, None
-        if tokens.device.type in drawing.ASYNCHRONOUS and sure and not last and model.takes_back(state):
-            ahead = model.advance(tokens.clamp(min=0).unsqueeze(1), state)  # before they are known: a GPU is never idle
-        for answer, token in zip(answers, drawn.ids(), strict=True):
-            if not answer or answer[-1] not in stops:
-                answer.append(token)
-        sure = drawn.tokens is tokens
-        over = last or all(answer[-1] in stops for answer in answers)
-        if ahead is not None and (over or not sure):
-            state.take_back()
-            ahead = None
-        if over:
-            break
-        # Rows that have ended go on reading what they draw; nobody looks at it.
-        logits_BV = model.advance(drawn.tokens.unsqueeze(1), state) if ahead is None else ahead
-    return answers
 
 
 def default_stop_ids(model: LanguageModel) -> frozenset[int]:

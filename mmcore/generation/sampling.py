@@ -78,6 +78,8 @@ class Draw:
         blind = logits.device.type in ASYNCHRONOUS
         self.tokens = _draw(*self._given, _FIRST_LOOKS[-1:] if blind else _FIRST_LOOKS, blind)
         """int64 [B], on the logits' device; right as soon as `ids` has been asked for."""
+        self.again = False
+        """Whether `ids` had to draw some of them a second time."""
         self._here = self.tokens.to("cpu", non_blocking=True) if blind else self.tokens
         if logits.is_cuda:
             self._drawn = torch.cuda.Event(enable_timing=True)
@@ -91,10 +93,15 @@ class Draw:
         if _NOT_FINITE in ids:
             raise NonFiniteError(_DAMAGED)
         if _FURTHER in ids:
-            again = _draw(*self._given, (), blind=False)
-            self.tokens = self._here = torch.where(self.tokens == _FURTHER, again, self.tokens)
+            self.again = True
+            further = _draw(*self._given, (), blind=False)
+            self.tokens = self._here = torch.where(self.tokens == _FURTHER, further, self.tokens)
             ids = self.tokens.tolist()
         return ids
+
+    def unseen(self) -> Tensor:
+        """`tokens` before they are known, for a model to read: 0 where a mark stands, which is no id."""
+        return self.tokens.clamp(min=0)
 
     def device_seconds(self, begun: torch.cuda.Event | None) -> float:
         """Seconds of the GPU from an event until these ids were there; 0 without one."""

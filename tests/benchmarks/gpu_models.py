@@ -20,7 +20,8 @@ from mmcore import planning
 from mmcore.config import DistributedConfig, ModelConfig, load_recipe
 from mmcore.distributed.float8 import use_float8
 from mmcore.distributed.parallelize import parallelize
-from mmcore.generation.engine import GREEDY, Session, draw_rows
+from mmcore.generation.batch import draw_rows
+from mmcore.generation.engine import GREEDY, Session
 from mmcore.generation.sampling import Draw
 from mmcore.model import accounting, build_model, layers
 from tests.benchmarks.gpu_timing import Place, attempt, copy_bandwidth, costliest
@@ -150,19 +151,12 @@ def _steps(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    def timed(work: Callable[[], Any]) -> tuple[float, Any]:
-        place.sync()
-        start = time.perf_counter()
-        result = work()
-        place.sync()
-        return time.perf_counter() - start, result
-
     def step(count: int) -> None:
         for _ in range(count):
             forward().backward()
         update()
 
-    first, value = timed(forward)
+    first, value = _timed(place, forward)
     print(f"  first forward pass {first:.1f} s, loss {float(value.detach()):.3f}", flush=True)
     value.backward()
     update()
@@ -170,12 +164,12 @@ def _steps(
         step(1)  # another delay than the first, which is compiled as a constant
         return {"batch": batch}
     step(1)
-    spent = statistics.median(timed(functools.partial(step, MICRO_BATCHES))[0] for _ in range(place.pick(4, 1)))
+    spent = statistics.median(_timed(place, functools.partial(step, MICRO_BATCHES))[0] for _ in range(place.pick(4, 1)))
     peak = place.peak_bytes() / 1e9
     parts = []
     for _ in range(3):
-        ahead, value = timed(forward)
-        parts.append([ahead, timed(value.backward)[0], timed(update)[0]])
+        ahead, value = _timed(place, forward)
+        parts.append([ahead, _timed(place, value.backward)[0], _timed(place, update)[0]])
     start = time.perf_counter()
     forward().backward()
     host = time.perf_counter() - start  # until the last launch is asked for
@@ -187,6 +181,15 @@ def _steps(
         "batch": batch, "micro_batches": MICRO_BATCHES, "length": length, "forward_ms": ahead, "backward_ms": back,
         "update_ms": last, "host_ms": host * 1e3, "peak_gb": peak, "kernels_ms": costliest(place, lambda: forward().backward()),
     }  # fmt: skip
+
+
+def _timed(place: Place, work: Callable[[], Any]) -> tuple[float, Any]:
+    """(seconds until the device has done it, what it returned)."""
+    place.sync()
+    start = time.perf_counter()
+    result = work()
+    place.sync()
+    return time.perf_counter() - start, result
 
 
 def _documents(batch: int, length: int, mean: int) -> Tensor:
@@ -308,30 +311,14 @@ def decoding(place: Place, report: dict[str, Any]) -> None:
 
 def _decode(place: Place, model: Any, rows: int, context: int, form: str, bandwidth: float) -> dict[str, Any]:
     config, count = model.config, place.pick(64, 8)
-    state = model.new_state(rows)
-    state.whole_step = False if form == "layers" else None
     count = count if form == "step" else min(count, 16)  # of which what follows takes 3.3 times as many tokens at most
-    draw = functools.partial(torch.randint, 0, config.vocab_size, device=place.device)
-    word = model.advance(draw((rows, 8)), state).argmax(-1, keepdim=True)
-    for memory in state.memories.values():  # the rest of the context as it would lie there
-        store, missing = memory.store, context - 4 * count - state.length
-        if store.window is None:
-            like = store.keys[:, :1]
-            for _ in range(0, missing, 512):
-                part = torch.nn.functional.normalize(torch.randn(rows, 512, *like.shape[2:], device=like.device), dim=-1)
-                part = part.to(like.dtype)[:, : min(512, missing)]
-                store.append(part, part)
-                missing -= part.shape[1]
-        else:
-            store.first += missing
-    state.length = context - 4 * count
+    state, word = _conversations(place, model, rows, context - 4 * count)
+    state.whole_step = False if form == "layers" else None
     for _ in range(4 if place.warm else count):
         word = model.advance(word, state).argmax(-1, keepdim=True)
-    times = {}
-    for tokens in () if place.warm else (count // 8, count // 8, count):  # once for what loads at its first call
-        place.sync()
-        start = time.perf_counter()
-        if rows == 1:  # as mm chat goes on, and as generate_batch does
+
+    def answer(tokens: int) -> None:  # as mm chat goes on, and as generate_batch does
+        if rows == 1:
             session = Session(model, state=state)
             session.append(word[0].tolist())
             list(session.stream(tokens))
@@ -339,9 +326,11 @@ def _decode(place: Place, model: Any, rows: int, context: int, form: str, bandwi
         else:
             logits = model.advance(word, state)
             draw_rows(model, state, logits, lambda logits, _: Draw(logits, GREEDY, []), frozenset(), tokens)
-        times[tokens] = time.perf_counter() - start
+
+    lengths = () if place.warm else (count // 8, count // 8, count)  # once for what loads at its first call
+    times = {tokens: _timed(place, functools.partial(answer, tokens))[0] for tokens in lengths}
     spent = _slope(times) if times else math.nan
-    size = store.keys.element_size()
+    size = next(iter(state.memories.values())).store.keys.element_size()
     weights = model.lm_head.weight.element_size() * (accounting.parameters(config)["total"] - config.vocab_size * config.hidden_size)
     pairs = accounting.pairs_per_query(config, context, config.long_term_delay)
     read = min(pairs["short_term"], config.short_term_window) + context  # at this position, not on average
@@ -351,23 +340,36 @@ def _decode(place: Place, model: Any, rows: int, context: int, form: str, bandwi
              "peak_gb": place.peak_bytes() / 1e9}  # fmt: skip
     if place.warm:
         return found
-    alone = []
-    for _ in range(count // 2):
-        place.sync()
-        start = time.perf_counter()
-        word = model.advance(word, state).argmax(-1, keepdim=True)
-        place.sync()
-        alone.append(time.perf_counter() - start)
-    found["step_and_argmax_ms"] = statistics.median(alone) * 1e3  # a wait each: how visits before the seventh counted
+    # A wait each: how visits before the seventh counted.
+    alone = [_timed(place, lambda: model.advance(word, state).argmax(-1, keepdim=True))[0] for _ in range(count // 2)]
+    found["step_and_argmax_ms"] = statistics.median(alone) * 1e3
     graph = getattr(state.whole_step, "_graph", None)
-    if graph is not None:
-        place.sync()
-        start = time.perf_counter()
-        for _ in range(count // 4):  # the last of this state, whose counts they leave behind
-            graph.replay()
-        place.sync()
-        found["replay_ms"] = (time.perf_counter() - start) / (count // 4) * 1e3
+    if graph is not None:  # the last of this state, whose counts they leave behind
+        replays = count // 4
+        found["replay_ms"] = _timed(place, lambda: [graph.replay() for _ in range(replays)])[0] / replays * 1e3
     return found | {"kernels_ms": costliest(place, lambda: model.advance(word, state))}
+
+
+def _conversations(place: Place, model: Any, rows: int, length: int) -> tuple[Any, Tensor]:
+    """(a state of `rows` rows after `length` tokens, of which the first few were read and random pairs stand for the rest; a
+    word for each row to go on with, int64 [rows, 1])."""
+    state = model.new_state(rows)
+    state.whole_step = False
+    tokens = torch.randint(0, model.config.vocab_size, (rows, 8), device=place.device)
+    word = model.advance(tokens, state).argmax(-1, keepdim=True)
+    for memory in state.memories.values():
+        store, missing = memory.store, length - state.length
+        if store.window is None:
+            like = store.keys[:, :1]
+            for _ in range(0, missing, 512):
+                part = torch.nn.functional.normalize(torch.randn(rows, 512, *like.shape[2:], device=like.device), dim=-1)
+                part = part.to(like.dtype)[:, : min(512, missing)]
+                store.append(part, part)
+                missing -= part.shape[1]
+        else:
+            store.first += missing
+    state.length = length
+    return state, word
 
 
 @torch.inference_mode()
@@ -377,11 +379,8 @@ def _decode_hf(place: Place, config: ModelConfig, dtype: torch.dtype, rows: int,
     prompt = torch.randint(2, config.vocab_size, (rows, context), device=place.device)
     times = {}
     for count in place.pick((8, 72), (2, 4)):
-        place.sync()
-        start = time.perf_counter()
-        model.generate(prompt, min_new_tokens=count, max_new_tokens=count, do_sample=False)
-        place.sync()
-        times[count] = time.perf_counter() - start
+        generate = functools.partial(model.generate, prompt, min_new_tokens=count, max_new_tokens=count, do_sample=False)
+        times[count] = _timed(place, generate)[0]
     spent = _slope(times)
     return {"tokens_per_second": rows / spent, "ms": spent * 1e3}
 

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from mmcore.errors import CheckpointError, ConfigError
 from mmcore.generation import history as files
 from mmcore.generation import sampling
-from mmcore.generation.engine import Session, generate, generate_batch
+from mmcore.generation.batch import generate_batch
+from mmcore.generation.engine import Session, generate
 from mmcore.generation.sampling import Sampling
 from tests.generation.fakes import FakeModel, FakeState
 

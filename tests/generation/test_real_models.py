@@ -6,7 +6,8 @@ import torch
 from mmcore.config import ModelConfig
 from mmcore.errors import CheckpointError
 from mmcore.generation import history as files
-from mmcore.generation.engine import Session, generate, generate_batch
+from mmcore.generation.batch import generate_batch
+from mmcore.generation.engine import Session, generate
 from mmcore.generation.sampling import Sampling
 from mmcore.model import build_model
 

@@ -45,22 +45,21 @@ BLOCK = 4096  # steps whose maxima are found at a time
 _LANES = 32
 
 
-def _config(width: int, pieces: int) -> triton.Config:
-    """A warp for each piece, two in wide heads, half of one or less in narrow ones; 8 warps at most."""
+def _config(width: int, pieces: int, registers: int) -> triton.Config:
+    """A warp for each piece, two in wide heads, half of one or less in narrow ones; 8 warps at most. Pieces of wide heads,
+    whose two warps' exchanges take more, may have all registers."""
     lanes = width // (4 if width >= 128 else 2)  # a thread with single columns is given half of the steps by the compiler
     pieces = min(pieces, 8 * _LANES // lanes)
     constants = {"W": pieces, "V": width // lanes}
-    return triton.Config(constants, num_warps=max(1, pieces * lanes // _LANES), num_stages=1)
+    most = registers if width <= 128 and torch.version.hip is None else None
+    return triton.Config(constants, num_warps=max(1, pieces * lanes // _LANES), num_stages=1, maxnreg=most)
 
 
 @functools.cache
 def _tuned(which: str, width: int, pieces: int, registers: int) -> tuning.Tuned:
     """One configuration: trying others out would find the words of launches before set."""
     kernel = {"forward": forward_kernel, "backward": backward_kernel}[which]
-    config = _config(width, pieces)
-    # Pieces of wide heads are two warps', whose exchanges take more.
-    config.maxnreg = registers if width <= 128 and torch.version.hip is None else None
-    return tuning.Tuned(kernel, [config], ())
+    return tuning.Tuned(kernel, [_config(width, pieces, registers)], ())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,23 +67,26 @@ class _Chain:
     """A launch: its kernel, its grid and what its programs tell one another in."""
 
     kernel: tuning.Tuned
+    width: int
+    rows: int
     programs: int
     group: int
     groups: int
 
     @staticmethod
-    def of(which: str, raw: Tensor) -> _Chain:
+    def of(which: str, raw: Tensor, width: int) -> _Chain:
         batch, time, heads, _ = raw.shape
-        kernel = _tuned(which, _constants(raw)["D"], *STRETCH[which])
+        kernel, rows = _tuned(which, width, *STRETCH[which]), batch * heads
         stretches = triton.cdiv(triton.cdiv(time, CHUNK), kernel.configs[0].kwargs["W"])
-        group = GROUPS[0 if batch * heads >= tuning.processors(raw) else 1]
-        return _Chain(kernel, batch * heads * stretches, group, triton.cdiv(stretches, group))
+        group = GROUPS[0 if rows >= tuning.processors(raw) else 1]
+        return _Chain(kernel, width, rows, rows * stretches, group, triton.cdiv(stretches, group))
 
-    def scratch(self, rows: int, width: int, on: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def scratch(self, on: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(sums [stretches of all rows, width], factors of as many, states [groups of all rows, width])."""
         fp32 = {"dtype": torch.float32, "device": on.device}
         left = self.programs if self.group > 1 else 0
-        return torch.empty(left, width, **fp32), torch.empty(left, **fp32), torch.empty(rows * self.groups, width, **fp32)
+        sums, factors = torch.empty(left, self.width, **fp32), torch.empty(left, **fp32)
+        return sums, factors, torch.empty(self.rows * self.groups, self.width, **fp32)
 
 
 @functools.cache
@@ -128,17 +130,17 @@ def _prepare(gates: Tensor, decays: Tensor, resets: Tensor | None, log_scale: Te
 def _run(raw, gates, decays, resets, vector, log_scale, keep: bool):
     batch, time, heads, size = raw.shape
     raw = _side_by_side(raw)
-    chain, rows, chunks = _Chain.of("forward", raw), batch * heads, triton.cdiv(time, CHUNK)
+    constants, chunks = _constants(raw), triton.cdiv(time, CHUNK)
+    chain = _Chain.of("forward", raw, constants["D"])
     forgets, inputs, new_log_scale, words = _prepare(gates, decays, resets, log_scale, chain.groups)
     keys = torch.empty(raw.shape, dtype=raw.dtype, device=raw.device)
     fp32 = {"dtype": torch.float32, "device": raw.device}
     new_vector = torch.empty(batch, heads, size, **fp32)
     entries = torch.empty(batch, heads, chunks if keep else 0, size, **fp32)
     inverses = torch.empty(batch, heads, inputs.shape[2] if keep else 0, **fp32)
-    constants = _constants(raw)
     chain.kernel(
         (chain.programs,), raw, forgets, inputs, _or(vector, keys), keys, new_vector, entries, inverses, words,
-        *chain.scratch(rows, constants["D"], raw), time, heads, size, rows, *raw.stride()[:3], on=raw,
+        *chain.scratch(raw), time, heads, size, chain.rows, *raw.stride()[:3], on=raw,
         STATE=vector is not None, KEEP=keep, GROUP=chain.group, **constants,
     )  # fmt: skip
     if not keep:
@@ -178,15 +180,15 @@ def _gradients(ctx, grad, *_):
 
 
 def _run_backward(grad, raw, gates, decays, entries, inverses, forgets, inputs):
-    batch, _, heads, _ = raw.shape
     grad, raw = _side_by_side(grad), _side_by_side(raw)
     grad_raw = torch.empty(raw.shape, dtype=raw.dtype, device=raw.device)
     grad_gates, grad_decays = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (gates, decays))
-    chain, rows, constants = _Chain.of("backward", raw), batch * heads, _constants(raw)
-    words = torch.zeros(rows * chain.groups + 1, dtype=torch.int32, device=raw.device)
+    constants = _constants(raw)
+    chain = _Chain.of("backward", raw, constants["D"])
+    words = torch.zeros(chain.rows * chain.groups + 1, dtype=torch.int32, device=raw.device)
     chain.kernel(
         (chain.programs,), grad, raw, forgets, inputs, entries, inverses, grad_raw, grad_gates, grad_decays, words,
-        *chain.scratch(rows, constants["D"], raw), *raw.shape[1:], rows, *grad.stride()[:3], *raw.stride()[:3], on=raw,
+        *chain.scratch(raw), *raw.shape[1:], chain.rows, *grad.stride()[:3], *raw.stride()[:3], on=raw,
         GROUP=chain.group, **constants,
     )  # fmt: skip
     return grad_raw, grad_gates, grad_decays
