@@ -2,7 +2,7 @@
 
 In the middle is a block of the result (product_blocks.h). Both operands are copied first into the order in which it reads
 them: a panel of B is COLUMNS numbers wide and up to DEPTH words deep, and the panels of a round stay in the second-level
-cache; a tile of A is BLOCK_ROWS deep rows. What the next tile is copied from is asked for while a block multiplies: copies
+cache; a tile of A is `height` deep rows. What the next tile is copied from is asked for while a block multiplies: copies
 had taken an eighth of the time, waiting for memory.
 
 The matrices of a list count as one, with its outputs side by side: four heads' gates fill no panel of their own, X is
@@ -27,12 +27,12 @@ Every sum has an order of its own that depends on the shapes alone: neither timi
 #define ROUND_FLOATS (PANELS * DEPTH * COLUMNS)
 
 /* A list of matrices, and X [rows, in]; for int8 weights that meet it in 16 bits, `narrow` is X so, words_of(in) words a row,
-   and `steps` what each row is counted in. Threads may share `panels`. */
+   and `steps` what each row is counted in. Threads may share `panels`. A tile has `height` rows. */
 struct call {
     const struct matrix *list;
     const float *x;
     float *narrow, *steps, *dx, *panels;
-    whole count, total, rows, in, x_row;
+    whole count, total, rows, in, x_row, height;
     int format;
     block *block, *block_by_depth;
 };
@@ -50,15 +50,15 @@ static const struct matrix *holder(const struct call *c, whole *n) {
     return m;
 }
 
-/* This thread's [first, end) of `count` things; and its rows of X, in whole tiles of BLOCK_ROWS. */
+/* This thread's [first, end) of `count` things; and its rows of X, in whole tiles. */
 static void my_share(whole count, whole *first, whole *end) {
     whole thread = omp_get_thread_num(), threads = omp_get_num_threads();
     *first = count * thread / threads, *end = count * (thread + 1) / threads;
 }
 
 static void my_rows(const struct call *c, whole *first, whole *end) {
-    my_share(parts_of(c->rows, BLOCK_ROWS), first, end);
-    *first *= BLOCK_ROWS, *end = least(c->rows, *end * BLOCK_ROWS);
+    my_share(parts_of(c->rows, c->height), first, end);
+    *first *= c->height, *end = least(c->rows, *end * c->height);
 }
 
 #endif

@@ -2,11 +2,12 @@
 
 With AVX-512 28 registers gather sums, 2 hold what comes from B and 1 the number of A that meets it. A block alone runs at 0.99
 of the instruction's peak on a Zen 4 core, from the second-level cache as well, with words of two numbers (narrow_products.h)
-as with fp32. What a product loses, it loses to copies and memory: so a block asks for the lines of its own result as it
+as with fp32. Where there is a matrix unit (matrix_tiles.h), words of bf16 meet there, in blocks of 32 rows. What a product loses, it loses to copies and memory: so a block asks for the lines of its own result as it
 begins, and for what will be copied next while it multiplies (4,096 rows in bf16: 350-400 -> 390-420 of 468 GFLOP/s). */
 #ifndef PRODUCT_BLOCKS_H
 #define PRODUCT_BLOCKS_H
 
+#include "matrix_tiles.h"
 #include "memory_read_tiles.h"
 #include "narrow_products.h"
 
@@ -18,6 +19,8 @@ begins, and for what will be copied next while it multiplies (4,096 rows in bf16
 #define TILE_STEP 8
 #endif
 #define COLUMNS (2 * LANES)
+#define MATRIX_ROWS (2 * TILE_SIDE) /* of a block that the matrix unit makes */
+#define MOST_ROWS (MATRIX_TILES ? MATRIX_ROWS : BLOCK_ROWS)
 #define DEPTH 512 /* words of a panel and a tile; of int8 half as many, for a lane can add no more (EXACT_PAIRS) */
 #define TILE_ROW (DEPTH + 16) /* not a power of two: 14 rows would share a cache set */
 #define BEHIND (DEPTH / 2)    /* words of int8 at most; then come steps and scales */
@@ -52,10 +55,22 @@ static whole words_of(whole n) { return (n + 1) / 2; }
 /* Words that `n` numbers of `format` fill in a tile or a panel; one each where they are not narrow. */
 static whole words_in(whole n, int format) { return NARROW(format) ? words_of(n) : n; }
 
+/* Whether they meet in the matrix unit; and the words of a tile or a panel there, which zeros fill up to whole tiles. */
+static int by_matrix(int format) { return (format == BF16 || format == ROUNDED) && tiles_allowed(); }
+static whole laid_words(whole n, int format) {
+    return by_matrix(format) ? parts_of(words_of(n), TILE_SIDE) * TILE_SIDE : words_in(n, format);
+}
+static whole rows_of_block(int format) { return by_matrix(format) ? MATRIX_ROWS : BLOCK_ROWS; }
+
+/* A row of a tile, `depth` numbers of 16 bits, gets its zeros. */
+static void fill_up(uint16_t *row, whole depth, int format) {
+    memset(row + depth, 0, (2 * laid_words(depth, format) - depth) * sizeof *row);
+}
+
 /* Whether rows of X count in steps of their own, and columns in scales, which both lie BEHIND the numbers. */
 static int in_steps(int format) { return format == INT8 && NARROW(INT8); }
 
-static whole panel_floats(whole depth, int format) { return (in_steps(format) ? DEPTH : words_in(depth, format)) * COLUMNS; }
+static whole panel_floats(whole depth, int format) { return (in_steps(format) ? DEPTH : laid_words(depth, format)) * COLUMNS; }
 
 /* Numbers of `format` that fill `words`. */
 static whole depth_of(whole words, int format) { return NARROW(format) && format != INT8 ? 2 * words : words; }
@@ -159,8 +174,65 @@ BLOCK(bf16_block_by_depth, 1, few_narrow_rows, 1, TILE_STEP, BF16)
 BLOCK(int8_block, TILE_ROW, few_narrow_rows, TILE_ROW, 1, INT8)
 #endif
 
+#if MATRIX_TILES
+#define CALLS_OF_TILES 8 /* lines asked for while two tiles of A meet two of B, 64 cycles */
+
+/* The same in the matrix unit, for up to MATRIX_ROWS rows; a's are a_row words long, and `depth` is filled up with zeros. */
+INLINE void matrix_block(float *c, whole c_row, whole rows, int add, whole depth, const float *a, const float *panel,
+                         struct ahead *next, const int a_row) {
+    float part[MATRIX_ROWS * COLUMNS], *to = c, *low;
+    whole row = c_row, steps = parts_of(words_of(depth), TILE_SIDE), two = rows > TILE_SIDE;
+    if (rows % TILE_SIDE) {
+        to = part, row = COLUMNS;
+        for (whole r = 0; add && r < rows; r++) memcpy(part + r * COLUMNS, c + r * c_row, COLUMNS * sizeof *c);
+    }
+    low = to + TILE_SIDE * row;
+    if (add) {
+        LOAD_TILE(0, to, 4 * row);
+        LOAD_TILE(1, to + TILE_SIDE, 4 * row);
+    } else {
+        ZERO_TILE(0);
+        ZERO_TILE(1);
+    }
+    if (add && two) {
+        LOAD_TILE(2, low, 4 * row);
+        LOAD_TILE(3, low + TILE_SIDE, 4 * row);
+    } else {
+        ZERO_TILE(2);
+        ZERO_TILE(3);
+    }
+    for (whole k = 0; k < steps; k++, a += TILE_SIDE, panel += TILE_SIDE * COLUMNS) {
+        LOAD_TILE(4, a, 4 * a_row);
+        LOAD_TILE(6, panel, 4 * COLUMNS);
+        LOAD_TILE(7, panel + TILE_SIDE, 4 * COLUMNS);
+        ADD_PRODUCT(0, 4, 6);
+        ADD_PRODUCT(1, 4, 7);
+        for (int i = 0; i < CALLS_OF_TILES; i++) call_ahead(next);
+        if (!two) continue;
+        LOAD_TILE(5, a + TILE_SIDE * a_row, 4 * a_row);
+        ADD_PRODUCT(2, 5, 6);
+        ADD_PRODUCT(3, 5, 7);
+    }
+    STORE_TILE(0, to, 4 * row);
+    STORE_TILE(1, to + TILE_SIDE, 4 * row);
+    if (two) {
+        STORE_TILE(2, low, 4 * row);
+        STORE_TILE(3, low + TILE_SIDE, 4 * row);
+    }
+    for (whole r = 0; to == part && r < rows; r++) memcpy(c + r * c_row, part + r * COLUMNS, COLUMNS * sizeof *c);
+}
+
+NOINLINE static void matrix_block_of_tiles(float *c, whole c_row, whole rows, int add, whole depth, const float *a,
+                                           const float *panel, struct ahead *next) {
+    matrix_block(c, c_row, rows, add, depth, a, panel, next, TILE_ROW);
+}
+#endif
+
 /* How rows of X meet weights of a format; and rows of dY^T rows of X. */
 static block *block_of(int format) {
+#if MATRIX_TILES
+    if (by_matrix(format)) return matrix_block_of_tiles;
+#endif
 #if NARROW_BF16
     if (format == BF16 || format == ROUNDED) return bf16_block;
 #endif
@@ -179,15 +251,15 @@ static block *block_by_depth_of(int format) {
     return block_by_depth;
 }
 
-/* panel[k][COLUMNS] from `count` rows of x, which are its columns; zeros beyond. */
-static void pack_turned(float *panel, const float *const *x, whole count, whole depth) {
+/* panel[k][COLUMNS], k < laid, from `count` rows of x, which are its columns, `depth` words deep; zeros beyond. */
+static void pack_turned(float *panel, const float *const *x, whole count, whole depth, whole laid) {
     for (whole i = 0; i < COLUMNS; i += LANES)
         for (whole k = 0; k < depth; k += LANES) {
             vec v[LANES];
 #pragma GCC unroll 16
             for (int r = 0; r < LANES; r++) v[r] = i + r < count ? load_part(x[i + r] + k, depth - k) : (vec){};
             transpose(v);
-            for (int r = 0; r < least(LANES, depth - k); r++) store(panel + (k + r) * COLUMNS + i, v[r]);
+            for (int r = 0; r < least(LANES, laid - k); r++) store(panel + (k + r) * COLUMNS + i, v[r]);
         }
 }
 

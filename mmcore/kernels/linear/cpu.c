@@ -4,7 +4,6 @@
 
 #define HELD 16       /* tiles of X that a thread keeps, of 8 to 30 KiB */
 #define EVEN_TILES 32 /* for each thread: with fewer, one more or less leaves another waiting (5 % of 512 rows) */
-#define TILE_FLOATS (BLOCK_ROWS * TILE_ROW)
 
 /* Columns [n, n + count) of all Y, from a block that fills no panel of one matrix. */
 static void scatter(const struct call *c, const float *from, whole row, whole rows, whole n, whole count) {
@@ -32,13 +31,13 @@ static void forward_block(const struct call *c, whole row, whole rows, whole n, 
         c->block(m->y + row * m->y_row + at, m->y_row, rows, add, depth, tile, panel, next);
         return;
     }
-    float mixed[BLOCK_ROWS * COLUMNS];
+    float mixed[MOST_ROWS * COLUMNS];
     if (add) fetch_back(c, mixed, row, rows, n, count);
     c->block(mixed, COLUMNS, rows, add, depth, tile, panel, next);
     scatter(c, mixed, row, rows, n, count);
 }
 
-/* Numbers [0, depth) of a row of weights, as a tile would hold them: fp32, or 16 bits with a zero that fills the last word. */
+/* Numbers [0, depth) of a row of weights, as a tile would hold them: fp32, or 16 bits with zeros that fill the last words. */
 static void unpack_weights(float *to, const char *w, float scale, whole depth, int format) {
     uint16_t *halves = (uint16_t *)to;
     if (!NARROW(format)) {
@@ -46,7 +45,7 @@ static void unpack_weights(float *to, const char *w, float scale, whole depth, i
         for (whole j = 0; format == INT8 && j < depth; j++) to[j] *= scale;
         return;
     }
-    halves[2 * words_of(depth) - 1] = 0;
+    fill_up(halves, depth, format);
     if (format == BF16) memcpy(halves, w, depth * sizeof *halves);
     if (format == ROUNDED) round_to_bf16(halves, (const float *)w, depth);
     for (whole j = 0; format == INT8 && j < depth; j++) halves[j] = (uint16_t)(int16_t)((const int8_t *)w)[j];
@@ -67,7 +66,7 @@ static void pack_weights(const struct call *c, float *panel, whole n, whole k, w
         if (!as_they_are) unpack_weights(unpacked + i * TILE_ROW, w, scale, depth, c->format);
         if (in_steps(c->format)) scales[i] = scale;
     }
-    pack_turned(panel, rows, count, words_in(depth, c->format));
+    pack_turned(panel, rows, count, words_in(depth, c->format), laid_words(depth, c->format));
 }
 
 /* What `panels` of them are packed from, as far as they are of one matrix. */
@@ -86,7 +85,7 @@ static void pack_tile(const struct call *c, float *tile, whole row, whole rows, 
             memcpy(tile, words, words_of(depth) * sizeof *tile);
             tile[BEHIND] = c->steps[row + r];
         } else if (NARROW(c->format)) {
-            if (depth % 2) ((uint16_t *)tile)[depth] = 0;
+            fill_up((uint16_t *)tile, depth, c->format);
             round_to_bf16((uint16_t *)tile, x, depth);
         } else {
             memcpy(tile, x, depth * sizeof *tile);
@@ -96,7 +95,7 @@ static void pack_tile(const struct call *c, float *tile, whole row, whole rows, 
 
 /* What they are packed from. */
 static struct ahead rows_of(const struct call *c, whole row, whole end, whole k, whole depth) {
-    whole rows = least(BLOCK_ROWS, end - row), words = words_of(c->in);
+    whole rows = least(c->height, end - row), words = words_of(c->in);
     if (in_steps(c->format))
         return (struct ahead){.at = (const char *)(c->narrow + row * words + k / 2), .width = 4 * words_of(depth),
                               .row = 4 * words, .rows = rows};
@@ -108,7 +107,7 @@ static struct ahead rows_of(const struct call *c, whole row, whole end, whole k,
 static void forward_round(const struct call *c, whole row, whole n, whole held, whole k, whole depth, const float *tile,
                           const float *panels, struct ahead *next) {
     for (whole p = 0; p < held; p++)
-        forward_block(c, row, least(BLOCK_ROWS, c->rows - row), n + p * COLUMNS, k > 0, depth, tile,
+        forward_block(c, row, least(c->height, c->rows - row), n + p * COLUMNS, k > 0, depth, tile,
                       panels + p * panel_floats(depth, c->format), next);
 }
 
@@ -122,9 +121,9 @@ static void forward(const struct call *c, float *tile) {
             whole held = least(most, parts_of(c->total - n, COLUMNS));
 #pragma omp for schedule(static, 1)
             for (whole p = 0; p < held; p++) pack_weights(c, c->panels + p * each, n + p * COLUMNS, k, depth);
-            for (whole row = first; row < end; row += BLOCK_ROWS) {
-                struct ahead next = rows_of(c, row + BLOCK_ROWS, end, k, depth);
-                pack_tile(c, tile, row, least(BLOCK_ROWS, end - row), k, depth);
+            for (whole row = first; row < end; row += c->height) {
+                struct ahead next = rows_of(c, row + c->height, end, k, depth);
+                pack_tile(c, tile, row, least(c->height, end - row), k, depth);
                 forward_round(c, row, n, held, k, depth, tile, c->panels, &next);
             }
 #pragma omp barrier
@@ -137,7 +136,7 @@ static void forward(const struct call *c, float *tile) {
 static void forward_columns(const struct call *c, float *panels, float *tiles) {
     whole first, end, deep = depth_of(DEPTH, c->format);
     my_share(parts_of(c->total, COLUMNS), &first, &end);
-    int keep = parts_of(c->rows, BLOCK_ROWS) <= HELD;
+    int keep = parts_of(c->rows, c->height) <= HELD;
     for (whole k = 0; k < c->in; k += deep) {
         whole depth = least(deep, c->in - k), each = panel_floats(depth, c->format), most = keep ? 1 : ROUND_FLOATS / each;
         for (whole p = first; p < end; p += most) {
@@ -148,11 +147,11 @@ static void forward_columns(const struct call *c, float *panels, float *tiles) {
             else if (k + deep < c->in)
                 weights = weights_of(c, first * COLUMNS, least(most, end - first), k + deep, least(deep, c->in - k - deep));
             for (whole i = 0; i < held; i++) pack_weights(c, panels + i * each, (p + i) * COLUMNS, k, depth);
-            for (whole row = 0; row < c->rows; row += BLOCK_ROWS) {
+            for (whole row = 0; row < c->rows; row += c->height) {
                 float *tile = keep ? tiles + row * TILE_ROW : tiles;
-                struct ahead next = rows_of(c, row + BLOCK_ROWS, keep ? 0 : c->rows, k, depth);
+                struct ahead next = rows_of(c, row + c->height, keep ? 0 : c->rows, k, depth);
                 next.then = &weights;
-                if (!keep || p == first) pack_tile(c, tile, row, least(BLOCK_ROWS, c->rows - row), k, depth);
+                if (!keep || p == first) pack_tile(c, tile, row, least(c->height, c->rows - row), k, depth);
                 forward_round(c, row, p * COLUMNS, held, k, depth, tile, panels, &next);
             }
         }
@@ -172,28 +171,33 @@ static void narrow_x(const struct call *c) {
     }
 }
 
+/* Floats of the tiles that a thread keeps. */
+static whole held_floats(int format) { return HELD * rows_of_block(format) * TILE_ROW; }
+
 /* Floats of scratch for so many rows. */
 whole mm_linear_scratch(whole rows, whole in, int format, int threads) {
-    return threads * (whole)(ROUND_FLOATS + HELD * TILE_FLOATS) + (in_steps(format) ? rows * (words_of(in) + 1) : 0);
+    return threads * (ROUND_FLOATS + held_floats(format)) + (in_steps(format) ? rows * (words_of(in) + 1) : 0);
 }
 
-/* Whether this processor multiplies in bf16: without it nothing is to be ROUNDED. */
-int mm_linear_rounds(void) { return NARROW(ROUNDED); }
+/* Whether this processor multiplies in bf16 faster than in fp32: without that nothing is to be ROUNDED. */
+int mm_linear_rounds(void) { return bf16_pays(); }
 
 void mm_linear(const struct matrix *list, whole count, int format, const float *x, whole rows, whole in, whole x_row,
                float *scratch, int threads) {
-    float *tiles = scratch + threads * (whole)ROUND_FLOATS, *steps = tiles + threads * (whole)(HELD * TILE_FLOATS);
+    float *tiles = scratch + threads * (whole)ROUND_FLOATS, *steps = tiles + threads * held_floats(format);
     struct call c = {.list = list, .x = x, .count = count, .total = outputs_of(list, count), .rows = rows, .in = in,
-                     .x_row = x_row, .format = format, .block = block_of(format), .panels = scratch, .steps = steps,
-                     .narrow = steps + rows};
+                     .x_row = x_row, .height = rows_of_block(format), .format = format, .block = block_of(format),
+                     .panels = scratch, .steps = steps, .narrow = steps + rows};
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         whole thread = omp_get_thread_num(), team = omp_get_num_threads();
-        float *mine = tiles + thread * (whole)(HELD * TILE_FLOATS);
+        float *mine = tiles + thread * held_floats(format);
+        if (by_matrix(format)) open_tiles();
         if (in_steps(format)) narrow_x(&c);
-        if (parts_of(rows, BLOCK_ROWS) < EVEN_TILES * team)
+        if (parts_of(rows, c.height) < EVEN_TILES * team)
             forward_columns(&c, scratch + thread * (whole)ROUND_FLOATS, mine);
         else
             forward(&c, mine);
+        if (by_matrix(format)) close_tiles();
     }
 }

@@ -21,7 +21,7 @@ static void tile_of_gradients(const struct call *c, float *tile, whole row, whol
         }
         k += count;
     }
-    for (whole r = 0; NARROW(c->format) && depth % 2 && r < rows; r++) ((uint16_t *)(tile + r * TILE_ROW))[depth] = 0;
+    for (whole r = 0; NARROW(c->format) && r < rows; r++) fill_up((uint16_t *)(tile + r * TILE_ROW), depth, c->format);
 }
 
 /* What it is packed from, as far as that is of one matrix. */
@@ -29,7 +29,7 @@ static struct ahead rows_of_gradients(const struct call *c, whole row, whole end
     whole at = n;
     const struct matrix *m = holder(c, &at);
     return (struct ahead){.at = (const char *)(m->y + row * m->y_row + at), .width = 4 * least(depth, m->out - at),
-                          .row = 4 * m->y_row, .rows = least(BLOCK_ROWS, end - row)};
+                          .row = 4 * m->y_row, .rows = least(c->height, end - row)};
 }
 
 /* Numbers [from, from + COLUMNS) of the weights of outputs [n, n + depth) of all, as a panel. */
@@ -45,6 +45,8 @@ static void pack_outputs(const struct call *c, float *panel, whole n, whole from
             lay_words(panel + k / 2 * COLUMNS, k % 2 ? before : w, k % 2 ? w : NULL, c->in - from, COLUMNS);
         before = w;
     }
+    for (whole k = words_in(depth, c->format); k < laid_words(depth, c->format); k++)
+        lay_numbers(panel + k * COLUMNS, NULL, 0, COLUMNS);
 }
 
 /* c [rows, columns] += tile * panel where `columns` may end inside the panel. */
@@ -54,7 +56,7 @@ static void partial(block *block, float *to, whole row, whole rows, whole column
         block(to, row, rows, add, depth, tile, panel, next);
         return;
     }
-    float whole_block[BLOCK_ROWS * COLUMNS];
+    float whole_block[MOST_ROWS * COLUMNS];
     for (whole r = 0; add && r < rows; r++) memcpy(whole_block + r * COLUMNS, to + r * row, columns * sizeof *to);
     block(whole_block, COLUMNS, rows, add, depth, tile, panel, next);
     for (whole r = 0; r < rows; r++) memcpy(to + r * row, whole_block + r * COLUMNS, columns * sizeof *to);
@@ -71,9 +73,9 @@ static void backward_input(const struct call *c, float *tile) {
             whole depth = least(deep, c->total - n), held = least(most, parts_of(in - from, COLUMNS));
 #pragma omp for schedule(static, 1)
             for (whole p = 0; p < held; p++) pack_outputs(c, c->panels + p * each, n, from + p * COLUMNS, depth);
-            for (whole row = first; row < end; row += BLOCK_ROWS) {
-                whole rows = least(BLOCK_ROWS, end - row);
-                struct ahead next = rows_of_gradients(c, row + BLOCK_ROWS, end, n, depth);
+            for (whole row = first; row < end; row += c->height) {
+                whole rows = least(c->height, end - row);
+                struct ahead next = rows_of_gradients(c, row + c->height, end, n, depth);
                 tile_of_gradients(c, tile, row, rows, n, depth);
                 for (whole p = 0; p < held; p++) {
                     whole column = from + p * COLUMNS;
@@ -85,8 +87,48 @@ static void backward_input(const struct call *c, float *tile) {
         }
 }
 
+#if MATRIX_TILES
+#define BACK_ROW (BACK_DEPTH + 16)
+
+/* The matrix unit wants them row by row as well: 32 rows of dY are turned, 16 outputs at a time. */
+static void turned_tiles(const struct matrix *m, float *tiles, whole count, whole n, whole k, whole depth) {
+    for (whole j = 0; j < depth; j += 2 * TILE_SIDE)
+        for (whole q = 0; q < 2 * count; q++) {
+            whole at = n + q * TILE_SIDE;
+            vec words[TILE_SIDE];
+#pragma GCC unroll 16
+            for (whole r = 0; r < TILE_SIDE; r++) {
+                whole low = j + 2 * r;
+                const float *y = m->y + (k + low) * m->y_row + at;
+                words[r] = (vec)rounded_pairs(low < depth ? load_part(y, m->out - at) : (vec){},
+                                              low + 1 < depth ? load_part(y + m->y_row, m->out - at) : (vec){});
+            }
+            transpose(words);
+            for (int i = 0; i < TILE_SIDE; i++) store(tiles + (q * TILE_SIDE + i) * BACK_ROW + j / 2, words[i]);
+        }
+}
+
+NOINLINE static void matrix_block_of_gradients(float *c, whole c_row, whole rows, int add, whole depth, const float *a,
+                                               const float *panel, struct ahead *next) {
+    matrix_block(c, c_row, rows, add, depth, a, panel, next, BACK_ROW);
+}
+#else
+#define BACK_ROW 0
+#define turned_tiles(...)
+#define matrix_block_of_gradients NULL
+#endif
+
+/* Floats of a tile of dY^T. */
+static whole tile_floats(int format) { return by_matrix(format) ? MATRIX_ROWS * BACK_ROW : BACK_DEPTH * TILE_STEP; }
+
 /* Tiles of dY^T, outputs [n, n + BLOCK_ROWS) and on, depth first: rows [k, k + depth) of dY. */
-static void tiles_of_gradients(const struct matrix *m, float *tiles, whole count, whole n, whole k, whole depth, int narrow) {
+static void tiles_of_gradients(const struct matrix *m, float *tiles, whole count, whole n, whole k, whole depth,
+                               int format) {
+    if (by_matrix(format)) {
+        turned_tiles(m, tiles, count, n, k, depth);
+        return;
+    }
+    int narrow = NARROW(format);
     for (whole j = 0; j < depth; j += 1 + narrow) {
         const float *y = m->y + (k + j) * m->y_row + n, *next = j + 1 < depth ? y + m->y_row : NULL;
         for (whole q = 0; q < count; q++) {
@@ -102,11 +144,11 @@ static void tiles_of_gradients(const struct matrix *m, float *tiles, whole count
 
 /* Columns of X from `from` on, rows [k + j, k + j + 1 or, rounded, 2) of [k, k + depth), into `held` panels. */
 static void pack_inputs(const struct call *c, whole held, whole k, whole from, whole j, whole depth) {
-    whole narrow = NARROW(c->format);
+    whole narrow = NARROW(c->format), left = j < depth ? c->in - from : 0; /* none: zeros up to whole tiles */
     const float *x = c->x + (k + j) * c->x_row + from, *next = j + 1 < depth ? x + c->x_row : NULL;
     float *panel = c->panels + j / (1 + narrow) * COLUMNS;
     for (whole p = 0; p < held; p++, panel += BACK_DEPTH * COLUMNS) {
-        whole at = p * COLUMNS, count = c->in - from - at;
+        whole at = p * COLUMNS, count = left - at;
         if (narrow)
             lay_words(panel, x + at, next ? next + at : NULL, count, COLUMNS);
         else
@@ -133,7 +175,7 @@ static whole tiles_of(const struct group *g) {
 /* The first group of matrix i or of the next that has tiles for this thread; whether there is one. */
 static int open_matrix(const struct call *c, struct group *g) {
     for (; g->i < c->count; g->i++) {
-        my_share(parts_of(c->list[g->i].out, BLOCK_ROWS), &g->first, &g->end);
+        my_share(parts_of(c->list[g->i].out, c->height), &g->first, &g->end);
         g->t = g->first;
         if (g->t < g->end) return 1;
     }
@@ -158,9 +200,9 @@ static int next_round(const struct call *c, struct group *g) {
 /* What a group's tiles are packed from, and this thread's share of a round's panels. */
 static struct ahead gradients_of(const struct call *c, const struct group *g) {
     const struct matrix *m = &c->list[g->i];
-    whole n = g->t * BLOCK_ROWS;
+    whole n = g->t * c->height;
     return (struct ahead){.at = (const char *)(m->y + g->k * m->y_row + n), .row = 4 * m->y_row, .rows = depth_at(c, g->k),
-                          .width = 4 * least(tiles_of(g) * BLOCK_ROWS, m->out - n)};
+                          .width = 4 * least(tiles_of(g) * c->height, m->out - n)};
 }
 
 static struct ahead inputs_of(const struct call *c, const struct group *g) {
@@ -174,13 +216,13 @@ static struct ahead inputs_of(const struct call *c, const struct group *g) {
 static void backward_group(const struct call *c, const struct group *g, int add, float *tiles, struct ahead *next) {
     const struct matrix *m = &c->list[g->i];
     whole in = c->in, depth = depth_at(c, g->k), count = tiles_of(g), held = held_of(c, g->from);
-    tiles_of_gradients(m, tiles, count, g->t * BLOCK_ROWS, g->k, depth, NARROW(c->format));
+    tiles_of_gradients(m, tiles, count, g->t * c->height, g->k, depth, c->format);
     for (whole q = 0; q < count; q++) {
-        whole row = (g->t + q) * BLOCK_ROWS, rows = least(BLOCK_ROWS, m->out - row);
+        whole row = (g->t + q) * c->height, rows = least(c->height, m->out - row);
         for (whole p = 0; p < held; p++) {
             whole column = g->from + p * COLUMNS;
             partial(c->block_by_depth, m->grad + row * in + column, in, rows, in - column, add || g->k > 0, depth,
-                    tiles + q * BACK_DEPTH * TILE_STEP, c->panels + p * BACK_DEPTH * COLUMNS, next);
+                    tiles + q * tile_floats(c->format), c->panels + p * BACK_DEPTH * COLUMNS, next);
         }
     }
 }
@@ -189,8 +231,9 @@ static void backward_weights(const struct call *c, int add, float *tiles) {
     struct group g = {0};
     for (int more = 1; more;) {
         whole depth = depth_at(c, g.k), held = held_of(c, g.from);
+        whole laid = laid_words(depth, c->format) * (1 + NARROW(c->format));
 #pragma omp for schedule(static)
-        for (whole j = 0; j < depth; j += 1 + NARROW(c->format)) pack_inputs(c, held, g.k, g.from, j, depth);
+        for (whole j = 0; j < laid; j += 1 + NARROW(c->format)) pack_inputs(c, held, g.k, g.from, j, depth);
         struct group round = g, first;
         more = next_round(c, &round);
         first = round;
@@ -213,23 +256,29 @@ static void backward_weights(const struct call *c, int add, float *tiles) {
 }
 
 enum work { INPUT, WEIGHTS, MORE_WEIGHTS };
-enum { OF_A_GROUP = GROUP * BACK_DEPTH * TILE_STEP, ONE = BLOCK_ROWS * TILE_ROW, TILES = OF_A_GROUP > ONE ? OF_A_GROUP : ONE };
 
-/* Floats of scratch for any of these. */
-whole mm_linear_backward_scratch(int threads) { return ROUND_FLOATS + threads * (whole)TILES; }
+/* Floats of a thread's tiles, and of scratch for any of these. */
+static whole tiles_floats(int format) {
+    whole group = GROUP * tile_floats(format), one = rows_of_block(format) * TILE_ROW;
+    return group > one ? group : one;
+}
+whole mm_linear_backward_scratch(int format, int threads) { return ROUND_FLOATS + threads * tiles_floats(format); }
 
 /* MORE_WEIGHTS adds to what `grad` holds. */
 void mm_linear_backward(int work, const struct matrix *list, whole count, int format, const float *x, float *dx, whole rows,
                         whole in, whole x_row, float *scratch, int threads) {
     struct call c = {.list = list, .x = x, .dx = dx, .count = count, .total = outputs_of(list, count), .rows = rows, .in = in,
-                     .x_row = x_row, .format = format, .block = block_of(format), .block_by_depth = block_by_depth_of(format),
+                     .x_row = x_row, .height = rows_of_block(format), .format = format, .block = block_of(format),
+                     .block_by_depth = by_matrix(format) ? matrix_block_of_gradients : block_by_depth_of(format),
                      .panels = scratch};
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        float *tiles = scratch + ROUND_FLOATS + omp_get_thread_num() * (whole)TILES;
+        float *tiles = scratch + ROUND_FLOATS + omp_get_thread_num() * tiles_floats(format);
+        if (by_matrix(format)) open_tiles();
         if (work == INPUT)
             backward_input(&c, tiles);
         else
             backward_weights(&c, work == MORE_WEIGHTS, tiles);
+        if (by_matrix(format)) close_tiles();
     }
 }
