@@ -39,13 +39,59 @@ static void close_tiles(void) { _tile_release(); }
 #define LOAD_TILE(n, from, row) __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #n ::"r"(from), "r"((int64_t)(row)) : "memory")
 #define STORE_TILE(n, to, row) __asm__ volatile("tilestored %%tmm" #n ", (%0,%1,1)" ::"r"(to), "r"((int64_t)(row)) : "memory")
 #define ZERO_TILE(n) __asm__ volatile("tilezero %tmm" #n)
-#define ADD_PRODUCT(sum, a, b) __asm__ volatile("tdpbf16ps %tmm" #b ", %tmm" #a ", %tmm" #sum)
+#define MULTIPLY_TILES(sum, a, b) __asm__ volatile("tdpbf16ps %tmm" #b ", %tmm" #a ", %tmm" #sum)
+
+/* What follows holds a block of sums, 2 x 2 tiles, in tiles 0 to 3: the two above, and where `low` the two below; the left
+   ones, and where `right` the right ones. Distances count words. */
+#define TILES_INLINE static inline __attribute__((always_inline))
+
+/* The sums begin with c, or with zeros. */
+TILES_INLINE void open_sums(const float *c, int64_t c_row, int add, int low, int right) {
+    const float *below = c + TILE_SIDE * c_row;
+    ZERO_TILE(0);
+    ZERO_TILE(1);
+    ZERO_TILE(2);
+    ZERO_TILE(3);
+    if (!add) return;
+    LOAD_TILE(0, c, 4 * c_row);
+    if (right) LOAD_TILE(1, c + TILE_SIDE, 4 * c_row);
+    if (low) LOAD_TILE(2, below, 4 * c_row);
+    if (low && right) LOAD_TILE(3, below + TILE_SIDE, 4 * c_row);
+}
+
+/* They go to c. */
+TILES_INLINE void close_sums(float *c, int64_t c_row, int low, int right) {
+    float *below = c + TILE_SIDE * c_row;
+    STORE_TILE(0, c, 4 * c_row);
+    if (right) STORE_TILE(1, c + TILE_SIDE, 4 * c_row);
+    if (low) STORE_TILE(2, below, 4 * c_row);
+    if (low && right) STORE_TILE(3, below + TILE_SIDE, 4 * c_row);
+}
+
+/* Adds two tiles of A, one below the other, times two of B, side by side. */
+TILES_INLINE void add_tiles(const float *a, int64_t a_row, const float *b, int64_t b_row, int low, int right) {
+    LOAD_TILE(4, a, 4 * a_row);
+    LOAD_TILE(6, b, 4 * b_row);
+    MULTIPLY_TILES(0, 4, 6);
+    if (right) {
+        LOAD_TILE(7, b + TILE_SIDE, 4 * b_row);
+        MULTIPLY_TILES(1, 4, 7);
+    }
+    if (low) {
+        LOAD_TILE(5, a + TILE_SIDE * a_row, 4 * a_row);
+        MULTIPLY_TILES(2, 5, 6);
+    }
+    if (low && right) MULTIPLY_TILES(3, 5, 7);
+}
 
 #else
-#define MATRIX_TILES 0
+#define MATRIX_TILES 0 /* and what follows is never called */
 static inline int tiles_allowed(void) { return 0; }
 static inline void open_tiles(void) {}
 static inline void close_tiles(void) {}
+static inline void open_sums(const float *c, int64_t c_row, int add, int low, int right) {}
+static inline void close_sums(float *c, int64_t c_row, int low, int right) {}
+static inline void add_tiles(const float *a, int64_t a_row, const float *b, int64_t b_row, int low, int right) {}
 #endif
 
 /* Whether rounding numbers to bf16 makes their products faster than fp32's. */

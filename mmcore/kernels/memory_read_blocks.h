@@ -6,6 +6,7 @@
 #include <omp.h>
 
 #include "memory_read_call.h"
+#include "memory_read_matrix.h"
 #include "memory_read_tiles.h"
 #include "memory_read_words.h"
 
@@ -22,11 +23,13 @@ static long larger(long a, long b) { return a > b ? a : b; }
 /* Sizes that depend on D: the buffers of a block should stay in a second-level cache of 512 KiB. */
 static long padded(long size) { return up_to(size, LANES); }
 static long row_of(long size) { return padded(size) + 16; } /* not a power of two: rows would fall into the same sets */
-static long tile_of(long size) { return size <= 96 ? 96 : 48; }
+static long tile_of(long size) { return size <= 96 || MATRIX_TILES ? 96 : 48; } /* where there is one, they have 2 MiB */
 static long word_row_of(long size) { return row_of(size) / 2; }
 static long panels_of(long size) { return larger(1, smaller(MAX_PANELS, 512 / padded(size))); }
 
-static int rounds(const struct call *c) { return NARROW_BF16 && (c->rounded || c->narrow); }
+/* Whether products other than scores' meet in bf16; and whether they do in the matrix unit. */
+static int rounds(const struct call *c) { return bf16_pays() && (c->rounded || c->narrow); }
+static int by_matrix(const struct call *c) { return rounds(c) && tiles_allowed(); }
 
 /* One block of queries of one head, and the pairs that each of its panels reads. */
 struct block {
@@ -72,10 +75,13 @@ static void mask(float *scores, const struct block *x, long p, long origin, long
     }
 }
 
-/* The scores of panel p and the rows [from, to) of a tile, masked. */
+/* The scores of panel p and the rows [from, to) of a tile, masked. Keys and panel are split for the matrix unit. */
 static void score(float *scores, const struct block *x, long p, const float *keys, long row, const float *panel,
-                  long size, long origin, long from, long to) {
-    rows_times_panel(scores, keys, row, panel, size, from & ~3L, to);
+                  long size, long origin, long from, long to, int matrix) {
+    if (matrix)
+        split_rows_times_panel(scores, keys, panel, deep(size), from & -SIDE, to);
+    else
+        rows_times_panel(scores, keys, row, panel, size, from & ~3L, to);
     long inner_from = larger(from, smaller(to, x->inner_begin[p] - origin));
     long inner_to = smaller(to, larger(inner_from, x->inner_end[p] - origin));
     mask(scores, x, p, origin, from, inner_from);
@@ -88,7 +94,8 @@ struct share {
     int whole;                              /* all queries, all pairs, and the queries are the keys */
     float *keys, *values, *grad_k, *grad_v; /* [rows][row_of(D)] */
     /* Rounded, `values` are words: of two rows, [rows / 2][row_of(D)]; in the backward pass of neighbours,
-       [rows][word_row_of(D)], and there are keys in words of two rows as well. */
+       [rows][word_row_of(D)], and there are keys in words of two rows as well. For the matrix unit keys are split, `values`
+       columns, and in the backward pass rows of deep(D) / 2 words, with keys as columns. */
     float *key_words;
 };
 
@@ -109,13 +116,34 @@ the space of values: in the forward pass half of it, in the backward pass keys' 
 static long scratch_of(const struct call *c, long copies) {
     long size = c->size, queries = panels_of(size) * PANEL;
     long rows = c->window && c->shares > 1 ? smaller(c->pairs, share_length(c) + c->window) : c->pairs;
-    return up_to(copies * (rows + 12) * row_of(size) + 5 * queries * padded(size) + 2 * tile_of(size) * queries, 16);
+    return up_to(copies * (rows + 12 + SIDE) * row_of(size) + 6 * queries * deep(size) + 2 * tile_of(size) * (queries + PANEL),
+                 16);
 }
 
 static float *take(float **scratch, long floats) {
     float *start = *scratch;
     *scratch += up_to(floats, 16);
     return start;
+}
+
+/* Copies its pairs as the matrix unit takes them. */
+static void open_matrix_share(struct share *s, const struct call *c, int back, float **scratch) {
+    long size = c->size, depth = deep(size), width = padded(size);
+    const char *k = pairs_of(c, c->k, c->k_stride, s->b, s->base, s->h);
+    const char *v = pairs_of(c, c->v, c->v_stride, s->b, s->base, s->h);
+    float *columns;
+    s->keys = take(scratch, (s->rows + SIDE) * depth);
+    columns = take(scratch, columns_floats(s->rows, width));
+    pack_split_rows(s->keys, k, c->k_stride[1], s->rows, size, c->narrow);
+    if (!back) {
+        s->values = columns;
+        pack_columns(s->values, v, c->v_stride[1], width, s->rows, size, c->narrow);
+        return;
+    }
+    s->key_words = columns;
+    pack_columns(s->key_words, k, c->k_stride[1], width, s->rows, size, c->narrow);
+    s->values = take(scratch, (s->rows + SIDE) * depth / 2);
+    pack_neighbours(s->values, depth / 2, depth, (const float *)v, c->v_stride[1], s->rows, size);
 }
 
 /* Share number `unit` of all: finds its pairs and copies them. The last queries read most and so go first: no thread is
@@ -133,9 +161,13 @@ static void open_share(struct share *s, const struct call *c, long unit, int bac
     s->whole = c->q == c->k && c->shares == 1 && c->queries == c->pairs;
     if (s->whole) s->base = 0, last = c->pairs;
     s->rows = larger(0, last - s->base);
-    s->keys = take(scratch, (s->rows + 3) * row);
+    if (by_matrix(c)) {
+        open_matrix_share(s, c, back, scratch);
+        return;
+    }
     const char *k = pairs_of(c, c->k, c->k_stride, s->b, s->base, s->h);
     const char *v = pairs_of(c, c->v, c->v_stride, s->b, s->base, s->h);
+    s->keys = take(scratch, (s->rows + 3) * row);
     pack_pairs(s->keys, row, padded(size), k, c->k_stride[1], s->rows, size, c->narrow);
     if (!rounds(c)) {
         s->values = take(scratch, (s->rows + 3) * row);
@@ -151,13 +183,16 @@ static void open_share(struct share *s, const struct call *c, long unit, int bac
     }
 }
 
-/* Where a block's tiles begin: words of two rows are counted from the share's first. */
-static long first_tile(const struct share *s, const struct block *x) { return x->begin[0] - (x->begin[0] - s->base) % 2; }
+/* Where a block's tiles begin: words of two rows, and columns of 32, are counted from the share's first. */
+static long first_tile(const struct call *c, const struct share *s, const struct block *x) {
+    return x->begin[0] - (x->begin[0] - s->base) % (by_matrix(c) ? SIDE : 2);
+}
 
 /* The block's queries, and the floats from one to the next. */
 static const float *queries_of(const struct call *c, const struct share *s, const struct block *x, long *row) {
-    *row = s->whole ? row_of(c->size) : c->q_stride[1];
-    if (s->whole) return s->keys + x->first * *row;
+    int copied = s->whole && !by_matrix(c);
+    *row = copied ? row_of(c->size) : c->q_stride[1];
+    if (copied) return s->keys + x->first * *row;
     return c->q + x->b * c->q_stride[0] + x->first * *row + x->h * c->q_stride[2];
 }
 

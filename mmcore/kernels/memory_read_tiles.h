@@ -1,6 +1,6 @@
 /* What the memory_read kernels are made of: vectors, exp2, matrix products of tiles, and packing.
 
-A panel is PANEL = 3 vectors of queries side by side, and scores are stored with the queries as columns. So the
+A panel is VECTORS = 3 vectors of queries side by side (4 where there is a matrix unit, whose tiles take 32 numbers), and scores are stored with the queries as columns. So the
 softmax of a query runs down a column, without sums across lanes, and the masks compare whole vectors.
 
 Products are register blocks of 4 rows x 3 vectors or 6 rows x 2 vectors: 12 accumulators hide the latency of FMA
@@ -12,6 +12,7 @@ the library's fp32 GEMM reached 80-88. */
 #include <string.h>
 
 #include "half.h"
+#include "matrix_tiles.h"
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -31,7 +32,8 @@ the library's fp32 GEMM reached 80-88. */
 #define HIGH_HALVES 2, 6, 3, 7
 #endif
 
-#define PANEL (3 * LANES)
+#define VECTORS (MATRIX_TILES ? 4 : 3)
+#define PANEL (VECTORS * LANES)
 #define INLINE static inline __attribute__((always_inline))
 #define NOINLINE __attribute__((noinline)) /* inside a larger function the compiler spills the accumulators */
 
@@ -116,15 +118,15 @@ INLINE vec exp2_of(vec x) {
 INLINE void multiply(vec *acc, const int rows, const int columns, long depth, const float *a, long a_row, long a_step,
                      const float *b, long b_step) {
     for (long k = 0; k < depth; k++, a += a_step, b += b_step) {
-        vec column[3];
-#pragma GCC unroll 3
+        vec column[VECTORS];
+#pragma GCC unroll 4
         for (int c = 0; c < columns; c++) {
             column[c] = load(b + c * LANES);
             IN_REGISTER(column[c]);
         }
 #pragma GCC unroll 6
         for (int r = 0; r < rows; r++) {
-#pragma GCC unroll 3
+#pragma GCC unroll 4
             for (int c = 0; c < columns; c++) acc[r * columns + c] += a[r * a_row] * column[c];
         }
     }
@@ -134,10 +136,10 @@ INLINE void multiply(vec *acc, const int rows, const int columns, long depth, co
 NOINLINE static void rows_times_panel(float *out, const float *a, long a_row, const float *b, long depth, long from,
                                       long to) {
     for (long j = from; j < to; j += 4) {
-        vec acc[12] = {};
-        multiply(acc, 4, 3, depth, a + j * a_row, a_row, 1, b, PANEL);
-#pragma GCC unroll 12
-        for (int i = 0; i < 12; i++) store(out + j * PANEL + i * LANES, acc[i]);
+        vec acc[4 * VECTORS] = {};
+        multiply(acc, 4, VECTORS, depth, a + j * a_row, a_row, 1, b, PANEL);
+#pragma GCC unroll 16
+        for (int i = 0; i < 4 * VECTORS; i++) store(out + j * PANEL + i * LANES, acc[i]);
     }
 }
 
@@ -146,15 +148,15 @@ a[j][d] * b[j][PANEL], for d < size, a multiple of 4. */
 NOINLINE static void add_columns_times_panel(float *out, const float *scale, const float *a, long a_row, const float *b,
                                     long size, long from, long to) {
     for (long d = 0; d < size; d += 4) {
-        vec acc[12];
-#pragma GCC unroll 12
-        for (int i = 0; i < 12; i++) {
+        vec acc[4 * VECTORS];
+#pragma GCC unroll 16
+        for (int i = 0; i < 4 * VECTORS; i++) {
             acc[i] = load(out + d * PANEL + i * LANES);
-            if (scale) acc[i] *= load(scale + i % 3 * LANES);
+            if (scale) acc[i] *= load(scale + i % VECTORS * LANES);
         }
-        multiply(acc, 4, 3, to - from, a + from * a_row + d, 1, a_row, b + from * PANEL, PANEL);
-#pragma GCC unroll 12
-        for (int i = 0; i < 12; i++) store(out + d * PANEL + i * LANES, acc[i]);
+        multiply(acc, 4, VECTORS, to - from, a + from * a_row + d, 1, a_row, b + from * PANEL, PANEL);
+#pragma GCC unroll 16
+        for (int i = 0; i < 4 * VECTORS; i++) store(out + d * PANEL + i * LANES, acc[i]);
     }
 }
 

@@ -12,8 +12,8 @@ INLINE void multiply_words(nvec *acc, const int rows, const int columns, long wo
                            long a_step, const float *b, long b_step) {
     const loose_int *two = (const loose_int *)a;
     for (long k = 0; k < words; k++, two += a_step, b += b_step) {
-        nvec column[3];
-#pragma GCC unroll 3
+        nvec column[VECTORS];
+#pragma GCC unroll 4
         for (int c = 0; c < columns; c++) {
             column[c] = (nvec)load(b + c * LANES);
             IN_REGISTER(column[c]);
@@ -21,7 +21,7 @@ INLINE void multiply_words(nvec *acc, const int rows, const int columns, long wo
 #pragma GCC unroll 6
         for (int r = 0; r < rows; r++) {
             nvec both = (nvec){0} + two[r * a_row];
-#pragma GCC unroll 3
+#pragma GCC unroll 4
             for (int c = 0; c < columns; c++)
                 acc[r * columns + c] = add_products(acc[r * columns + c], both, column[c], BF16);
         }
@@ -31,10 +31,10 @@ INLINE void multiply_words(nvec *acc, const int rows, const int columns, long wo
 NOINLINE static void word_rows_times_panel(float *out, const float *a, long a_row, const float *b, long words, long from,
                                            long to) {
     for (long j = from; j < to; j += 4) {
-        nvec acc[12] = {};
-        multiply_words(acc, 4, 3, words, a + j * a_row, a_row, 1, b, PANEL);
-#pragma GCC unroll 12
-        for (int i = 0; i < 12; i++) store(out + j * PANEL + i * LANES, (vec)acc[i]);
+        nvec acc[4 * VECTORS] = {};
+        multiply_words(acc, 4, VECTORS, words, a + j * a_row, a_row, 1, b, PANEL);
+#pragma GCC unroll 16
+        for (int i = 0; i < 4 * VECTORS; i++) store(out + j * PANEL + i * LANES, (vec)acc[i]);
     }
 }
 
@@ -42,15 +42,15 @@ NOINLINE static void word_rows_times_panel(float *out, const float *a, long a_ro
 NOINLINE static void add_word_columns_times_panel(float *out, const float *scale, const float *a, long a_row,
                                                   const float *b, long size, long from, long to) {
     for (long d = 0; d < size; d += 4) {
-        nvec acc[12];
-#pragma GCC unroll 12
-        for (int i = 0; i < 12; i++) {
+        nvec acc[4 * VECTORS];
+#pragma GCC unroll 16
+        for (int i = 0; i < 4 * VECTORS; i++) {
             vec sum = load(out + d * PANEL + i * LANES);
-            acc[i] = (nvec)(scale ? sum * load(scale + i % 3 * LANES) : sum);
+            acc[i] = (nvec)(scale ? sum * load(scale + i % VECTORS * LANES) : sum);
         }
-        multiply_words(acc, 4, 3, to - from, a + from * a_row + d, 1, a_row, b + from * PANEL, PANEL);
-#pragma GCC unroll 12
-        for (int i = 0; i < 12; i++) store(out + d * PANEL + i * LANES, (vec)acc[i]);
+        multiply_words(acc, 4, VECTORS, to - from, a + from * a_row + d, 1, a_row, b + from * PANEL, PANEL);
+#pragma GCC unroll 16
+        for (int i = 0; i < 4 * VECTORS; i++) store(out + d * PANEL + i * LANES, (vec)acc[i]);
     }
 }
 
@@ -119,9 +119,9 @@ static void pair_rows(float *out, const float *panel, long from, long to) {
 static void pair_neighbours(float *panel, long from, long to) {
     for (long j = from; j < to; j++) {
         float *row = panel + j * PANEL;
-        vec x[3] = {load(row), load(row + LANES), load(row + 2 * LANES)};
-        store(row, (vec)rounded_neighbours(x[0], x[1]));
-        store(row + LANES, (vec)rounded_neighbours(x[2], (vec){}));
+        vec x[VECTORS + 1] = {};
+        for (int i = 0; i < VECTORS; i++) x[i] = load(row + i * LANES);
+        for (int i = 0; i < VECTORS; i += 2) store(row + i / 2 * LANES, (vec)rounded_neighbours(x[i], x[i + 1]));
     }
 }
 

@@ -174,51 +174,23 @@ BLOCK(bf16_block_by_depth, 1, few_narrow_rows, 1, TILE_STEP, BF16)
 BLOCK(int8_block, TILE_ROW, few_narrow_rows, TILE_ROW, 1, INT8)
 #endif
 
-#if MATRIX_TILES
 #define CALLS_OF_TILES 8 /* lines asked for while two tiles of A meet two of B, 64 cycles */
 
 /* The same in the matrix unit, for up to MATRIX_ROWS rows; a's are a_row words long, and `depth` is filled up with zeros. */
 INLINE void matrix_block(float *c, whole c_row, whole rows, int add, whole depth, const float *a, const float *panel,
                          struct ahead *next, const int a_row) {
-    float part[MATRIX_ROWS * COLUMNS], *to = c, *low;
-    whole row = c_row, steps = parts_of(words_of(depth), TILE_SIDE), two = rows > TILE_SIDE;
+    float part[MATRIX_ROWS * COLUMNS], *to = c;
+    whole row = c_row, steps = parts_of(words_of(depth), TILE_SIDE), low = rows > TILE_SIDE;
     if (rows % TILE_SIDE) {
         to = part, row = COLUMNS;
         for (whole r = 0; add && r < rows; r++) memcpy(part + r * COLUMNS, c + r * c_row, COLUMNS * sizeof *c);
     }
-    low = to + TILE_SIDE * row;
-    if (add) {
-        LOAD_TILE(0, to, 4 * row);
-        LOAD_TILE(1, to + TILE_SIDE, 4 * row);
-    } else {
-        ZERO_TILE(0);
-        ZERO_TILE(1);
-    }
-    if (add && two) {
-        LOAD_TILE(2, low, 4 * row);
-        LOAD_TILE(3, low + TILE_SIDE, 4 * row);
-    } else {
-        ZERO_TILE(2);
-        ZERO_TILE(3);
-    }
+    open_sums(to, row, add, low, 1);
     for (whole k = 0; k < steps; k++, a += TILE_SIDE, panel += TILE_SIDE * COLUMNS) {
-        LOAD_TILE(4, a, 4 * a_row);
-        LOAD_TILE(6, panel, 4 * COLUMNS);
-        LOAD_TILE(7, panel + TILE_SIDE, 4 * COLUMNS);
-        ADD_PRODUCT(0, 4, 6);
-        ADD_PRODUCT(1, 4, 7);
+        add_tiles(a, a_row, panel, COLUMNS, low, 1);
         for (int i = 0; i < CALLS_OF_TILES; i++) call_ahead(next);
-        if (!two) continue;
-        LOAD_TILE(5, a + TILE_SIDE * a_row, 4 * a_row);
-        ADD_PRODUCT(2, 5, 6);
-        ADD_PRODUCT(3, 5, 7);
     }
-    STORE_TILE(0, to, 4 * row);
-    STORE_TILE(1, to + TILE_SIDE, 4 * row);
-    if (two) {
-        STORE_TILE(2, low, 4 * row);
-        STORE_TILE(3, low + TILE_SIDE, 4 * row);
-    }
+    close_sums(to, row, low, 1);
     for (whole r = 0; to == part && r < rows; r++) memcpy(c + r * c_row, part + r * COLUMNS, COLUMNS * sizeof *c);
 }
 
@@ -226,13 +198,10 @@ NOINLINE static void matrix_block_of_tiles(float *c, whole c_row, whole rows, in
                                            const float *panel, struct ahead *next) {
     matrix_block(c, c_row, rows, add, depth, a, panel, next, TILE_ROW);
 }
-#endif
 
 /* How rows of X meet weights of a format; and rows of dY^T rows of X. */
 static block *block_of(int format) {
-#if MATRIX_TILES
     if (by_matrix(format)) return matrix_block_of_tiles;
-#endif
 #if NARROW_BF16
     if (format == BF16 || format == ROUNDED) return bf16_block;
 #endif

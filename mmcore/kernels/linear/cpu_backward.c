@@ -87,7 +87,6 @@ static void backward_input(const struct call *c, float *tile) {
         }
 }
 
-#if MATRIX_TILES
 #define BACK_ROW (BACK_DEPTH + 16)
 
 /* The matrix unit wants them row by row as well: 32 rows of dY are turned, 16 outputs at a time. */
@@ -112,11 +111,6 @@ NOINLINE static void matrix_block_of_gradients(float *c, whole c_row, whole rows
                                                const float *panel, struct ahead *next) {
     matrix_block(c, c_row, rows, add, depth, a, panel, next, BACK_ROW);
 }
-#else
-#define BACK_ROW 0
-#define turned_tiles(...)
-#define matrix_block_of_gradients NULL
-#endif
 
 /* Floats of a tile of dY^T. */
 static whole tile_floats(int format) { return by_matrix(format) ? MATRIX_ROWS * BACK_ROW : BACK_DEPTH * TILE_STEP; }

@@ -22,11 +22,11 @@ are read so: 197 -> 159 ms of a prompt of 2,048 tokens (S2), and its loss moves 
 /* Scores to weights 2^(score - largest) in place. Updates largest and total, and gives the factor by which what was
 summed up to now shrinks. */
 static void soften(float *scores, float *largest, float *total, float *factor, long from, long to) {
-    vec top[3], shift[3], sum[3];
-    for (int i = 0; i < 3; i++) top[i] = load(largest + i * LANES);
+    vec top[VECTORS], shift[VECTORS], sum[VECTORS];
+    for (int i = 0; i < VECTORS; i++) top[i] = load(largest + i * LANES);
     for (long j = from; j < to; j++)
-        for (int i = 0; i < 3; i++) top[i] = maximum(load(scores + j * PANEL + i * LANES), top[i]);
-    for (int i = 0; i < 3; i++) {
+        for (int i = 0; i < VECTORS; i++) top[i] = maximum(load(scores + j * PANEL + i * LANES), top[i]);
+    for (int i = 0; i < VECTORS; i++) {
         vec shrink = exp2_of(load(largest + i * LANES) - top[i]);
         store(largest + i * LANES, top[i]);
         store(factor + i * LANES, shrink);
@@ -35,39 +35,49 @@ static void soften(float *scores, float *largest, float *total, float *factor, l
         shift[i] = choose(top[i] == LOWEST, (vec){}, top[i]);
     }
     for (long j = from; j < to; j++) {
-        for (int i = 0; i < 3; i++) {
+        for (int i = 0; i < VECTORS; i++) {
             vec weight = exp2_of(load(scores + j * PANEL + i * LANES) - shift[i]);
             store(scores + j * PANEL + i * LANES, weight);
             sum[i] += weight;
         }
     }
-    for (int i = 0; i < 3; i++) store(total + i * LANES, sum[i]);
+    for (int i = 0; i < VECTORS; i++) store(total + i * LANES, sum[i]);
 }
 
 static void forward_block(const struct call *c, const struct share *s, const struct block *x, float *scratch) {
     long size = c->size, width = padded(size), row = row_of(size), tile = tile_of(size), queries = x->panels * PANEL;
-    float *panels = take(&scratch, queries * width), *sums = take(&scratch, queries * width);
+    int matrix = by_matrix(c);
+    long each = PANEL * (matrix ? deep(size) : width); /* floats of a panel of queries */
+    float *panels = take(&scratch, x->panels * each), *sums = take(&scratch, queries * width);
     float *scores = take(&scratch, tile * PANEL), factor[PANEL], scale[MAX_QUERIES];
     float largest[MAX_QUERIES], total[MAX_QUERIES];
     long q_row;
     const float *q = queries_of(c, s, x, &q_row);
 
     for (long i = 0; i < queries; i++) scale[i] = x->beta[i] * LOG2_E, largest[i] = LOWEST, total[i] = 0;
-    for (long p = 0; p < x->panels; p++)
-        pack_panel(panels + p * PANEL * width, q + p * PANEL * q_row, q_row, scale + p * PANEL,
-                   x->count - p * PANEL, size);
+    for (long p = 0; p < x->panels; p++) {
+        float *panel = matrix ? sums : panels + p * each;
+        pack_panel(panel, q + p * PANEL * q_row, q_row, scale + p * PANEL, x->count - p * PANEL, size);
+        if (matrix) split_panel(panels + p * each, panel, width, deep(size));
+    }
     memset(sums, 0, queries * width * sizeof(float));
 
     long stop = x->end[x->panels - 1];
-    for (long origin = first_tile(s, x); origin < stop; origin += tile) {
-        const float *keys = s->keys + (origin - s->base) * row;
+    for (long origin = first_tile(c, s, x); origin < stop; origin += tile) {
+        const float *keys = s->keys + (origin - s->base) * (matrix ? deep(size) : row);
         const float *values = s->values + (rounds(c) ? (origin - s->base) / 2 : origin - s->base) * row;
         for (long p = 0; p < x->panels; p++) {
             long from = larger(0, x->begin[p] - origin), to = smaller(tile, x->end[p] - origin);
             if (from >= to) continue;
-            score(scores, x, p, keys, row, panels + p * PANEL * width, width, origin, from, to);
+            score(scores, x, p, keys, row, panels + p * each, matrix ? size : width, origin, from, to, matrix);
             soften(scores, largest + p * PANEL, total + p * PANEL, factor, from, to);
-            if (rounds(c)) {
+            if (matrix) {
+                long first = from & -SIDE, last = up_to(to, SIDE);
+                zero_rows(scores, first, from), zero_rows(scores, to, last);
+                pair_rows(scores, scores, first, last);
+                add_columns_of_tiles(sums + p * PANEL * width, factor, s->values + columns_floats(origin - s->base, width),
+                                     scores, width, first, last);
+            } else if (rounds(c)) {
                 zero_rows(scores, from & ~1L, from), zero_rows(scores, to, up_to(to, 2));
                 pair_rows(scores, scores, from & ~1L, up_to(to, 2));
                 add_word_columns_times_panel(sums + p * PANEL * width, factor, values, row, scores, width, from / 2,
@@ -97,6 +107,7 @@ void memory_read_forward(const struct call *c, float *scratch) {
 #pragma omp parallel for schedule(dynamic) num_threads(c->threads)
     for (long unit = 0; unit < c->batch * c->heads * c->shares; unit++) {
         float *own = scratch + omp_get_thread_num() * each;
+        if (by_matrix(c)) open_tiles();
         struct share s;
         struct block x;
         open_share(&s, c, unit, 0, &own);
@@ -104,6 +115,7 @@ void memory_read_forward(const struct call *c, float *scratch) {
             open_block(&x, c, s.b, s.h, s.first + i, smaller(length, s.count - i));
             forward_block(c, &s, &x, own);
         }
+        if (by_matrix(c)) close_tiles();
     }
 }
 

@@ -13,15 +13,15 @@ struct backward {
 /* What the backward pass keeps of a block. `q_rows` (times beta) and `grad_rows` are cut into strips of two vectors of
 columns, each strip [queries][width of the strip]: the products that make dK and dV walk down a strip. Rounded,
 `grad_panels` has words of neighbours, `q_rows` and `grad_rows` words of two queries, and `slope_words` [tile / 2][PANEL]
-dS of a panel in words of two pairs. */
+dS of a panel in words of two pairs; for the matrix unit `q_split` are split panels, and `grad_panels` have deep(D) / 2 rows. */
 struct buffers {
-    float *q_panels, *grad_panels, *q_rows, *grad_rows, *sums, *weights, *slopes, *slope_words;
+    float *q_split, *q_panels, *grad_panels, *q_rows, *grad_rows, *sums, *weights, *slopes, *slope_words;
     float largest[MAX_QUERIES], scale[MAX_QUERIES], mean[MAX_QUERIES];
 };
 
 /* weights: scores to P; slopes: dP to dS = P (dP - mean), for rows [from, to) of panel p. */
 static void differentiate(float *weights, float *slopes, const struct buffers *w, long p, long from, long to) {
-    for (int i = 0; i < 3; i++) {
+    for (int i = 0; i < VECTORS; i++) {
         long at = p * PANEL + i * LANES;
         vec largest = load(w->largest + at), scale = load(w->scale + at), mean = load(w->mean + at);
         for (long j = from; j < to; j++) {
@@ -60,6 +60,13 @@ INLINE void add_outer(float *rows, long row, const float *a, long a_panel, const
     }
 }
 
+/* The panels [first, end) that wrote row j of a tile. */
+static void readers(const struct block *x, const long *from, const long *to, long j, long *first, long *end) {
+    *first = 0, *end = x->panels;
+    while (*first < *end && !(from[*first] <= j && j < to[*first])) ++*first;
+    while (*end > *first && !(from[*end - 1] <= j && j < to[*end - 1])) --*end;
+}
+
 /* rows[j] += the tile's weights times the block's strips, for the rows that the panels read: panel p wrote rows
 [from[p], to[p]), multiples of 6 (from == to: none). */
 INLINE void add_any_tile(float *rows, long row, const float *a, long tile, const float *strips, const struct block *x,
@@ -67,9 +74,8 @@ INLINE void add_any_tile(float *rows, long row, const float *a, long tile, const
     for (long d = 0; d < width; d += 2 * LANES) {
         const float *strip = strips + d * x->panels * PANEL / (1 + rounded);
         for (long j = 0; j < count; j += 6) {
-            long first = 0, end = x->panels;
-            while (first < end && !(from[first] <= j && j < to[first])) first++;
-            while (end > first && !(from[end - 1] <= j && j < to[end - 1])) end--;
+            long first, end;
+            readers(x, from, to, j, &first, &end);
             if (first == end) continue;
             if (d + LANES < width)
                 add_outer(rows + j * row + d, row, a + j * PANEL, tile * PANEL, strip, 2, first, end, count - j, rounded);
@@ -89,6 +95,46 @@ NOINLINE static void add_word_tile(float *rows, long row, const float *a, long t
     add_any_tile(rows, row, a, tile, strips, x, from, to, count, width, 1);
 }
 
+NOINLINE static void add_matrix_tile(float *rows, long row, const float *a, long tile, const float *strips,
+                                     const struct block *x, const long *from, const long *to, long count, long width) {
+    for (long d = 0; d < width; d += SIDE) {
+        const float *strip = strips + d * x->panels * PANEL / 2;
+        for (long j = 0; j < count; j += SIDE) {
+            long first, end;
+            readers(x, from, to, j, &first, &end);
+            if (first < end)
+                add_outer_tiles(rows + j * row + d, row, a + j * PANEL, tile * PANEL, strip, smaller(SIDE, width - d), first, end);
+        }
+    }
+}
+
+/* backward_tile in the matrix unit. */
+static void matrix_tile(const struct call *c, const struct share *s, const struct block *x, struct buffers *w, long origin,
+                        long rows) {
+    long size = c->size, width = padded(size), depth = deep(size), row = row_of(size), tile = tile_of(size), at = origin - s->base;
+    long wrote_from[MAX_PANELS], wrote_to[MAX_PANELS];
+    for (long p = 0; p < x->panels; p++) {
+        long from = larger(0, x->begin[p] - origin), to = smaller(rows, x->end[p] - origin), first = from & -SIDE;
+        long last = up_to(to, SIDE);
+        wrote_from[p] = wrote_to[p] = 0;
+        if (from >= to) continue;
+        wrote_from[p] = first, wrote_to[p] = last;
+        float *weights = w->weights + p * tile * PANEL, *slopes = w->slopes + p * tile * PANEL;
+        score(weights, x, p, s->keys + at * depth, 0, w->q_split + p * PANEL * depth, size, origin, from, to, 1);
+        rounded_rows_times_panel(slopes, s->values + at * depth / 2, w->grad_panels + p * PANEL * depth / 2, depth, first, to);
+        differentiate(weights, slopes, w, p, from, to);
+        zero_rows(weights, first, from), zero_rows(weights, to, last);
+        zero_rows(slopes, first, from), zero_rows(slopes, to, last);
+        pair_rows(w->slope_words, slopes, first, last);
+        add_columns_of_tiles(w->sums + p * PANEL * width, NULL, s->key_words + columns_floats(at, width), w->slope_words, width,
+                             first, last);
+        pair_neighbours(weights, first, last);
+        pair_neighbours(slopes, first, last);
+    }
+    add_matrix_tile(s->grad_v + at * row, row, w->weights, tile, w->grad_rows, x, wrote_from, wrote_to, rows, width);
+    add_matrix_tile(s->grad_k + at * row, row, w->slopes, tile, w->q_rows, x, wrote_from, wrote_to, rows, width);
+}
+
 static void backward_tile(const struct call *c, const struct share *s, const struct block *x, struct buffers *w,
                           long origin, long rows) {
     long width = padded(c->size), row = row_of(c->size), tile = tile_of(c->size), at = (origin - s->base) * row;
@@ -99,7 +145,7 @@ static void backward_tile(const struct call *c, const struct share *s, const str
         wrote_from[p] = wrote_to[p] = 0;
         if (from >= to) continue;
         float *weights = w->weights + p * tile * PANEL, *slopes = w->slopes + p * tile * PANEL;
-        score(weights, x, p, s->keys + at, row, w->q_panels + panel, width, origin, from, to);
+        score(weights, x, p, s->keys + at, row, w->q_panels + panel, width, origin, from, to, 0);
         if (rounded)
             word_rows_times_panel(slopes, s->values + (origin - s->base) * word_row_of(c->size), word_row_of(c->size),
                                   w->grad_panels + panel / 2, width / 2, from & ~3L, to);
@@ -137,7 +183,10 @@ static void open_buffers(struct buffers *w, const struct call *c, const struct b
     const float *q = queries_of(c, s, x, &q_row), *grad = g->grad + at, *out = g->out + at;
     float scale[MAX_QUERIES], one[PANEL];
     long words = rounds(c) ? queries * width / 2 : queries * width;
-    w->q_panels = take(&scratch, queries * width), w->grad_panels = take(&scratch, words);
+    int matrix = by_matrix(c);
+    w->q_panels = take(&scratch, queries * width);
+    w->q_split = matrix ? take(&scratch, queries * deep(size)) : NULL;
+    w->grad_panels = take(&scratch, matrix ? queries * deep(size) / 2 : words);
     w->q_rows = take(&scratch, words), w->grad_rows = take(&scratch, words);
     w->sums = take(&scratch, queries * width);
     w->weights = take(&scratch, tile * queries), w->slopes = take(&scratch, tile * queries);
@@ -161,7 +210,12 @@ static void open_buffers(struct buffers *w, const struct call *c, const struct b
     for (long p = 0; p < x->panels; p++) {
         long first = p * PANEL, count = x->count - first;
         pack_panel(w->q_panels + first * width, q + first * q_row, q_row, scale + first, count, size);
-        if (rounds(c))
+        if (matrix) {
+            long depth = deep(size);
+            split_panel(w->q_split + first * depth, w->q_panels + first * width, width, depth);
+            pack_panel_neighbours(w->grad_panels + first * depth / 2, grad + first * out_row, out_row, count, size);
+            memset(w->grad_panels + first * depth / 2 + width / 2 * PANEL, 0, (depth - width) / 2 * PANEL * sizeof(float));
+        } else if (rounds(c))
             pack_panel_neighbours(w->grad_panels + first * width / 2, grad + first * out_row, out_row, count, size);
         else
             pack_panel(w->grad_panels + first * width, grad + first * out_row, out_row, one, count, size);
@@ -176,9 +230,9 @@ static void close_block(const struct call *c, const struct backward *g, const st
     for (long p = 0; p < x->panels; p++) {
         long first = p * PANEL, count = smaller(PANEL, x->count - first), query = x->first + first;
         const float *queries = w->q_panels + first * width, *sums = w->sums + first * width;
-        vec dots[3] = {};
+        vec dots[VECTORS] = {};
         for (long d = 0; d < size; d++)
-            for (int i = 0; i < 3; i++)
+            for (int i = 0; i < VECTORS; i++)
                 dots[i] += load(queries + d * PANEL + i * LANES) * load(sums + d * PANEL + i * LANES);
         for (long i = 0; i < count; i++) {
             float n = x->number[first + i], beta = x->beta[first + i];
@@ -217,7 +271,8 @@ void memory_read_backward(const struct call *c, const struct backward *g, float 
         struct block x;
         struct buffers w;
         open_share(&s, c, unit, 1, &own);
-        s.grad_k = take(&own, s.rows * row), s.grad_v = take(&own, s.rows * row);
+        if (by_matrix(c)) open_tiles();
+        s.grad_k = take(&own, (s.rows + SIDE) * row), s.grad_v = take(&own, (s.rows + SIDE) * row);
         memset(s.grad_k, 0, s.rows * row * sizeof(float));
         memset(s.grad_v, 0, s.rows * row * sizeof(float));
         double sums[3] = {0};
@@ -225,14 +280,15 @@ void memory_read_backward(const struct call *c, const struct backward *g, float 
             open_block(&x, c, s.b, s.h, s.first + i, smaller(length, s.count - i));
             open_buffers(&w, c, g, &s, &x, own);
             long stop = x.end[x.panels - 1];
-            for (long origin = first_tile(&s, &x); origin < stop; origin += tile)
-                backward_tile(c, &s, &x, &w, origin, smaller(tile, stop - origin));
+            for (long origin = first_tile(c, &s, &x); origin < stop; origin += tile)
+                (by_matrix(c) ? matrix_tile : backward_tile)(c, &s, &x, &w, origin, smaller(tile, stop - origin));
             close_block(c, g, &s, &x, &w, sums);
         }
         long number = unit % c->shares;
         memcpy(g->grad_bandwidth + ((number * c->batch + s.b) * c->heads + s.h) * 3, sums, sizeof sums);
         close_share(g->grad_k, s.grad_k, c, &s, number);
         close_share(g->grad_v, s.grad_v, c, &s, number);
+        if (by_matrix(c)) close_tiles();
     }
 }
 
