@@ -20,6 +20,7 @@ begins, and for what will be copied next while it multiplies (4,096 rows in bf16
 #endif
 #define COLUMNS (2 * LANES)
 #define MATRIX_ROWS (2 * TILE_SIDE) /* of a block that the matrix unit makes */
+#define MATRIX_STEP (MATRIX_ROWS * TILE_SIDE) /* words of A that it takes at once */
 #define MOST_ROWS (MATRIX_TILES ? MATRIX_ROWS : BLOCK_ROWS)
 #define DEPTH 512 /* words of a panel and a tile; of int8 half as many, for a lane can add no more (EXACT_PAIRS) */
 #define TILE_ROW (DEPTH + 16) /* not a power of two: 14 rows would share a cache set */
@@ -62,9 +63,27 @@ static whole laid_words(whole n, int format) {
 }
 static whole rows_of_block(int format) { return by_matrix(format) ? MATRIX_ROWS : BLOCK_ROWS; }
 
-/* A row of a tile, `depth` numbers of 16 bits, gets its zeros. */
+/* A row of `depth` numbers of 16 bits gets its zeros. */
 static void fill_up(uint16_t *row, whole depth, int format) {
     memset(row + depth, 0, (2 * laid_words(depth, format) - depth) * sizeof *row);
+}
+
+/* Rounds `count` numbers into row r of a tile, from number k on; and the zeros that follow `depth` of them. */
+static void round_into(float *tile, whole r, whole k, const float *x, whole count, int format) {
+    if (!by_matrix(format)) {
+        round_to_bf16((uint16_t *)(tile + r * TILE_ROW) + k, x, count);
+        return;
+    }
+    for (whole part; count > 0; k += part, x += part, count -= part) {
+        part = least(count, 2 * TILE_SIDE - k % (2 * TILE_SIDE));
+        float *row = tile + k / (2 * TILE_SIDE) * MATRIX_STEP + r * TILE_SIDE;
+        round_to_bf16((uint16_t *)row + k % (2 * TILE_SIDE), x, part);
+    }
+}
+
+static void fill_tile(float *tile, whole r, whole depth, int format) {
+    const float zeros[2 * TILE_SIDE] = {0};
+    round_into(tile, r, depth, zeros, 2 * laid_words(depth, format) - depth, format);
 }
 
 /* Whether rows of X count in steps of their own, and columns in scales, which both lie BEHIND the numbers. */
@@ -176,9 +195,10 @@ BLOCK(int8_block, TILE_ROW, few_narrow_rows, TILE_ROW, 1, INT8)
 
 #define CALLS_OF_TILES 8 /* lines asked for while two tiles of A meet two of B, 64 cycles */
 
-/* The same in the matrix unit, for up to MATRIX_ROWS rows; a's are a_row words long, and `depth` is filled up with zeros. */
-INLINE void matrix_block(float *c, whole c_row, whole rows, int add, whole depth, const float *a, const float *panel,
-                         struct ahead *next, const int a_row) {
+/* The same in the matrix unit, for up to MATRIX_ROWS rows. Its tiles of A lie step by step, 16 words of each row, so that they fill
+   the first-level cache evenly (rows a little more than 2 KiB apart did not); `depth` is filled up with zeros. */
+NOINLINE static void matrix_block(float *c, whole c_row, whole rows, int add, whole depth, const float *a, const float *panel,
+                                  struct ahead *next) {
     float part[MATRIX_ROWS * COLUMNS], *to = c;
     whole row = c_row, steps = parts_of(words_of(depth), TILE_SIDE), low = rows > TILE_SIDE;
     if (rows % TILE_SIDE) {
@@ -186,22 +206,17 @@ INLINE void matrix_block(float *c, whole c_row, whole rows, int add, whole depth
         for (whole r = 0; add && r < rows; r++) memcpy(part + r * COLUMNS, c + r * c_row, COLUMNS * sizeof *c);
     }
     open_sums(to, row, add, low, 1);
-    for (whole k = 0; k < steps; k++, a += TILE_SIDE, panel += TILE_SIDE * COLUMNS) {
-        add_tiles(a, a_row, panel, COLUMNS, low, 1);
+    for (whole k = 0; k < steps; k++, a += MATRIX_STEP, panel += TILE_SIDE * COLUMNS) {
+        add_tiles(a, TILE_SIDE, panel, COLUMNS, low, 1);
         for (int i = 0; i < CALLS_OF_TILES; i++) call_ahead(next);
     }
     close_sums(to, row, low, 1);
     for (whole r = 0; to == part && r < rows; r++) memcpy(c + r * c_row, part + r * COLUMNS, COLUMNS * sizeof *c);
 }
 
-NOINLINE static void matrix_block_of_tiles(float *c, whole c_row, whole rows, int add, whole depth, const float *a,
-                                           const float *panel, struct ahead *next) {
-    matrix_block(c, c_row, rows, add, depth, a, panel, next, TILE_ROW);
-}
-
 /* How rows of X meet weights of a format; and rows of dY^T rows of X. */
 static block *block_of(int format) {
-    if (by_matrix(format)) return matrix_block_of_tiles;
+    if (by_matrix(format)) return matrix_block;
 #if NARROW_BF16
     if (format == BF16 || format == ROUNDED) return bf16_block;
 #endif
@@ -213,6 +228,7 @@ static block *block_of(int format) {
 }
 
 static block *block_by_depth_of(int format) {
+    if (by_matrix(format)) return matrix_block;
 #if NARROW_BF16
     if (format == ROUNDED) return bf16_block_by_depth;
 #endif

@@ -80,15 +80,16 @@ static struct ahead weights_of(const struct call *c, whole n, whole panels, whol
 /* Rows of X, numbers [k, k + depth), as a tile. */
 static void pack_tile(const struct call *c, float *tile, whole row, whole rows, whole k, whole depth) {
     const float *x = c->x + row * c->x_row + k, *words = c->narrow + row * words_of(c->in) + k / 2;
-    for (whole r = 0; r < rows; r++, tile += TILE_ROW, x += c->x_row, words += words_of(c->in)) {
+    for (whole r = 0; r < rows; r++, x += c->x_row, words += words_of(c->in)) {
+        float *to = tile + r * TILE_ROW;
         if (in_steps(c->format)) {
-            memcpy(tile, words, words_of(depth) * sizeof *tile);
-            tile[BEHIND] = c->steps[row + r];
+            memcpy(to, words, words_of(depth) * sizeof *to);
+            to[BEHIND] = c->steps[row + r];
         } else if (NARROW(c->format)) {
-            fill_up((uint16_t *)tile, depth, c->format);
-            round_to_bf16((uint16_t *)tile, x, depth);
+            round_into(tile, r, 0, x, depth, c->format);
+            fill_tile(tile, r, depth, c->format);
         } else {
-            memcpy(tile, x, depth * sizeof *tile);
+            memcpy(to, x, depth * sizeof *to);
         }
     }
 }

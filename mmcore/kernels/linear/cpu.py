@@ -29,7 +29,7 @@ _BACKWARD = native.functions(
     mm_linear_backward=[
         ctypes.c_int, ctypes.c_char_p, _INT, ctypes.c_int, *[_ADDRESS] * 2, *[_INT] * 3, _ADDRESS, ctypes.c_int,
     ],
-    mm_linear_backward_scratch=(_INT, [ctypes.c_int] * 2),
+    mm_linear_backward_scratch=(_INT, [_INT] + [ctypes.c_int] * 2),
 )
 _MATRIX = struct.Struct("4P2q").pack
 """struct matrix of linear_call.h: weight, scale, y, grad, out, y_row."""
@@ -81,7 +81,7 @@ def _threads(rows: int, total: int, inside: int) -> int:
 def _backward(work: int, list_: bytes, outs: Sequence[int], x: Tensor | None, x_row: int, dx: Tensor | None, rows: int,
               inside: int, weight_format: int) -> None:  # fmt: skip
     threads = _threads(rows, sum(outs), inside)
-    scratch = torch.empty(_BACKWARD.mm_linear_backward_scratch(weight_format, threads))
+    scratch = torch.empty(_BACKWARD.mm_linear_backward_scratch(inside, weight_format, threads))
     _BACKWARD.mm_linear_backward(
         work, list_, len(outs), weight_format, None if x is None else x.data_ptr(), None if dx is None else dx.data_ptr(),
         rows, inside, x_row, scratch.data_ptr(), threads,

@@ -13,15 +13,14 @@ static void tile_of_gradients(const struct call *c, float *tile, whole row, whol
         whole count = least(depth - k, m->out - at);
         for (whole r = 0; r < rows; r++) {
             const float *y = m->y + (row + r) * m->y_row + at;
-            float *to = tile + r * TILE_ROW;
             if (NARROW(c->format))
-                round_to_bf16((uint16_t *)to + k, y, count);
+                round_into(tile, r, k, y, count, c->format);
             else
-                memcpy(to + k, y, count * sizeof *to);
+                memcpy(tile + r * TILE_ROW + k, y, count * sizeof *tile);
         }
         k += count;
     }
-    for (whole r = 0; NARROW(c->format) && r < rows; r++) fill_up((uint16_t *)(tile + r * TILE_ROW), depth, c->format);
+    for (whole r = 0; NARROW(c->format) && r < rows; r++) fill_tile(tile, r, depth, c->format);
 }
 
 /* What it is packed from, as far as that is of one matrix. */
@@ -87,9 +86,7 @@ static void backward_input(const struct call *c, float *tile) {
         }
 }
 
-#define BACK_ROW (BACK_DEPTH + 16)
-
-/* The matrix unit wants them row by row as well: 32 rows of dY are turned, 16 outputs at a time. */
+/* Those of the matrix unit: 32 rows of dY are turned, 16 outputs at a time. */
 static void turned_tiles(const struct matrix *m, float *tiles, whole count, whole n, whole k, whole depth) {
     for (whole j = 0; j < depth; j += 2 * TILE_SIDE)
         for (whole q = 0; q < 2 * count; q++) {
@@ -103,17 +100,13 @@ static void turned_tiles(const struct matrix *m, float *tiles, whole count, whol
                                               low + 1 < depth ? load_part(y + m->y_row, m->out - at) : (vec){});
             }
             transpose(words);
-            for (int i = 0; i < TILE_SIDE; i++) store(tiles + (q * TILE_SIDE + i) * BACK_ROW + j / 2, words[i]);
+            float *to = tiles + (q / 2 * BACK_DEPTH + j / 2) * MATRIX_ROWS + q % 2 * TILE_SIDE * TILE_SIDE;
+            for (int i = 0; i < TILE_SIDE; i++) store(to + i * TILE_SIDE, words[i]);
         }
 }
 
-NOINLINE static void matrix_block_of_gradients(float *c, whole c_row, whole rows, int add, whole depth, const float *a,
-                                               const float *panel, struct ahead *next) {
-    matrix_block(c, c_row, rows, add, depth, a, panel, next, BACK_ROW);
-}
-
 /* Floats of a tile of dY^T. */
-static whole tile_floats(int format) { return by_matrix(format) ? MATRIX_ROWS * BACK_ROW : BACK_DEPTH * TILE_STEP; }
+static whole tile_floats(int format) { return BACK_DEPTH * (by_matrix(format) ? MATRIX_ROWS : TILE_STEP); }
 
 /* Tiles of dY^T, outputs [n, n + BLOCK_ROWS) and on, depth first: rows [k, k + depth) of dY. */
 static void tiles_of_gradients(const struct matrix *m, float *tiles, whole count, whole n, whole k, whole depth,
@@ -136,30 +129,26 @@ static void tiles_of_gradients(const struct matrix *m, float *tiles, whole count
     }
 }
 
-/* Columns of X from `from` on, rows [k + j, k + j + 1 or, rounded, 2) of [k, k + depth), into `held` panels. */
-static void pack_inputs(const struct call *c, whole held, whole k, whole from, whole j, whole depth) {
-    whole narrow = NARROW(c->format), left = j < depth ? c->in - from : 0; /* none: zeros up to whole tiles */
-    const float *x = c->x + (k + j) * c->x_row + from, *next = j + 1 < depth ? x + c->x_row : NULL;
+/* Rows [k + j, k + j + 1 or, rounded, 2) of X, of [k, k + depth), into all panels. */
+static void pack_inputs(const struct call *c, whole k, whole j, whole depth) {
+    whole narrow = NARROW(c->format), left = j < depth ? c->in : 0; /* none: zeros up to whole tiles */
+    const float *x = c->x + (k + j) * c->x_row, *next = j + 1 < depth ? x + c->x_row : NULL;
     float *panel = c->panels + j / (1 + narrow) * COLUMNS;
-    for (whole p = 0; p < held; p++, panel += BACK_DEPTH * COLUMNS) {
-        whole at = p * COLUMNS, count = left - at;
+    for (whole at = 0; at < c->in; at += COLUMNS, panel += BACK_DEPTH * COLUMNS) {
         if (narrow)
-            lay_words(panel, x + at, next ? next + at : NULL, count, COLUMNS);
+            lay_words(panel, x + at, next ? next + at : NULL, left - at, COLUMNS);
         else
-            lay_numbers(panel, x + at, count, COLUMNS);
+            lay_numbers(panel, x + at, left - at, COLUMNS);
     }
 }
 
-/* A step of dW: rows of X and dY from k on, columns of X from `from` on, and of matrix i this thread's tiles [first, end)
-   from t on. */
+/* A step of dW: rows of X and dY from k on, and of matrix i this thread's tiles [first, end) from t on. Its tiles are packed
+   once and meet the panels in rounds that stay in the second-level cache. */
 struct group {
-    whole k, from, i, t, first, end;
+    whole k, i, t, first, end;
 };
 
-/* Panels of a round; its rows; tiles of a group. */
-static whole held_of(const struct call *c, whole from) {
-    return least(ROUND_FLOATS / (BACK_DEPTH * COLUMNS), parts_of(c->in - from, COLUMNS));
-}
+/* Rows at k; tiles of a group. */
 static whole depth_at(const struct call *c, whole k) { return least(depth_of(BACK_DEPTH, c->format), c->rows - k); }
 static whole tiles_of(const struct group *g) {
     whole all = g->end - g->first, even = parts_of(all, parts_of(all, GROUP));
@@ -176,22 +165,14 @@ static int open_matrix(const struct call *c, struct group *g) {
     return 0;
 }
 
-/* The next group of the round; whether there is one. */
+/* The next group at k; whether there is one. */
 static int next_group(const struct call *c, struct group *g) {
     if ((g->t += tiles_of(g)) < g->end) return 1;
     g->i++;
     return open_matrix(c, g);
 }
 
-/* The next round; whether there is one. */
-static int next_round(const struct call *c, struct group *g) {
-    g->i = 0;
-    if ((g->from += held_of(c, g->from) * COLUMNS) < c->in) return 1;
-    g->from = 0;
-    return (g->k += depth_of(BACK_DEPTH, c->format)) < c->rows;
-}
-
-/* What a group's tiles are packed from, and this thread's share of a round's panels. */
+/* What a group's tiles are packed from, and this thread's share of the panels. */
 static struct ahead gradients_of(const struct call *c, const struct group *g) {
     const struct matrix *m = &c->list[g->i];
     whole n = g->t * c->height;
@@ -199,75 +180,73 @@ static struct ahead gradients_of(const struct call *c, const struct group *g) {
                           .width = 4 * least(tiles_of(g) * c->height, m->out - n)};
 }
 
-static struct ahead inputs_of(const struct call *c, const struct group *g) {
+static struct ahead inputs_at(const struct call *c, whole k) {
     whole first, end;
-    my_share(depth_at(c, g->k), &first, &end);
-    return (struct ahead){.at = (const char *)(c->x + (g->k + first) * c->x_row + g->from), .row = 4 * c->x_row,
-                          .rows = end - first,
-                          .width = 4 * least(held_of(c, g->from) * COLUMNS, c->in - g->from)};
+    my_share(depth_at(c, k), &first, &end);
+    return (struct ahead){.at = (const char *)(c->x + (k + first) * c->x_row), .row = 4 * c->x_row, .rows = end - first,
+                          .width = 4 * c->in};
 }
 
 static void backward_group(const struct call *c, const struct group *g, int add, float *tiles, struct ahead *next) {
     const struct matrix *m = &c->list[g->i];
-    whole in = c->in, depth = depth_at(c, g->k), count = tiles_of(g), held = held_of(c, g->from);
+    whole in = c->in, depth = depth_at(c, g->k), count = tiles_of(g), round = ROUND_FLOATS / BACK_DEPTH;
     tiles_of_gradients(m, tiles, count, g->t * c->height, g->k, depth, c->format);
-    for (whole q = 0; q < count; q++) {
-        whole row = (g->t + q) * c->height, rows = least(c->height, m->out - row);
-        for (whole p = 0; p < held; p++) {
-            whole column = g->from + p * COLUMNS;
-            partial(c->block_by_depth, m->grad + row * in + column, in, rows, in - column, add || g->k > 0, depth,
-                    tiles + q * tile_floats(c->format), c->panels + p * BACK_DEPTH * COLUMNS, next);
+    for (whole from = 0; from < in; from += round)
+        for (whole q = 0; q < count; q++) {
+            whole row = (g->t + q) * c->height, rows = least(c->height, m->out - row);
+            for (whole column = from; column < least(in, from + round); column += COLUMNS)
+                partial(c->block_by_depth, m->grad + row * in + column, in, rows, in - column, add || g->k > 0, depth,
+                        tiles + q * tile_floats(c->format), c->panels + column * BACK_DEPTH, next);
         }
-    }
 }
 
 static void backward_weights(const struct call *c, int add, float *tiles) {
     struct group g = {0};
-    for (int more = 1; more;) {
-        whole depth = depth_at(c, g.k), held = held_of(c, g.from);
-        whole laid = laid_words(depth, c->format) * (1 + NARROW(c->format));
+    for (whole k = 0, after; k < c->rows; k = after) {
+        whole depth = depth_at(c, k), laid = laid_words(depth, c->format) * (1 + NARROW(c->format));
+        after = k + depth;
 #pragma omp for schedule(static)
-        for (whole j = 0; j < laid; j += 1 + NARROW(c->format)) pack_inputs(c, held, g.k, g.from, j, depth);
-        struct group round = g, first;
-        more = next_round(c, &round);
-        first = round;
+        for (whole j = 0; j < laid; j += 1 + NARROW(c->format)) pack_inputs(c, k, j, depth);
+        g = (struct group){.k = k};
         for (int any = open_matrix(c, &g); any;) {
-            struct group now = g;
+            struct group now = g, first = {.k = after};
             struct ahead next = {0}, later = {0};
             any = next_group(c, &g);
             if (any) {
                 next = gradients_of(c, &g);
-            } else if (more) {
-                next = inputs_of(c, &round);
+            } else if (after < c->rows) {
+                next = inputs_at(c, after);
                 if (open_matrix(c, &first)) later = gradients_of(c, &first);
                 next.then = &later;
             }
             backward_group(c, &now, add, tiles, &next);
         }
-        g = round;
 #pragma omp barrier
     }
 }
 
 enum work { INPUT, WEIGHTS, MORE_WEIGHTS };
 
-/* Floats of a thread's tiles, and of scratch for any of these. */
+/* Floats of a thread's tiles, of the panels, and of scratch for any of these. */
 static whole tiles_floats(int format) {
     whole group = GROUP * tile_floats(format), one = rows_of_block(format) * TILE_ROW;
     return group > one ? group : one;
 }
-whole mm_linear_backward_scratch(int format, int threads) { return ROUND_FLOATS + threads * tiles_floats(format); }
+static whole panels_floats(whole in) {
+    whole all = parts_of(in, COLUMNS) * COLUMNS * BACK_DEPTH;
+    return all > ROUND_FLOATS ? all : ROUND_FLOATS;
+}
+whole mm_linear_backward_scratch(whole in, int format, int threads) { return panels_floats(in) + threads * tiles_floats(format); }
 
 /* MORE_WEIGHTS adds to what `grad` holds. */
 void mm_linear_backward(int work, const struct matrix *list, whole count, int format, const float *x, float *dx, whole rows,
                         whole in, whole x_row, float *scratch, int threads) {
     struct call c = {.list = list, .x = x, .dx = dx, .count = count, .total = outputs_of(list, count), .rows = rows, .in = in,
                      .x_row = x_row, .height = rows_of_block(format), .format = format, .block = block_of(format),
-                     .block_by_depth = by_matrix(format) ? matrix_block_of_gradients : block_by_depth_of(format),
-                     .panels = scratch};
+                     .block_by_depth = block_by_depth_of(format), .panels = scratch};
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        float *tiles = scratch + ROUND_FLOATS + omp_get_thread_num() * tiles_floats(format);
+        float *tiles = scratch + panels_floats(in) + omp_get_thread_num() * tiles_floats(format);
         if (by_matrix(format)) open_tiles();
         if (work == INPUT)
             backward_input(&c, tiles);
