@@ -2,8 +2,9 @@
 
 With AVX-512 28 registers gather sums, 2 hold what comes from B and 1 the number of A that meets it. A block alone runs at 0.99
 of the instruction's peak on a Zen 4 core, from the second-level cache as well, with words of two numbers (narrow_products.h)
-as with fp32. Where there is a matrix unit (matrix_tiles.h), words of bf16 meet there, in blocks of 32 rows. What a product loses, it loses to copies and memory: so a block asks for the lines of its own result as it
-begins, and for what will be copied next while it multiplies (4,096 rows in bf16: 350-400 -> 390-420 of 468 GFLOP/s). */
+as with fp32. Where there is a matrix unit (matrix_tiles.h), bf16 and int8 meet there, in blocks of 32 rows. What a product
+loses, it loses to copies and memory: so a block asks for the lines of its own result as it begins, and for what will be copied
+next while it multiplies (4,096 rows in bf16: 350-400 -> 390-420 of 468 GFLOP/s). */
 #ifndef PRODUCT_BLOCKS_H
 #define PRODUCT_BLOCKS_H
 
@@ -25,6 +26,7 @@ begins, and for what will be copied next while it multiplies (4,096 rows in bf16
 #define DEPTH 512 /* words of a panel and a tile; of int8 half as many, for a lane can add no more (EXACT_PAIRS) */
 #define TILE_ROW (DEPTH + 16) /* not a power of two: 14 rows would share a cache set */
 #define BEHIND (DEPTH / 2)    /* words of int8 at most; then come steps and scales */
+#define BYTES_BEHIND (DEPTH / 4) /* the same of words of four */
 
 typedef int64_t whole;
 static whole least(whole a, whole b) { return a < b ? a : b; }
@@ -53,13 +55,15 @@ typedef void block(float *c, whole c_row, whole rows, int add, whole depth, cons
 /* Words that `n` numbers fill, two in each. */
 static whole words_of(whole n) { return (n + 1) / 2; }
 
-/* Words that `n` numbers of `format` fill in a tile or a panel; one each where they are not narrow. */
-static whole words_in(whole n, int format) { return NARROW(format) ? words_of(n) : n; }
+/* Whether numbers of `format` meet in the matrix unit. */
+static int by_matrix(int format) { return format != FP32 && tiles_allowed(); }
 
-/* Whether they meet in the matrix unit; and the words of a tile or a panel there, which zeros fill up to whole tiles. */
-static int by_matrix(int format) { return (format == BF16 || format == ROUNDED) && tiles_allowed(); }
+/* Words that `n` numbers of `format` fill in a tile or a panel; and with the zeros that the matrix unit's tiles end in. */
+static whole words_in(whole n, int format) {
+    return !NARROW(format) ? n : format == INT8 && by_matrix(format) ? parts_of(n, 4) : words_of(n);
+}
 static whole laid_words(whole n, int format) {
-    return by_matrix(format) ? parts_of(words_of(n), TILE_SIDE) * TILE_SIDE : words_in(n, format);
+    return by_matrix(format) ? parts_of(words_in(n, format), TILE_SIDE) * TILE_SIDE : words_in(n, format);
 }
 static whole rows_of_block(int format) { return by_matrix(format) ? MATRIX_ROWS : BLOCK_ROWS; }
 
@@ -89,7 +93,18 @@ static void fill_tile(float *tile, whole r, whole depth, int format) {
 /* Whether rows of X count in steps of their own, and columns in scales, which both lie BEHIND the numbers. */
 static int in_steps(int format) { return format == INT8 && NARROW(INT8); }
 
-static whole panel_floats(whole depth, int format) { return (in_steps(format) ? DEPTH : laid_words(depth, format)) * COLUMNS; }
+/* The scales of a panel, and the step of row r of a tile. */
+static float *scales_of(const float *panel, int format) {
+    return (float *)panel + (by_matrix(format) ? BYTES_BEHIND : BEHIND) * COLUMNS;
+}
+static float *step_of(const float *tile, whole r, int format) {
+    return (float *)tile + (by_matrix(format) ? 2 * BYTES_BEHIND * MATRIX_ROWS + r : r * TILE_ROW + BEHIND);
+}
+
+static whole panel_floats(whole depth, int format) {
+    whole of_bytes = by_matrix(format) ? BYTES_BEHIND + TILE_SIDE : DEPTH;
+    return (in_steps(format) ? of_bytes : laid_words(depth, format)) * COLUMNS;
+}
 
 /* Numbers of `format` that fill `words`. */
 static whole depth_of(whole words, int format) { return NARROW(format) && format != INT8 ? 2 * words : words; }
@@ -214,9 +229,30 @@ NOINLINE static void matrix_block(float *c, whole c_row, whole rows, int add, wh
     for (whole r = 0; to == part && r < rows; r++) memcpy(c + r * c_row, part + r * COLUMNS, COLUMNS * sizeof *c);
 }
 
+/* The same of int8 weights and a tile of bytes, `depth` numbers of each: for every step 16 words of high bytes of all rows, then
+   of low ones. */
+NOINLINE static void matrix_int8_block(float *c, whole c_row, whole rows, int add, whole depth, const float *a, const float *panel,
+                                       struct ahead *next) {
+    const float *scales = scales_of(panel, INT8);
+    for (whole from = 0; from < rows; from += TILE_SIDE) {
+        int32_t sums[4 * TILE_SIDE * TILE_SIDE];
+        multiply_bytes(sums, a + from * TILE_SIDE, MATRIX_STEP, panel, COLUMNS, parts_of(depth, 4 * TILE_SIDE));
+        for (int i = 0; i < 64; i++) call_ahead(next);
+        for (whole r = from; r < least(rows, from + TILE_SIDE); r++)
+            for (int half = 0; half < 2; half++) {
+                const int32_t *high = sums + half * 256 + (r - from) * TILE_SIDE;
+                float *to = c + r * c_row + half * LANES;
+                vec sum = __builtin_convertvector(load_ints(high), vec) * 256.0f;
+                sum += __builtin_convertvector(load_ints(high + 512), vec);
+                sum *= *step_of(a, r, INT8) * load(scales + half * LANES);
+                store(to, add ? sum + load(to) : sum);
+            }
+    }
+}
+
 /* How rows of X meet weights of a format; and rows of dY^T rows of X. */
 static block *block_of(int format) {
-    if (by_matrix(format)) return matrix_block;
+    if (by_matrix(format)) return format == INT8 ? matrix_int8_block : matrix_block;
 #if NARROW_BF16
     if (format == BF16 || format == ROUNDED) return bf16_block;
 #endif

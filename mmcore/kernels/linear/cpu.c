@@ -45,6 +45,11 @@ static void unpack_weights(float *to, const char *w, float scale, whole depth, i
         for (whole j = 0; format == INT8 && j < depth; j++) to[j] *= scale;
         return;
     }
+    if (format == INT8 && by_matrix(INT8)) {
+        memset(to + depth / 4, 0, (laid_words(depth, format) - depth / 4) * sizeof *to);
+        memcpy(to, w, depth);
+        return;
+    }
     fill_up(halves, depth, format);
     if (format == BF16) memcpy(halves, w, depth * sizeof *halves);
     if (format == ROUNDED) round_to_bf16(halves, (const float *)w, depth);
@@ -54,9 +59,10 @@ static void unpack_weights(float *to, const char *w, float scale, whole depth, i
 /* Outputs [n, n + COLUMNS) of all, numbers [k, k + depth), as a panel. */
 static void pack_weights(const struct call *c, float *panel, whole n, whole k, whole depth) {
     const float *rows[COLUMNS];
-    float unpacked[COLUMNS * TILE_ROW], *scales = panel + BEHIND * COLUMNS;
+    float unpacked[COLUMNS * TILE_ROW], *scales = scales_of(panel, c->format);
     whole count = least(COLUMNS, c->total - n);
-    int as_they_are = c->format == FP32 || (c->format == BF16 && NARROW(BF16) && c->in % 2 == 0); /* in whole words */
+    int as_they_are = c->format == FP32 || (c->format == BF16 && NARROW(BF16) && c->in % 2 == 0) || /* in whole words */
+                      (c->format == INT8 && by_matrix(INT8) && c->in % 4 == 0);
     for (whole i = 0; i < count; i++) {
         whole at = n + i;
         const struct matrix *m = holder(c, &at);
@@ -77,14 +83,30 @@ static struct ahead weights_of(const struct call *c, whole n, whole panels, whol
                           .rows = least(panels * COLUMNS, m->out - at)};
 }
 
+/* Whole numbers of 16 bits as row r of a tile: as they are, or as the matrix unit takes their two bytes. */
+static void lay_whole_numbers(float *tile, whole r, const float *words, whole depth) {
+    if (!by_matrix(INT8)) {
+        memcpy(tile + r * TILE_ROW, words, words_of(depth) * sizeof *tile);
+        return;
+    }
+    for (whole k = 0; k < depth; k += 64) {
+        uint16_t x[64];
+        int8_t *high = (int8_t *)(tile + k / 32 * MATRIX_STEP + r * TILE_SIDE);
+        uint8_t *low = (uint8_t *)high + 4 * MATRIX_STEP;
+        memcpy(x, (const uint16_t *)words + k, least(64, depth - k) * sizeof *x);
+        memset(x + least(64, depth - k), 0, (64 - least(64, depth - k)) * sizeof *x);
+        for (int i = 0; i < 64; i++) high[i] = (int8_t)(x[i] >> 8), low[i] = (uint8_t)x[i];
+    }
+}
+
 /* Rows of X, numbers [k, k + depth), as a tile. */
 static void pack_tile(const struct call *c, float *tile, whole row, whole rows, whole k, whole depth) {
     const float *x = c->x + row * c->x_row + k, *words = c->narrow + row * words_of(c->in) + k / 2;
     for (whole r = 0; r < rows; r++, x += c->x_row, words += words_of(c->in)) {
         float *to = tile + r * TILE_ROW;
         if (in_steps(c->format)) {
-            memcpy(to, words, words_of(depth) * sizeof *to);
-            to[BEHIND] = c->steps[row + r];
+            lay_whole_numbers(tile, r, words, depth);
+            *step_of(tile, r, c->format) = c->steps[row + r];
         } else if (NARROW(c->format)) {
             round_into(tile, r, 0, x, depth, c->format);
             fill_tile(tile, r, depth, c->format);
