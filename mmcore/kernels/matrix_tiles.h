@@ -43,8 +43,24 @@ static void close_tiles(void) { _tile_release(); }
 #define STORE_TILE(n, to, row) __asm__ volatile("tilestored %%tmm" #n ", (%0,%1,1)" ::"r"(to), "r"((int64_t)(row)) : "memory")
 #define ZERO_TILE(n) __asm__ volatile("tilezero %tmm" #n)
 #define MULTIPLY_TILES(sum, a, b) __asm__ volatile("tdpbf16ps %tmm" #b ", %tmm" #a ", %tmm" #sum)
-#define MULTIPLY_HIGH_BYTES(sum, a, b) __asm__ volatile("tdpbssd %tmm" #b ", %tmm" #a ", %tmm" #sum)
+/* Of bytes; a's have no sign; b's have none. */
+#define MULTIPLY_BYTES(sum, a, b) __asm__ volatile("tdpbssd %tmm" #b ", %tmm" #a ", %tmm" #sum)
 #define MULTIPLY_LOW_BYTES(sum, a, b) __asm__ volatile("tdpbusd %tmm" #b ", %tmm" #a ", %tmm" #sum)
+#define MULTIPLY_BY_LOW_BYTES(sum, a, b) __asm__ volatile("tdpbsud %tmm" #b ", %tmm" #a ", %tmm" #sum)
+
+#else
+#define MATRIX_TILES 0 /* and what follows is never called */
+#define LOAD_TILE(n, from, row) ((void)(from), (void)(row))
+#define STORE_TILE(n, to, row) ((void)(to), (void)(row))
+#define ZERO_TILE(n)
+#define MULTIPLY_TILES(sum, a, b)
+#define MULTIPLY_BYTES(sum, a, b)
+#define MULTIPLY_LOW_BYTES(sum, a, b)
+#define MULTIPLY_BY_LOW_BYTES(sum, a, b)
+static inline int tiles_allowed(void) { return 0; }
+static inline void open_tiles(void) {}
+static inline void close_tiles(void) {}
+#endif
 
 /* What follows holds a block of sums, 2 x 2 tiles, in tiles 0 to 3: the two above, and where `low` the two below; the left
    ones, and where `right` the right ones. Distances count words. */
@@ -100,8 +116,8 @@ TILES_INLINE void multiply_bytes(int32_t *sums, const float *a, int64_t a_step, 
         LOAD_TILE(4, a, 4 * TILE_SIDE);
         LOAD_TILE(6, b, 4 * b_row);
         LOAD_TILE(7, b + TILE_SIDE, 4 * b_row);
-        MULTIPLY_HIGH_BYTES(0, 4, 6);
-        MULTIPLY_HIGH_BYTES(1, 4, 7);
+        MULTIPLY_BYTES(0, 4, 6);
+        MULTIPLY_BYTES(1, 4, 7);
         LOAD_TILE(5, a + a_step, 4 * TILE_SIDE);
         MULTIPLY_LOW_BYTES(2, 5, 6);
         MULTIPLY_LOW_BYTES(3, 5, 7);
@@ -111,17 +127,6 @@ TILES_INLINE void multiply_bytes(int32_t *sums, const float *a, int64_t a_step, 
     STORE_TILE(2, sums + 512, 4 * TILE_SIDE);
     STORE_TILE(3, sums + 768, 4 * TILE_SIDE);
 }
-
-#else
-#define MATRIX_TILES 0 /* and what follows is never called */
-static inline int tiles_allowed(void) { return 0; }
-static inline void open_tiles(void) {}
-static inline void close_tiles(void) {}
-static inline void open_sums(const float *c, int64_t c_row, int add, int low, int right) {}
-static inline void close_sums(float *c, int64_t c_row, int low, int right) {}
-static inline void add_tiles(const float *a, int64_t a_row, const float *b, int64_t b_row, int low, int right) {}
-static inline void multiply_bytes(int32_t *sums, const float *a, int64_t a_step, const float *b, int64_t b_row, int64_t steps) {}
-#endif
 
 /* Whether rounding numbers to bf16 makes their products faster than fp32's. */
 static inline int bf16_pays(void) {

@@ -43,6 +43,7 @@ typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 typedef int8_t bvec __attribute__((vector_size(LANES)));
 typedef float vec8 __attribute__((vector_size(32)));
 typedef float vec4 __attribute__((vector_size(16)));
+#include "thin_tiles.h"
 
 INLINE vec load(const float *p) { vec v; memcpy(&v, p, sizeof v); return v; }
 
@@ -101,7 +102,10 @@ INLINE int64_t tile_bytes(int64_t rows, int64_t in, int format) {
     return tile_rows(rows) * steps_of(in) * STEP * operand_bytes(format);
 }
 INLINE int64_t full_rows(int64_t rows) { return (rows + tile_rows(rows) - 1) / tile_rows(rows) * tile_rows(rows); }
-INLINE int64_t operand_floats(int64_t rows, int64_t in) { return full_rows(rows) * steps_of(in) * STEP; }
+INLINE int64_t operand_floats(int64_t rows, int64_t in) {
+    int64_t tiles = tile_steps(in, INT8) * words_of_step(INT8), floats = full_rows(rows) * steps_of(in) * STEP;
+    return rows >= LEAST_TILE_ROWS && tiles > floats ? tiles : floats; /* bf16's tiles are as many words */
+}
 
 /* STEP numbers of a row, of which `count` are given. */
 INLINE void step_of_operand(char *to, const float *x, int64_t count, float step, int format) {
@@ -127,6 +131,17 @@ INLINE void add_to_operand(struct operand to, int64_t r, int64_t rows, const flo
     const float step = to.step[r] = narrow_step(x, in, format);
     for (int64_t i = 0; i < whole; i++) step_of_operand(p + i * xs * piece, x + i * STEP, STEP, step, format);
     if (in % STEP) step_of_operand(p + whole * xs * piece, x + whole * STEP, in % STEP, step, format);
+}
+
+/* x [rows, in] becomes the operand; called by every thread of a team, for whom it is ready behind the next barrier. */
+INLINE void make_operand(struct operand to, const float *x, int64_t rows, int64_t in, int format) {
+    int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    if (by_tiles(rows, format)) {
+        steps_of_operand((float *)to.numbers, to.step, x, rows, in, format, thread, threads);
+        return;
+    }
+    for (int64_t r = rows * thread / threads; r < rows * (thread + 1) / threads; r++)
+        add_to_operand(to, r, rows, x + r * in, in, format);
 }
 
 /* sums[o][r] += STEP numbers of row r of x, all rows one after the other at `x`, times the weights at w + o * apart. Two
@@ -294,6 +309,10 @@ INLINE void block(const int ws, struct operand x, int64_t rows, int64_t in, cons
 INLINE void some_rows(struct operand x, int64_t rows, int64_t in, const char *w, const float *scale, float *y, int64_t out,
                       int64_t o, int64_t last, const int format) {
     const int64_t row_bytes = in * bytes_of(format), apart = (last - o) / 3;
+    if (format != FP32 && by_tiles(rows, format)) {
+        rows_by_tiles((const float *)x.numbers, x.step, rows, in, w, scale, y, out, o, last, format);
+        return;
+    }
     if (format != INT8) scale = y; /* not looked at; never NULL + o */
     for (int64_t end = o + apart; o < end; o++)
         block(3, x, rows, in, w + o * row_bytes, scale + o, y + o, out, apart, format);

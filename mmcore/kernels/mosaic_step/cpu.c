@@ -30,24 +30,19 @@ struct call {
     float *most, *total, *sums;                           /* [2, threads, B, H] twice, [2, threads, B, d] */
 };
 
-/* A row of `input` as the weights meet it. */
-static void row_as_operand(struct call *c, int64_t row, int64_t in) {
-    add_to_operand(c->operand, row, c->rows, c->input + row * in, in, c->shape->format);
-}
-
-static void rows_as_operands(struct call *c, int64_t in) {
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < c->rows; row++) row_as_operand(c, row, in);
+/* `input` as the weights meet it. */
+static __attribute__((noinline)) void input_as_operand(struct call *c, int64_t in) {
+    make_operand(c->operand, c->input, c->rows, in, c->shape->format);
+#pragma omp barrier
 }
 
 /* input = norm(x + delta) for every row, and its operand; delta NULL: there is nothing to add. */
 static void add_and_norm(struct call *c, const float *delta, const float *weight) {
     int64_t d = c->shape->width;
 #pragma omp for schedule(static)
-    for (int64_t r = 0; r < c->rows; r++) {
+    for (int64_t r = 0; r < c->rows; r++)
         add_and_norm_row(c->input + r * d, c->x + r * d, delta ? delta + r * d : NULL, weight, d, c->shape->eps);
-        row_as_operand(c, r, d);
-    }
+    input_as_operand(c, d);
 }
 
 /* Not inlined: five copies took 10 s to compile. */
@@ -255,7 +250,7 @@ static void read_memories(struct call *c, struct layer *l, int threads) {
 #pragma omp barrier
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < 2 * B; i++) join(c, c->input + (i % B * 2 + i / B) * d, i / B * threads * B + i % B, threads);
-    rows_as_operands(c, 2 * d);
+    input_as_operand(c, 2 * d);
 }
 
 /* input [B, F] = SiLU(gate) up. */
@@ -266,7 +261,7 @@ static void activate(struct call *c) {
         int64_t from = part % chunks * CHUNK, count = smaller(CHUNK, F - from), at = part / chunks * F + from;
         gated(c->input + at, c->gate + at, c->up + at, count);
     }
-    rows_as_operands(c, F);
+    input_as_operand(c, F);
 }
 
 static void one_layer(struct call *c, struct layer *l, const float *before, int threads) {
@@ -327,8 +322,10 @@ void mm_mosaic_step(const struct shape *s, struct layer *layers, const float *fi
         /* The team may be smaller than asked for; the shares must cover every pair all the same. */
         int team = omp_get_num_threads();
         struct product last = product(classifier, s->vocabulary, logits);
+        if (by_tiles(rows, s->format)) open_tiles();
         for (int64_t l = 0; l < s->layers; l++) one_layer(c, &layers[l], l ? c->delta : NULL, team);
         add_and_norm(c, c->delta, final_norm);
         multiply_input(c, &last, 1, s->width);
+        if (by_tiles(rows, s->format)) close_tiles();
     }
 }
