@@ -154,14 +154,19 @@ static void forward(const struct call *c, float *tile) {
     }
 }
 
-/* Y where there are few: each thread takes panels of its own, and all rows. Up to HELD tiles are packed once and meet the
-   panels one by one, more are packed for each round of panels. */
-static void forward_columns(const struct call *c, float *panels, float *tiles) {
+/* Y where there are few: each thread takes panels of its own, and all rows. Up to HELD tiles are packed once, by all threads for
+   all, and meet the panels one by one; more are packed for each round of panels, by each thread for itself. */
+static void forward_columns(const struct call *c, float *panels, float *shared, float *own) {
     whole first, end, deep = depth_of(DEPTH, c->format);
     my_share(parts_of(c->total, COLUMNS), &first, &end);
     int keep = parts_of(c->rows, c->height) <= HELD;
     for (whole k = 0; k < c->in; k += deep) {
         whole depth = least(deep, c->in - k), each = panel_floats(depth, c->format), most = keep ? 1 : ROUND_FLOATS / each;
+        if (keep) {
+#pragma omp for schedule(static)
+            for (whole row = 0; row < c->rows; row += c->height)
+                pack_tile(c, shared + row * TILE_ROW, row, least(c->height, c->rows - row), k, depth);
+        }
         for (whole p = first; p < end; p += most) {
             whole held = least(most, end - p), after = p + held;
             struct ahead weights = {0};
@@ -171,12 +176,15 @@ static void forward_columns(const struct call *c, float *panels, float *tiles) {
                 weights = weights_of(c, first * COLUMNS, least(most, end - first), k + deep, least(deep, c->in - k - deep));
             for (whole i = 0; i < held; i++) pack_weights(c, panels + i * each, (p + i) * COLUMNS, k, depth);
             for (whole row = 0; row < c->rows; row += c->height) {
-                float *tile = keep ? tiles + row * TILE_ROW : tiles;
+                float *tile = keep ? shared + row * TILE_ROW : own;
                 struct ahead next = rows_of(c, row + c->height, keep ? 0 : c->rows, k, depth);
                 next.then = &weights;
-                if (!keep || p == first) pack_tile(c, tile, row, least(c->height, c->rows - row), k, depth);
+                if (!keep) pack_tile(c, tile, row, least(c->height, c->rows - row), k, depth);
                 forward_round(c, row, p * COLUMNS, held, k, depth, tile, panels, &next);
             }
+        }
+        if (keep && k + deep < c->in) {
+#pragma omp barrier
         }
     }
 }
@@ -218,7 +226,7 @@ void mm_linear(const struct matrix *list, whole count, int format, const float *
         if (by_matrix(format)) open_tiles();
         if (in_steps(format)) narrow_x(&c);
         if (parts_of(rows, c.height) < EVEN_TILES * team)
-            forward_columns(&c, scratch + thread * (whole)ROUND_FLOATS, mine);
+            forward_columns(&c, scratch + thread * (whole)ROUND_FLOATS, tiles, mine);
         else
             forward(&c, mine);
         if (by_matrix(format)) close_tiles();
