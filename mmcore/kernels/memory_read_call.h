@@ -13,12 +13,13 @@ struct call {
     long q_stride[3], k_stride[3], v_stride[3];
     const float *base, *slope, *exponent; /* [H] */
     const int *starts;                    /* [B, Tq], or NULL */
-    float *out;                           /* [B, Tq, H, D] */
+    float *out;                           /* [B, Tq, H, D], `out_row` floats from query to query */
     float *largest, *total; /* [B, H, Tq]: the largest score, in units of ln 2, and the sum of 2^(score - largest) */
     long threads;
     long shares; /* parts into which the queries of each head are cut */
     long narrow; /* keys and values are fp16; not in the backward pass */
     long rounded; /* products meet in bf16 but those of scores, where the processor can */
+    long out_row;
 };
 
 /* Query i of row b reads the pairs lo .. hi; returns how many they are. */

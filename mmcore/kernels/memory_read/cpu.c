@@ -88,7 +88,7 @@ static void forward_block(const struct call *c, const struct share *s, const str
         }
     }
 
-    long out_row = c->heads * size;
+    long out_row = c->out_row;
     float *out = c->out + (x->b * c->queries + x->first) * out_row + x->h * size;
     for (long i = 0; i < queries; i++) scale[i] = x->number[i] ? 1 / total[i] : 0;
     for (long p = 0; p < x->panels; p++)

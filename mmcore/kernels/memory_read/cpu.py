@@ -21,7 +21,7 @@ _WORTH_A_THREAD = 65_536
 
 # struct call of memory_read_call.h, and struct backward of cpu_backward.c, as bytes: a decoder calls this twice a layer for
 # each token, and a ctypes.Structure of so many fields took 4 us to fill where this takes 2.
-_CALL = struct.Struct("31q").pack
+_CALL = struct.Struct("32q").pack
 _BACKWARD = struct.Struct("6q").pack
 
 
@@ -56,7 +56,7 @@ def _call(queries, keys, values, bandwidths, place, out, statistics, threads: in
         batch, length, keys.shape[1], heads, size, window or 0, delay, offset,
         queries.data_ptr(), keys.data_ptr(), values.data_ptr(), q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
         base.data_ptr(), slope.data_ptr(), exponent.data_ptr(), starts.data_ptr() if starts is not None else 0,
-        out.data_ptr(), largest, total, threads, shares, keys.dtype is torch.float16, rounded,
+        out.data_ptr(), largest, total, threads, shares, keys.dtype is torch.float16, rounded, heads * size,
     )  # fmt: skip
 
 

@@ -130,7 +130,7 @@ static void read_share(const struct call *c, float *states, long b, long head, l
 static void join(const struct call *c, const float *states, long unit) {
     long each = record(c->size), all = c->batch * c->heads * c->queries, size = c->size;
     long i = unit % c->queries, h = unit / c->queries % c->heads, b = unit / c->queries / c->heads;
-    float *out = c->out + ((b * c->queries + i) * c->heads + h) * size, top = -FLT_MAX, total = 0;
+    float *out = c->out + (b * c->queries + i) * c->out_row + h * size, top = -FLT_MAX, total = 0;
     memset(out, 0, size * sizeof(float));
     for (long s = 0; s < c->shares; s++) {
         const float *state = states + (s * all + unit) * each;

@@ -34,8 +34,9 @@ struct piece {
     const int64_t *padding;
     int64_t threads, shares;
     /* x [B T, d] is the residual stream, input [B T, max(2d, F)] what a product reads; then the projections of both
-       memories, their keys [B, T, d] as queries and what these read, W_o's and W_2's products, and SwiGLU's two. */
-    float *x, *input, *projected[2][4], *queries[2], *read[2], *delta, *gate, *up;
+       memories, their keys [B, T, d] as queries, W_o's and W_2's products, and SwiGLU's two. What both memories read lies side by
+       side in the input. */
+    float *x, *input, *projected[2][4], *queries[2], *delta, *gate, *up;
     int *starts; /* [B, T] */
     float *spare;
 };
@@ -94,6 +95,7 @@ static struct call read_of(const struct piece *p, const struct memory *m, int64_
         .q_stride = {T * d, d, D}, .k_stride = {m->apart, d, D}, .v_stride = {m->apart, d, D},
         .base = m->base, .slope = m->slope, .exponent = m->exponent, .starts = p->padding ? p->starts : NULL,
         .out = out, .threads = p->threads, .shares = p->shares, .narrow = m->narrow,
+        .out_row = 2 * d,
     };
     if (wanted <= p->do_->few_queries) c.shares = B % p->threads ? p->threads : 1;
     return c;
@@ -102,19 +104,11 @@ static struct call read_of(const struct piece *p, const struct memory *m, int64_
 static void read_memory(const struct piece *p, const struct memory *m, int64_t wanted, const float *queries, float *out) {
     struct call c = read_of(p, m, wanted, queries, out);
     if (c.offset + wanted <= m->delay) { /* no pair is old enough */
-        memset(out, 0, p->rows * wanted * p->shape->width * sizeof *out);
+        for (int64_t i = 0; i < p->rows * wanted; i++) memset(out + i * c.out_row, 0, p->shape->width * sizeof *out);
         return;
     }
     for (int64_t i = 0; c.starts && i < p->rows * wanted; i++) p->starts[i] = larger(0, p->padding[i / wanted] - m->first);
     (wanted <= p->do_->few_queries ? p->do_->read_few : p->do_->read)(&c, p->spare);
-}
-
-/* input [., 2d] = what `rows` queries read of both memories. */
-static void side_by_side(const struct piece *p, int64_t rows) {
-    int64_t d = p->shape->width;
-#pragma omp parallel for schedule(static) num_threads(threads_for(p, 2 * rows * d))
-    for (int64_t r = 0; r < rows; r++)
-        for (int k = 0; k < 2; k++) memcpy(p->input + (2 * r + k) * d, p->read[k] + r * d, d * sizeof *p->input);
 }
 
 static void one_layer(const struct piece *p, struct layer *l, const float *before, int64_t wanted) {
@@ -135,11 +129,10 @@ static void one_layer(const struct piece *p, struct layer *l, const float *befor
         int64_t k = i / (p->rows * H);
         remember_all(p, &l->memories[k], p->projected[k], p->queries[k], i / H % p->rows, i % H);
     }
-    for (int k = 0; k < 2; k++) read_memory(p, &l->memories[k], wanted, p->queries[k], p->read[k]);
+    for (int k = 0; k < 2; k++) read_memory(p, &l->memories[k], wanted, p->queries[k], p->input + k * d);
     rows = p->rows * wanted;
     for (int64_t b = 0; wanted < T && b < p->rows; b++) /* upwards, each row to before where it was */
         memmove(p->x + b * wanted * d, p->x + (b * T + T - wanted) * d, wanted * d * sizeof *p->x);
-    side_by_side(p, rows);
     multiply(p, &out, 1, p->input, rows, 2 * d);
     add_and_norm(p, rows, p->delta, l->persistent_norm);
     multiply(p, inner, 2, p->input, rows, d);
@@ -177,7 +170,6 @@ static int64_t lay_out(struct piece *p, const struct layer *layers, float *scrat
     for (int k = 0; k < 2; k++) {
         for (int part = 0; part < 4; part++) p->projected[k][part] = cut(&rest, rows * (part < 2 ? d : H));
         p->queries[k] = cut(&rest, rows * d);
-        p->read[k] = cut(&rest, rows * d);
     }
     p->starts = (int *)cut(&rest, rows);
     p->spare = p->spare > rest ? p->spare : rest;
