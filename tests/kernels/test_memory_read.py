@@ -239,6 +239,29 @@ def test_under_autocast_all_operands_but_the_scores_are_rounded(name, sharpness)
         assert not torch.equal(out.detach(), memory_read(*leaves, **case.place(), implementation="cpu").detach())
 
 
+@pytest.mark.skipif(not multiplies_bf16(), reason="this processor has no products of bf16")
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("name", ["packed", "packed 300", "300 long", "head of 40", "head of 128"])
+def test_rounded_queries_that_are_the_keys_get_both_gradients(name, threads):
+    """No more off than rounding allows of either; 5 threads share out the queries of a head. Each run gives the same bits."""
+    case = CASES[name]
+    (_, keys, values, *bandwidths), upstream = case.tensors()
+    (out, out_bound), for_q, for_k, for_v = exact_and_bounds(case, bandwidths, keys, keys, values, upstream)
+    want = [(out, out_bound), (for_q[0] + for_k[0], for_q[1] + for_k[1]), for_v]
+    k, v, *bandwidths = [t.float().requires_grad_() for t in (keys, values, *bandwidths)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            same = memory_read(k, k, v, *bandwidths, **case.place(), implementation="cpu")
+        once, again = (torch.autograd.grad(same, [k, v, *bandwidths], upstream.float(), retain_graph=True) for _ in range(2))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+    for got, (exact, bound) in zip((same.detach(), *once[:2]), want, strict=True):
+        assert ((got.double() - exact).abs() <= bound + 1e-5 * max(1.0, float(exact.abs().max()))).all()
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", ["packed", "300 long", "300", "head of 64", "head of 5"])
 def test_queries_that_are_the_keys_get_both_gradients(form, name):

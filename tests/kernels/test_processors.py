@@ -13,6 +13,7 @@ CHECKS = ["tests/kernels/test_thin_linear.py", "tests/kernels/test_linear.py", "
           "tests/model/test_v1.py", "tests/kernels/test_memory_read.py::test_pairs_in_fp16_are_widened"]
 ABOUT = "narrow or every_number or nan or overflow or rounding or compiled_step or in_fp16 or stay_close"
 TAKEN_AWAY = {
+    "AVX-512 without a matrix unit": ["-mno-amx-tile", "-mno-amx-bf16", "-mno-amx-int8"],
     "AVX-512 without products of 16 bits": ["-mno-avx512vnni", "-mno-avx512bf16"],
     "AVX2": ["-mno-avx512f"],
     "AVX": ["-mno-avx2"],
