@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmcore.errors import ConfigError
 from mmcore.generation import sampling as drawing
-from mmcore.generation.engine import PREFILL_CHUNK, check_length, checked_ids, default_stop_ids
+from mmcore.generation.engine import check_length, checked_ids, chunk_of, default_stop_ids
 from mmcore.generation.sampling import Draw, Sampling, uniform
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def generate_batch(
     seed: int = 0,
     stop_ids: Iterable[int] | None = None,
     vocab_size: int | None = None,
-    chunk: int = PREFILL_CHUNK,
+    chunk: int | None = None,
 ) -> list[list[int]]:
     """The ids that go on with each of the prompts, of any lengths, read and drawn together.
 
@@ -50,7 +50,7 @@ def generate_batch(
     device = next(model.parameters()).device
     state = model.new_state(len(rows), padding=torch.tensor(padding, device=device) if any(padding) else None)
     tokens_BT = torch.tensor([[0] * pad + row for pad, row in zip(padding, rows, strict=False)], device=device)
-    for piece_BT in tokens_BT.split(chunk, dim=1):
+    for piece_BT in tokens_BT.split(chunk or chunk_of(len(rows)), dim=1):
         logits_BV = model.advance(piece_BT, state)
 
     def draw(logits_BV: Tensor, count: int) -> Draw:

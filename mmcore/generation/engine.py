@@ -28,6 +28,15 @@ PREFILL_CHUNK = 1024
 """Tokens of a prompt read in one pass: long enough for matrix products at full speed, short enough to stop
 within a moment and to bound the memory a long prompt takes."""
 
+LEAST_CHUNK = 256
+"""Of each row, where many are read together: with fewer, pairs are copied into a kernel's order too often."""
+
+
+def chunk_of(rows: int) -> int:
+    """Tokens of each of so many rows to read in one pass: as many in all as of one row, while that is not too few."""
+    return max(LEAST_CHUNK, PREFILL_CHUNK // rows)
+
+
 GREEDY = Sampling()
 
 Progress = Callable[[int, int], None]

@@ -293,7 +293,7 @@ def _job(
 def _remark(recipe: Recipe, corpus: Corpus, device: torch.device, precision: str, tell: Listener) -> None:
     """Say what is allowed but may not be meant."""
     if precision == "bf16" and device.type == "cpu" and not multiplies_bf16():
-        tell(Notice("training.precision is bf16, which this CPU computes 8 to 130 times slower than fp32"))
+        tell(Notice("training.precision is bf16, which this CPU computes slower than fp32, up to 130 times"))
     for path, found in corpus.fingerprint["files"].items():
         if found["skipped"] and path != "python-library":
             endings = ", ".join(f"{count} {ending or 'without ending'}" for ending, count in found["skipped"].items())

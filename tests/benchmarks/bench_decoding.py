@@ -3,7 +3,7 @@
 Every side is a process of its own; in each round each side reads the prompt (prefill tokens/s) and then decodes
 greedily (tokens/s from the median time of a step, over all rows of the batch). Hugging Face's model is called as
 directly as it can be, without generate(): eager with a growing cache, and compiled with a static cache. Ours reads a
-prompt in pieces of 512 tokens, as `mm chat` and mmcore.generate do. A step must read every weight but the embedding once,
+prompt in the pieces that `mm chat` and mmcore.generate_batch take. A step must read every weight but the embedding once,
 and every key and value that a query looks at: those bytes over the bandwidth of a plain sum of them give the floor of a
 step, and the floor over the time of a step the share that is reached. The sum is over ours where they lie, in the same
 process and turn: one place in memory is read at 33 GB/s here and another at 60.
@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmcore.generation.engine import PREFILL_CHUNK
+from mmcore.generation.engine import chunk_of
 from mmcore.kernels.allocator import keep_pages, move_to_huge_pages
 from tests.benchmarks import common
 
@@ -94,7 +94,7 @@ class Ours:
 
     def read(self, prompt: Tensor) -> Tensor:
         self.state = self.model.new_state(len(prompt))
-        for piece in prompt.split(PREFILL_CHUNK, dim=1):
+        for piece in prompt.split(chunk_of(len(prompt)), dim=1):
             words = self.step(piece)
         return words
 

@@ -59,7 +59,7 @@ def why_not(x: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor] | Non
 
 @torch.compiler.assume_constant_result
 def multiplies_bf16() -> bool:
-    """Whether this processor has products of bf16 (AVX512-BF16), at twice the speed of fp32's."""
+    """Whether this processor has products of bf16 that are faster than fp32's: a matrix unit (AMX), or AMD's AVX512-BF16."""
     return _multiplies_bf16()
 
 
