@@ -125,8 +125,8 @@ class TrainingConfig:
     precision: str = "auto"
     """fp32; bf16: products in bf16 over fp32 master weights, gradients summed in fp32; fp8: bf16 with the blocks' large
     products in 8-bit floats (an H100 or newer, and the extra `float8`); auto: bf16 on a GPU and on a CPU that multiplies
-    it faster (a step with AMX: 2.2 to 2.9 times as fast as in fp32; with AMD's AVX512-BF16: 1.5 times), fp32 on others, which
-    are up to 130 times slower in bf16."""
+    it faster (a step with AMX: 2.2 to 2.9 times as fast as in fp32; with AMD's AVX512-BF16: 1.5 times), fp32 on others,
+    which are up to 130 times slower in bf16."""
     device: str = "auto"
     """auto, cpu, or cuda."""
     seed: int = 0

@@ -17,7 +17,6 @@
 
 #if defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AVX512BF16__) && defined(__linux__) && defined(__x86_64__)
 #define MATRIX_TILES 1
-#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -26,17 +25,21 @@ enum { REQUEST_STATE = 0x1023, TILE_DATA = 18 }; /* ARCH_REQ_XCOMP_PERM and XFEA
 /* Whether this process may use tiles. Linux wants to be asked, for they are 8 KiB more of each thread's state. */
 static int tiles_allowed(void) {
     static int known; /* 1 yes, -1 no; threads that ask at once learn the same */
-    if (!known) known = syscall(SYS_arch_prctl, REQUEST_STATE, TILE_DATA) == 0 ? 1 : -1;
-    return known > 0;
+    int now = __atomic_load_n(&known, __ATOMIC_RELAXED);
+    if (!now) {
+        now = syscall(SYS_arch_prctl, REQUEST_STATE, TILE_DATA) == 0 ? 1 : -1;
+        __atomic_store_n(&known, now, __ATOMIC_RELAXED);
+    }
+    return now > 0;
 }
 
 /* Between these a thread's eight tiles are whole ones. What the library held in its own is not kept: it asks each time. */
 static void open_tiles(void) {
     struct { uint8_t palette, start, none[14]; uint16_t bytes[16]; uint8_t rows[16]; } shapes = {.palette = 1};
     for (int i = 0; i < 8; i++) shapes.bytes[i] = 64, shapes.rows[i] = TILE_SIDE;
-    _tile_loadconfig(&shapes);
+    __asm__ volatile("ldtilecfg %0" ::"m"(shapes));
 }
-static void close_tiles(void) { _tile_release(); }
+static void close_tiles(void) { __asm__ volatile("tilerelease"); }
 
 /* Tile n is one of 0 to 7, as a literal; rows of memory lie `row` bytes apart. gcc's own loads do not say that they read it. */
 #define LOAD_TILE(n, from, row) __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #n ::"r"(from), "r"((int64_t)(row)) : "memory")
@@ -52,11 +55,11 @@ static void close_tiles(void) { _tile_release(); }
 #define MATRIX_TILES 0 /* and what follows is never called */
 #define LOAD_TILE(n, from, row) ((void)(from), (void)(row))
 #define STORE_TILE(n, to, row) ((void)(to), (void)(row))
-#define ZERO_TILE(n)
-#define MULTIPLY_TILES(sum, a, b)
-#define MULTIPLY_BYTES(sum, a, b)
-#define MULTIPLY_LOW_BYTES(sum, a, b)
-#define MULTIPLY_BY_LOW_BYTES(sum, a, b)
+#define ZERO_TILE(n) ((void)0)
+#define MULTIPLY_TILES(sum, a, b) ((void)0)
+#define MULTIPLY_BYTES(sum, a, b) ((void)0)
+#define MULTIPLY_LOW_BYTES(sum, a, b) ((void)0)
+#define MULTIPLY_BY_LOW_BYTES(sum, a, b) ((void)0)
 static inline int tiles_allowed(void) { return 0; }
 static inline void open_tiles(void) {}
 static inline void close_tiles(void) {}

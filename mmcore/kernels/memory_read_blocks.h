@@ -29,7 +29,7 @@ static long panels_of(long size) { return larger(1, smaller(MAX_PANELS, 512 / pa
 
 /* Whether products other than scores' meet in bf16; and whether they do in the matrix unit. */
 static int rounds(const struct call *c) { return bf16_pays() && (c->rounded || c->narrow); }
-static int by_matrix(const struct call *c) { return rounds(c) && tiles_allowed(); }
+static int reads_by_matrix(const struct call *c) { return rounds(c) && tiles_allowed(); }
 
 /* One block of queries of one head, and the pairs that each of its panels reads. */
 struct block {
@@ -75,13 +75,14 @@ static void mask(float *scores, const struct block *x, long p, long origin, long
     }
 }
 
-/* The scores of panel p and the rows [from, to) of a tile, masked. Keys and panel are split for the matrix unit. */
+/* The scores of panel p and the rows [from, to) of a tile, `depth` numbers each, masked. Keys and panel are split for the matrix
+unit. */
 static void score(float *scores, const struct block *x, long p, const float *keys, long row, const float *panel,
-                  long size, long origin, long from, long to, int matrix) {
+                  long depth, long origin, long from, long to, int matrix) {
     if (matrix)
-        split_rows_times_panel(scores, keys, panel, deep(size), from & -SIDE, to);
+        split_rows_times_panel(scores, keys, panel, depth, from & -SIDE, to);
     else
-        rows_times_panel(scores, keys, row, panel, size, from & ~3L, to);
+        rows_times_panel(scores, keys, row, panel, depth, from & ~3L, to);
     long inner_from = larger(from, smaller(to, x->inner_begin[p] - origin));
     long inner_to = smaller(to, larger(inner_from, x->inner_end[p] - origin));
     mask(scores, x, p, origin, from, inner_from);
@@ -111,8 +112,9 @@ static long share_length(const struct call *c) {
     return (blocks + c->shares - 1) / c->shares * length;
 }
 
-/* Scratch of one thread, in floats; `copies` is 2 for the forward pass (keys, values), 4 for the backward pass. Words take
-the space of values: in the forward pass half of it, in the backward pass keys' and values' a half each. */
+/* Scratch of one thread, in floats, with rows that fill up tiles and strips; `copies` is 2 for the forward pass (keys, values), 4
+for the backward pass. Words take the space of values: in the forward pass half of it, in the backward pass keys' and values' a
+half each; split keys take that of keys. */
 static long scratch_of(const struct call *c, long copies) {
     long size = c->size, queries = panels_of(size) * PANEL;
     long rows = c->window && c->shares > 1 ? smaller(c->pairs, share_length(c) + c->window) : c->pairs;
@@ -161,7 +163,7 @@ static void open_share(struct share *s, const struct call *c, long unit, int bac
     s->whole = c->q == c->k && c->shares == 1 && c->queries == c->pairs;
     if (s->whole) s->base = 0, last = c->pairs;
     s->rows = larger(0, last - s->base);
-    if (by_matrix(c)) {
+    if (reads_by_matrix(c)) {
         open_matrix_share(s, c, back, scratch);
         return;
     }
@@ -185,12 +187,12 @@ static void open_share(struct share *s, const struct call *c, long unit, int bac
 
 /* Where a block's tiles begin: words of two rows, and columns of 32, are counted from the share's first. */
 static long first_tile(const struct call *c, const struct share *s, const struct block *x) {
-    return x->begin[0] - (x->begin[0] - s->base) % (by_matrix(c) ? SIDE : 2);
+    return x->begin[0] - (x->begin[0] - s->base) % (reads_by_matrix(c) ? SIDE : 2);
 }
 
 /* The block's queries, and the floats from one to the next. */
 static const float *queries_of(const struct call *c, const struct share *s, const struct block *x, long *row) {
-    int copied = s->whole && !by_matrix(c);
+    int copied = s->whole && !reads_by_matrix(c);
     *row = copied ? row_of(c->size) : c->q_stride[1];
     if (copied) return s->keys + x->first * *row;
     return c->q + x->b * c->q_stride[0] + x->first * *row + x->h * c->q_stride[2];

@@ -1,9 +1,10 @@
 /* What the memory_read kernels are made of: vectors, exp2, matrix products of tiles, and packing.
 
-A panel is VECTORS = 3 vectors of queries side by side (4 where there is a matrix unit, whose tiles take 32 numbers), and scores are stored with the queries as columns. So the
-softmax of a query runs down a column, without sums across lanes, and the masks compare whole vectors.
+A panel is VECTORS = 3 vectors of queries side by side (4 where there is a matrix unit, whose tiles take 32 numbers), and
+scores are stored with the queries as columns. So the softmax of a query runs down a column, without sums across lanes, and the
+masks compare whole vectors.
 
-Products are register blocks of 4 rows x 3 vectors or 6 rows x 2 vectors: 12 accumulators hide the latency of FMA
+Products are register blocks of 4 rows x VECTORS or 6 rows x 2 vectors: 12 accumulators hide the latency of FMA
 (4 cycles, 2 a cycle) and fit the 16 registers of AVX2. On a Zen 3 core all of them ran at 96-98 GFLOP/s, where
 the library's fp32 GEMM reached 80-88. */
 #ifndef MEMORY_READ_TILES_H

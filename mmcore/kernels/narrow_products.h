@@ -146,6 +146,11 @@ static inline float narrow_step(const float *x, int64_t count, int format) {
     return step < 0x1p-126f ? 0 : step;
 }
 
+/* 64 whole numbers of 16 bits as their two bytes: 256 high + low. */
+static inline void split_bytes(uint8_t *high, uint8_t *low, const uint16_t *x) {
+    for (int i = 0; i < 64; i++) high[i] = x[i] >> 8, low[i] = (uint8_t)x[i];
+}
+
 /* Some numbers of a row in 16 bits. */
 static inline void narrow(uint16_t *to, const float *x, int64_t count, float step, int format) {
     if (format != INT8) {

@@ -133,10 +133,10 @@ INLINE void add_to_operand(struct operand to, int64_t r, int64_t rows, const flo
     if (in % STEP) step_of_operand(p + whole * xs * piece, x + whole * STEP, in % STEP, step, format);
 }
 
-/* x [rows, in] becomes the operand; called by every thread of a team, for whom it is ready behind the next barrier. */
-INLINE void make_operand(struct operand to, const float *x, int64_t rows, int64_t in, int format) {
-    int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
-    if (by_tiles(rows, format)) {
+/* A thread's share of x [rows, in] as an operand. */
+INLINE void make_operand(struct operand to, const float *x, int64_t rows, int64_t in, int format, int64_t thread,
+                         int64_t threads) {
+    if (by_tiles(rows, in, format)) {
         steps_of_operand((float *)to.numbers, to.step, x, rows, in, format, thread, threads);
         return;
     }
@@ -309,7 +309,7 @@ INLINE void block(const int ws, struct operand x, int64_t rows, int64_t in, cons
 INLINE void some_rows(struct operand x, int64_t rows, int64_t in, const char *w, const float *scale, float *y, int64_t out,
                       int64_t o, int64_t last, const int format) {
     const int64_t row_bytes = in * bytes_of(format), apart = (last - o) / 3;
-    if (format != FP32 && by_tiles(rows, format)) {
+    if (format != FP32 && by_tiles(rows, in, format)) {
         rows_by_tiles((const float *)x.numbers, x.step, rows, in, w, scale, y, out, o, last, format);
         return;
     }

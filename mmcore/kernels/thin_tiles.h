@@ -12,8 +12,11 @@
 #include "weight_formats.h"
 
 #define LEAST_TILE_ROWS 3 /* with fewer vectors are fast enough */
+#define MOST_SUMMED 65536 /* products of bytes, each below 128 x 255, before 32 bits overflow */
 
-static inline int by_tiles(int64_t rows, int format) { return rows >= LEAST_TILE_ROWS && format != FP32 && tiles_allowed(); }
+static inline int by_tiles(int64_t rows, int64_t in, int format) {
+    return rows >= LEAST_TILE_ROWS && format != FP32 && (format != INT8 || in <= MOST_SUMMED) && tiles_allowed();
+}
 
 /* Words of x for 64 bytes of a row of W: a tile, word k of x's row r in column r; for int8 one of high bytes and one of low. */
 static inline int64_t words_of_step(int format) { return (format == INT8 ? 2 : 1) * TILE_SIDE * TILE_SIDE; }
@@ -34,7 +37,7 @@ static inline __attribute__((always_inline)) void turn(vec *x) {
 }
 
 /* This thread's share of x [rows, in] as an operand, in steps of W's 64 bytes: threads that took rows instead would write to
-   one another's lines (8 rows in int8: 3,300 us a token for 2,200). `step` is every row's, and each thread finds all of them. */
+   one another's lines (8 rows in int8: 3,300 us a token for 2,400). `step` is every row's, and each thread finds all of them. */
 static inline void steps_of_operand(float *to, float *step, const float *x, int64_t rows, int64_t in, int format,
                                     int64_t thread, int64_t threads) {
     const int64_t numbers = 64 / bytes_of(format), count = tile_steps(in, format), end = count * (thread + 1) / threads;
@@ -48,7 +51,7 @@ static inline void steps_of_operand(float *to, float *step, const float *x, int6
             uint16_t halves[64] = {0};
             uint8_t bytes[2][64];
             narrow(halves, x + r * in + at, left, steps[r], format);
-            for (int i = 0; i < 64; i++) bytes[0][i] = halves[i] >> 8, bytes[1][i] = (uint8_t)halves[i];
+            split_bytes(bytes[0], bytes[1], halves);
             memcpy(&words[0][r], format == INT8 ? (void *)bytes[0] : (void *)halves, sizeof(vec));
             memcpy(&words[1][r], bytes[1], sizeof(vec));
         }

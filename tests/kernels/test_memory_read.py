@@ -262,6 +262,25 @@ def test_rounded_queries_that_are_the_keys_get_both_gradients(name, threads):
         assert ((got.double() - exact).abs() <= bound + 1e-5 * max(1.0, float(exact.abs().max()))).all()
 
 
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("start, delay", [(62, 4), (70, 4), (64, 0), (64, 1)])
+def test_queries_that_read_nothing_between_others_that_do(start, delay, half):
+    """64 of them at once: their part of a tile must count as zeros where those on both sides read the same pairs."""
+    starts = torch.tensor([[0] * 64 + [1000] * 64 + [start] * 64], dtype=torch.int32)
+    case = Case(192, batch=1, heads=1, size=64, delay=delay)
+    inputs, upstream = case.tensors()
+    leaves = [t.float().requires_grad_() for t in inputs]
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        out = memory_read(*leaves, starts=starts, delay=delay, implementation="cpu")
+    grads = torch.autograd.grad(out, leaves, upstream.float())
+    doubles = [t.requires_grad_() for t in inputs]
+    exact = loop(*doubles, starts=starts, delay=delay)
+    wanted = (exact.detach(), *torch.autograd.grad(exact, doubles, upstream))
+    for n, (got, want) in enumerate(zip((out.detach(), *grads), wanted, strict=True)):
+        step = 1e-4 if not half else 0.03 if n < 4 else 0.2  # a bandwidth's gradient is what sums of rounded numbers leave
+        torch.testing.assert_close(got.double(), want, rtol=step, atol=step * float(want.abs().max()))
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", ["packed", "300 long", "300", "head of 64", "head of 5"])
 def test_queries_that_are_the_keys_get_both_gradients(form, name):

@@ -149,3 +149,12 @@ def test_weights_may_change_place_and_value_between_calls():
     assert product_error(thin_linear(x, layer.weight), x, layer.weight) < 1e-6
     layer.to(torch.bfloat16)
     assert product_error(thin_linear(x, layer.weight), x, layer.weight) < 1e-6
+
+
+@needs_compiler
+def test_sums_of_bytes_do_not_run_over():
+    """Rows of 70,000 weights, all of them and x as large as they can be."""
+    for rows in (2, 3, 16):
+        weight = torch.full((17, 70_000), 127, dtype=torch.int8)
+        y = thin_linear(torch.ones(rows, 70_000), weight, torch.ones(17), implementation="cpu")
+        assert torch.equal(y, torch.full((rows, 17), 70_000 * 127.0))

@@ -2,7 +2,7 @@
 
 #include "linear_call.h"
 
-#define HELD 16       /* tiles of X that a thread keeps, of 8 to 30 KiB */
+#define HELD 16       /* tiles of X that are kept for all threads, of 8 to 66 KiB */
 #define EVEN_TILES 32 /* for each thread: with fewer, one more or less leaves another waiting (5 % of 512 rows) */
 
 /* Columns [n, n + count) of all Y, from a block that fills no panel of one matrix. */
@@ -91,11 +91,10 @@ static void lay_whole_numbers(float *tile, whole r, const float *words, whole de
     }
     for (whole k = 0; k < depth; k += 64) {
         uint16_t x[64];
-        int8_t *high = (int8_t *)(tile + k / 32 * MATRIX_STEP + r * TILE_SIDE);
-        uint8_t *low = (uint8_t *)high + 4 * MATRIX_STEP;
+        uint8_t *high = (uint8_t *)(tile + k / 32 * MATRIX_STEP + r * TILE_SIDE);
         memcpy(x, (const uint16_t *)words + k, least(64, depth - k) * sizeof *x);
         memset(x + least(64, depth - k), 0, (64 - least(64, depth - k)) * sizeof *x);
-        for (int i = 0; i < 64; i++) high[i] = (int8_t)(x[i] >> 8), low[i] = (uint8_t)x[i];
+        split_bytes(high, high + 4 * MATRIX_STEP, x);
     }
 }
 
@@ -202,12 +201,13 @@ static void narrow_x(const struct call *c) {
     }
 }
 
-/* Floats of the tiles that a thread keeps. */
-static whole held_floats(int format) { return HELD * rows_of_block(format) * TILE_ROW; }
+/* Floats of a tile of X. */
+static whole tile_floats(int format) { return rows_of_block(format) * TILE_ROW; }
 
 /* Floats of scratch for so many rows. */
 whole mm_linear_scratch(whole rows, whole in, int format, int threads) {
-    return threads * (ROUND_FLOATS + held_floats(format)) + (in_steps(format) ? rows * (words_of(in) + 1) : 0);
+    whole narrow = in_steps(format) ? rows * (words_of(in) + 1) : 0;
+    return threads * (ROUND_FLOATS + tile_floats(format)) + HELD * tile_floats(format) + narrow;
 }
 
 /* Whether this processor multiplies in bf16 faster than in fp32: without that nothing is to be ROUNDED. */
@@ -215,18 +215,19 @@ int mm_linear_rounds(void) { return bf16_pays(); }
 
 void mm_linear(const struct matrix *list, whole count, int format, const float *x, whole rows, whole in, whole x_row,
                float *scratch, int threads) {
-    float *tiles = scratch + threads * (whole)ROUND_FLOATS, *steps = tiles + threads * held_floats(format);
+    float *tiles = scratch + threads * (whole)ROUND_FLOATS, *shared = tiles + threads * tile_floats(format);
+    float *steps = shared + HELD * tile_floats(format);
     struct call c = {.list = list, .x = x, .count = count, .total = outputs_of(list, count), .rows = rows, .in = in,
                      .x_row = x_row, .height = rows_of_block(format), .format = format, .block = block_of(format),
                      .panels = scratch, .steps = steps, .narrow = steps + rows};
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         whole thread = omp_get_thread_num(), team = omp_get_num_threads();
-        float *mine = tiles + thread * held_floats(format);
+        float *mine = tiles + thread * tile_floats(format);
         if (by_matrix(format)) open_tiles();
         if (in_steps(format)) narrow_x(&c);
         if (parts_of(rows, c.height) < EVEN_TILES * team)
-            forward_columns(&c, scratch + thread * (whole)ROUND_FLOATS, tiles, mine);
+            forward_columns(&c, scratch + thread * (whole)ROUND_FLOATS, shared, mine);
         else
             forward(&c, mine);
         if (by_matrix(format)) close_tiles();

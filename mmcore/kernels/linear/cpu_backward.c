@@ -106,9 +106,9 @@ static void turned_tiles(const struct matrix *m, float *tiles, whole count, whol
 }
 
 /* Floats of a tile of dY^T. */
-static whole tile_floats(int format) { return BACK_DEPTH * (by_matrix(format) ? MATRIX_ROWS : TILE_STEP); }
+static whole turned_floats(int format) { return BACK_DEPTH * (by_matrix(format) ? MATRIX_ROWS : TILE_STEP); }
 
-/* Tiles of dY^T, outputs [n, n + BLOCK_ROWS) and on, depth first: rows [k, k + depth) of dY. */
+/* Tiles of dY^T, outputs from n on, depth first: rows [k, k + depth) of dY. */
 static void tiles_of_gradients(const struct matrix *m, float *tiles, whole count, whole n, whole k, whole depth,
                                int format) {
     if (by_matrix(format)) {
@@ -196,7 +196,7 @@ static void backward_group(const struct call *c, const struct group *g, int add,
             whole row = (g->t + q) * c->height, rows = least(c->height, m->out - row);
             for (whole column = from; column < least(in, from + round); column += COLUMNS)
                 partial(c->block_by_depth, m->grad + row * in + column, in, rows, in - column, add || g->k > 0, depth,
-                        tiles + q * tile_floats(c->format), c->panels + column * BACK_DEPTH, next);
+                        tiles + q * turned_floats(c->format), c->panels + column * BACK_DEPTH, next);
         }
 }
 
@@ -227,16 +227,16 @@ static void backward_weights(const struct call *c, int add, float *tiles) {
 
 enum work { INPUT, WEIGHTS, MORE_WEIGHTS };
 
-/* Floats of a thread's tiles, of the panels, and of scratch for any of these. */
-static whole tiles_floats(int format) {
-    whole group = GROUP * tile_floats(format), one = rows_of_block(format) * TILE_ROW;
+/* Floats of what a thread packs, of the panels, and of scratch for any of these. */
+static whole group_floats(int format) {
+    whole group = GROUP * turned_floats(format), one = rows_of_block(format) * TILE_ROW;
     return group > one ? group : one;
 }
 static whole panels_floats(whole in) {
     whole all = parts_of(in, COLUMNS) * COLUMNS * BACK_DEPTH;
     return all > ROUND_FLOATS ? all : ROUND_FLOATS;
 }
-whole mm_linear_backward_scratch(whole in, int format, int threads) { return panels_floats(in) + threads * tiles_floats(format); }
+whole mm_linear_backward_scratch(whole in, int format, int threads) { return panels_floats(in) + threads * group_floats(format); }
 
 /* MORE_WEIGHTS adds to what `grad` holds. */
 void mm_linear_backward(int work, const struct matrix *list, whole count, int format, const float *x, float *dx, whole rows,
@@ -246,7 +246,7 @@ void mm_linear_backward(int work, const struct matrix *list, whole count, int fo
                      .block_by_depth = block_by_depth_of(format), .panels = scratch};
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        float *tiles = scratch + panels_floats(in) + omp_get_thread_num() * tiles_floats(format);
+        float *tiles = scratch + panels_floats(in) + omp_get_thread_num() * group_floats(format);
         if (by_matrix(format)) open_tiles();
         if (work == INPUT)
             backward_input(&c, tiles);

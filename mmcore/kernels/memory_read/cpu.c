@@ -46,7 +46,7 @@ static void soften(float *scores, float *largest, float *total, float *factor, l
 
 static void forward_block(const struct call *c, const struct share *s, const struct block *x, float *scratch) {
     long size = c->size, width = padded(size), row = row_of(size), tile = tile_of(size), queries = x->panels * PANEL;
-    int matrix = by_matrix(c);
+    int matrix = reads_by_matrix(c);
     long each = PANEL * (matrix ? deep(size) : width); /* floats of a panel of queries */
     float *panels = take(&scratch, x->panels * each), *sums = take(&scratch, queries * width);
     float *scores = take(&scratch, tile * PANEL), factor[PANEL], scale[MAX_QUERIES];
@@ -69,7 +69,7 @@ static void forward_block(const struct call *c, const struct share *s, const str
         for (long p = 0; p < x->panels; p++) {
             long from = larger(0, x->begin[p] - origin), to = smaller(tile, x->end[p] - origin);
             if (from >= to) continue;
-            score(scores, x, p, keys, row, panels + p * each, matrix ? size : width, origin, from, to, matrix);
+            score(scores, x, p, keys, row, panels + p * each, each / PANEL, origin, from, to, matrix);
             soften(scores, largest + p * PANEL, total + p * PANEL, factor, from, to);
             if (matrix) {
                 long first = from & -SIDE, last = up_to(to, SIDE);
@@ -107,7 +107,7 @@ void memory_read_forward(const struct call *c, float *scratch) {
 #pragma omp parallel for schedule(dynamic) num_threads(c->threads)
     for (long unit = 0; unit < c->batch * c->heads * c->shares; unit++) {
         float *own = scratch + omp_get_thread_num() * each;
-        if (by_matrix(c)) open_tiles();
+        if (reads_by_matrix(c)) open_tiles();
         struct share s;
         struct block x;
         open_share(&s, c, unit, 0, &own);
@@ -115,7 +115,7 @@ void memory_read_forward(const struct call *c, float *scratch) {
             open_block(&x, c, s.b, s.h, s.first + i, smaller(length, s.count - i));
             forward_block(c, &s, &x, own);
         }
-        if (by_matrix(c)) close_tiles();
+        if (reads_by_matrix(c)) close_tiles();
     }
 }
 

@@ -60,6 +60,16 @@ INLINE void add_outer(float *rows, long row, const float *a, long a_panel, const
     }
 }
 
+/* A panel none of whose queries reads anything writes nothing, and may lie between two that write the same rows: it counts as
+zeros there. */
+static void fill_gaps(struct buffers *w, const struct block *x, const long *to, long tile) {
+    long first = 0, end = x->panels;
+    while (first < end && !to[first]) first++;
+    while (end > first && !to[end - 1]) end--;
+    for (long p = first; p < end; p++)
+        if (!to[p]) zero_rows(w->weights + p * tile * PANEL, 0, tile), zero_rows(w->slopes + p * tile * PANEL, 0, tile);
+}
+
 /* The panels [first, end) that wrote row j of a tile. */
 static void readers(const struct block *x, const long *from, const long *to, long j, long *first, long *end) {
     *first = 0, *end = x->panels;
@@ -103,7 +113,8 @@ NOINLINE static void add_matrix_tile(float *rows, long row, const float *a, long
             long first, end;
             readers(x, from, to, j, &first, &end);
             if (first < end)
-                add_outer_tiles(rows + j * row + d, row, a + j * PANEL, tile * PANEL, strip, smaller(SIDE, width - d), first, end);
+                add_outer_tiles(rows + j * row + d, row, a + j * PANEL, tile * PANEL, strip, smaller(SIDE, width - d), first,
+                                end);
         }
     }
 }
@@ -111,7 +122,8 @@ NOINLINE static void add_matrix_tile(float *rows, long row, const float *a, long
 /* backward_tile in the matrix unit. */
 static void matrix_tile(const struct call *c, const struct share *s, const struct block *x, struct buffers *w, long origin,
                         long rows) {
-    long size = c->size, width = padded(size), depth = deep(size), row = row_of(size), tile = tile_of(size), at = origin - s->base;
+    long size = c->size, width = padded(size), depth = deep(size), row = row_of(size), tile = tile_of(size);
+    long at = origin - s->base;
     long wrote_from[MAX_PANELS], wrote_to[MAX_PANELS];
     for (long p = 0; p < x->panels; p++) {
         long from = larger(0, x->begin[p] - origin), to = smaller(rows, x->end[p] - origin), first = from & -SIDE;
@@ -120,7 +132,7 @@ static void matrix_tile(const struct call *c, const struct share *s, const struc
         if (from >= to) continue;
         wrote_from[p] = first, wrote_to[p] = last;
         float *weights = w->weights + p * tile * PANEL, *slopes = w->slopes + p * tile * PANEL;
-        score(weights, x, p, s->keys + at * depth, 0, w->q_split + p * PANEL * depth, size, origin, from, to, 1);
+        score(weights, x, p, s->keys + at * depth, depth, w->q_split + p * PANEL * depth, depth, origin, from, to, 1);
         rounded_rows_times_panel(slopes, s->values + at * depth / 2, w->grad_panels + p * PANEL * depth / 2, depth, first, to);
         differentiate(weights, slopes, w, p, from, to);
         zero_rows(weights, first, from), zero_rows(weights, to, last);
@@ -131,6 +143,7 @@ static void matrix_tile(const struct call *c, const struct share *s, const struc
         pair_neighbours(weights, first, last);
         pair_neighbours(slopes, first, last);
     }
+    fill_gaps(w, x, wrote_to, tile);
     add_matrix_tile(s->grad_v + at * row, row, w->weights, tile, w->grad_rows, x, wrote_from, wrote_to, rows, width);
     add_matrix_tile(s->grad_k + at * row, row, w->slopes, tile, w->q_rows, x, wrote_from, wrote_to, rows, width);
 }
@@ -165,6 +178,7 @@ static void backward_tile(const struct call *c, const struct share *s, const str
         pair_neighbours(weights, wrote_from[p], wrote_to[p]);
         pair_neighbours(slopes, wrote_from[p], wrote_to[p]);
     }
+    fill_gaps(w, x, wrote_to, tile);
     if (rounded) {
         add_word_tile(s->grad_v + at, row, w->weights, tile, w->grad_rows, x, wrote_from, wrote_to, rows, width);
         add_word_tile(s->grad_k + at, row, w->slopes, tile, w->q_rows, x, wrote_from, wrote_to, rows, width);
@@ -183,7 +197,7 @@ static void open_buffers(struct buffers *w, const struct call *c, const struct b
     const float *q = queries_of(c, s, x, &q_row), *grad = g->grad + at, *out = g->out + at;
     float scale[MAX_QUERIES], one[PANEL];
     long words = rounds(c) ? queries * width / 2 : queries * width;
-    int matrix = by_matrix(c);
+    int matrix = reads_by_matrix(c);
     w->q_panels = take(&scratch, queries * width);
     w->q_split = matrix ? take(&scratch, queries * deep(size)) : NULL;
     w->grad_panels = take(&scratch, matrix ? queries * deep(size) / 2 : words);
@@ -271,7 +285,7 @@ void memory_read_backward(const struct call *c, const struct backward *g, float 
         struct block x;
         struct buffers w;
         open_share(&s, c, unit, 1, &own);
-        if (by_matrix(c)) open_tiles();
+        if (reads_by_matrix(c)) open_tiles();
         s.grad_k = take(&own, (s.rows + SIDE) * row), s.grad_v = take(&own, (s.rows + SIDE) * row);
         memset(s.grad_k, 0, s.rows * row * sizeof(float));
         memset(s.grad_v, 0, s.rows * row * sizeof(float));
@@ -281,14 +295,14 @@ void memory_read_backward(const struct call *c, const struct backward *g, float 
             open_buffers(&w, c, g, &s, &x, own);
             long stop = x.end[x.panels - 1];
             for (long origin = first_tile(c, &s, &x); origin < stop; origin += tile)
-                (by_matrix(c) ? matrix_tile : backward_tile)(c, &s, &x, &w, origin, smaller(tile, stop - origin));
+                (reads_by_matrix(c) ? matrix_tile : backward_tile)(c, &s, &x, &w, origin, smaller(tile, stop - origin));
             close_block(c, g, &s, &x, &w, sums);
         }
         long number = unit % c->shares;
         memcpy(g->grad_bandwidth + ((number * c->batch + s.b) * c->heads + s.h) * 3, sums, sizeof sums);
         close_share(g->grad_k, s.grad_k, c, &s, number);
         close_share(g->grad_v, s.grad_v, c, &s, number);
-        if (by_matrix(c)) close_tiles();
+        if (reads_by_matrix(c)) close_tiles();
     }
 }
 

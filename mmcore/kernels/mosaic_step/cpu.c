@@ -32,7 +32,7 @@ struct call {
 
 /* `input` as the weights meet it. */
 static __attribute__((noinline)) void input_as_operand(struct call *c, int64_t in) {
-    make_operand(c->operand, c->input, c->rows, in, c->shape->format);
+    make_operand(c->operand, c->input, c->rows, in, c->shape->format, omp_get_thread_num(), omp_get_num_threads());
 #pragma omp barrier
 }
 
@@ -322,10 +322,10 @@ void mm_mosaic_step(const struct shape *s, struct layer *layers, const float *fi
         /* The team may be smaller than asked for; the shares must cover every pair all the same. */
         int team = omp_get_num_threads();
         struct product last = product(classifier, s->vocabulary, logits);
-        if (by_tiles(rows, s->format)) open_tiles();
+        if (by_tiles(rows, s->width, s->format)) open_tiles();
         for (int64_t l = 0; l < s->layers; l++) one_layer(c, &layers[l], l ? c->delta : NULL, team);
         add_and_norm(c, c->delta, final_norm);
         multiply_input(c, &last, 1, s->width);
-        if (by_tiles(rows, s->format)) close_tiles();
+        if (by_tiles(rows, s->width, s->format)) close_tiles();
     }
 }

@@ -21,8 +21,8 @@ def thin_linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, *, imple
     x [..., in] is fp32; the weight [out, in] fp32, bf16, or int8 with `scale` fp32 [out], which multiplies its rows.
     Returns a contiguous fp32 tensor [..., out]. Up to 16 rows of x on a CPU take a compiled kernel, which may round x,
     never weights or sums, to meet narrow weights: to bf16 for bf16 ones where the processor has AVX512-BF16 (or AMX); for
-    int8 ones where it has AVX2 to whole numbers of 16 bits, max |x| / 32767 of its row each. More rows, other dtypes and other
-    devices take the library's matrix product (in x's dtype).
+    int8 ones where it has AVX2 to whole numbers of 16 bits, max |x| / 32767 of its row each. More rows, other dtypes and
+    other devices take the library's matrix product (in x's dtype).
 
     Raises ValueError where a gradient is asked for or shapes do not fit, HardwareError where implementation="cpu" is
     given something that it cannot compute.

@@ -10,11 +10,11 @@ void mm_thin_linear(const float *x, int64_t rows, int64_t in, const char *weight
     struct operand operand = {(char *)scratch, scratch + operand_floats(rows, in)};
     int64_t worthwhile = out * in * bytes_of(format) / LEAST_BYTES + 1;
     if (threads > worthwhile) threads = (int)worthwhile;
-    make_operand(operand, x, rows, in, format);
+    make_operand(operand, x, rows, in, format, 0, 1);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        if (by_tiles(rows, format)) open_tiles();
+        if (by_tiles(rows, in, format)) open_tiles();
         multiply(&product, 1, operand, rows, in, format);
-        if (by_tiles(rows, format)) close_tiles();
+        if (by_tiles(rows, in, format)) close_tiles();
     }
 }
