@@ -161,19 +161,7 @@ NOINLINE static void add_columns_times_panel(float *out, const float *scale, con
     }
 }
 
-/* x transposed in place: log2(LANES) rounds of interleaving the first half of the rows with the second. */
-INLINE void transpose(vec *x) {
-    for (int round = 1; round < LANES; round *= 2) {
-        vec y[LANES];
-#pragma GCC unroll 8
-        for (int i = 0; i < LANES / 2; i++) {
-            y[2 * i] = __builtin_shufflevector(x[i], x[i + LANES / 2], LOW_HALVES);
-            y[2 * i + 1] = __builtin_shufflevector(x[i], x[i + LANES / 2], HIGH_HALVES);
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < LANES; i++) x[i] = y[i];
-    }
-}
+#include "transpose.h"
 
 /* out[d][PANEL] = column d of `count` rows, each times its scale; zeros beyond count and beyond size. */
 static void pack_panel(float *out, const float *rows, long row, const float *scale, long count, long size) {

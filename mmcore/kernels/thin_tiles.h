@@ -9,6 +9,7 @@
 
 #include "matrix_tiles.h"
 #include "narrow_products.h"
+#include "transpose.h"
 #include "weight_formats.h"
 
 #define LEAST_TILE_ROWS 3 /* with fewer vectors are fast enough */
@@ -21,20 +22,6 @@ static inline int by_tiles(int64_t rows, int64_t in, int format) {
 /* Words of x for 64 bytes of a row of W: a tile, word k of x's row r in column r; for int8 one of high bytes and one of low. */
 static inline int64_t words_of_step(int format) { return (format == INT8 ? 2 : 1) * TILE_SIDE * TILE_SIDE; }
 static inline int64_t tile_steps(int64_t in, int format) { return (in * bytes_of(format) + 63) / 64; }
-
-/* x transposed in place, as in memory_read_tiles.h. */
-static inline __attribute__((always_inline)) void turn(vec *x) {
-    for (int round = 1; round < LANES; round *= 2) {
-        vec y[LANES];
-#pragma GCC unroll 8
-        for (int i = 0; i < LANES / 2; i++) {
-            y[2 * i] = __builtin_shufflevector(x[i], x[i + LANES / 2], LOW_HALVES);
-            y[2 * i + 1] = __builtin_shufflevector(x[i], x[i + LANES / 2], HIGH_HALVES);
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < LANES; i++) x[i] = y[i];
-    }
-}
 
 /* This thread's share of x [rows, in] as an operand, in steps of W's 64 bytes: threads that took rows instead would write to
    one another's lines (8 rows in int8: 3,300 us a token for 2,400). `step` is every row's, and each thread finds all of them. */
@@ -56,7 +43,7 @@ static inline void steps_of_operand(float *to, float *step, const float *x, int6
             memcpy(&words[1][r], bytes[1], sizeof(vec));
         }
         for (int part = 0; part < words_of_step(format) / (TILE_SIDE * TILE_SIDE); part++) {
-            turn(words[part]);
+            transpose(words[part]);
             memcpy(to + k * words_of_step(format) + part * TILE_SIDE * TILE_SIDE, words[part], sizeof words[part]);
         }
     }
