@@ -23,13 +23,9 @@
 #ifdef __AVX512F__
 #define LANES 16
 #define MOST_XS 8 /* rows of x in a tile: 8 x 3 sums of 32 registers, 4 x 3 of 16 */
-#define LOW_HALVES 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
-#define HIGH_HALVES 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
 #else
 #define LANES 8
 #define MOST_XS 4
-#define LOW_HALVES 0, 8, 1, 9, 2, 10, 3, 11
-#define HIGH_HALVES 4, 12, 5, 13, 6, 14, 7, 15
 #endif
 #include "narrow_products.h"
 #include "weight_formats.h"

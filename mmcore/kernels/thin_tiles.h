@@ -36,11 +36,11 @@ static inline void steps_of_operand(float *to, float *step, const float *x, int6
         vec words[2][LANES] = {0};
         for (int64_t r = 0; r < rows; r++) {
             uint16_t halves[64] = {0};
-            uint8_t bytes[2][64];
             narrow(halves, x + r * in + at, left, steps[r], format);
-            split_bytes(bytes[0], bytes[1], halves);
-            memcpy(&words[0][r], format == INT8 ? (void *)bytes[0] : (void *)halves, sizeof(vec));
-            memcpy(&words[1][r], bytes[1], sizeof(vec));
+            if (format == INT8)
+                split_bytes((uint8_t *)&words[0][r], (uint8_t *)&words[1][r], halves);
+            else
+                memcpy(&words[0][r], halves, sizeof(vec));
         }
         for (int part = 0; part < words_of_step(format) / (TILE_SIDE * TILE_SIDE); part++) {
             transpose(words[part]);

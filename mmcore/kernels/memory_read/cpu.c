@@ -13,9 +13,10 @@ apart from each other: at a bandwidth of exp(10) their sum, the logsumexp, would
 Backward: the same tiles once more. P = exp(S - largest) / total, dS = P (dP - dO.O); dQ is gathered per block, dK and
 dV gather in the thread's own rows. Every sum has a fixed order: the result does not depend on timing.
 
-Where products are to be rounded, operands of all but the scores are (memory_read_words.h), at twice the speed. Scores are
-not: a bandwidth, of hundreds after many pairs, would multiply the rounding of keys. Pairs in fp16, which only decoders keep,
-are read so: 197 -> 159 ms of a prompt of 2,048 tokens (S2), and its loss moves by less than 0.00005 nats. */
+Where products are to be rounded, operands of all but the scores are (memory_read_words.h), at twice the speed, or in the
+matrix unit where there is one (memory_read_matrix.h). Scores are not: a bandwidth, of hundreds after many pairs, would
+multiply the rounding of keys. Pairs in fp16, which only decoders keep, are read so: 197 -> 159 ms of a prompt of 2,048 tokens
+(S2), and its loss moves by less than 0.00005 nats. */
 
 #include "memory_read_blocks.h"
 
