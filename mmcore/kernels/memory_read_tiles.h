@@ -13,6 +13,7 @@ the library's fp32 GEMM reached 80-88. */
 #include <string.h>
 
 #include "half.h"
+#include "in_register.h"
 #include "matrix_tiles.h"
 
 #if defined(__AVX512F__)
@@ -99,15 +100,6 @@ INLINE vec exp2_of(vec x) {
     ivec bits = (ivec)((uvec)p + ((uvec)shifted << 23)); /* unsigned: below -126 it runs over */
     return (vec)(bits & ~(x < splat(-126.0f)));
 }
-
-/* Without this the compiler reads b from memory again in each FMA, and loads, not FMAs, set the pace (40 GFLOP/s). */
-#if defined(__x86_64__)
-#define IN_REGISTER(x) __asm__("" : "+x"(x))
-#elif defined(__aarch64__)
-#define IN_REGISTER(x) __asm__("" : "+w"(x))
-#else
-#define IN_REGISTER(x) ((void)0)
-#endif
 
 /* acc[r][c] += sum over k < depth of a[r * a_row + k * a_step] * b[k * b_step + c * LANES ...]. */
 INLINE void multiply(vec *acc, const int rows, const int columns, long depth, const float *a, long a_row, long a_step,

@@ -50,6 +50,8 @@ static inline __attribute__((always_inline)) nvec add_products(nvec sum, nvec a,
     return (nvec)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
 #elif defined(__AVX512BW__)
     return sum + (nvec)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVXVNNI__)
+    return (nvec)_mm256_dpwssd_avx_epi32((__m256i)sum, (__m256i)a, (__m256i)b);
 #elif defined(__AVX2__)
     return sum + (nvec)_mm256_madd_epi16((__m256i)a, (__m256i)b);
 #else

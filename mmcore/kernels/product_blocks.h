@@ -46,7 +46,7 @@ INLINE void call_ahead(struct ahead *next) {
     __builtin_prefetch(next->at + next->done);
     if ((next->done += 64) >= next->width) next->done = 0, next->at += next->row, next->rows--;
 }
-#define CALLS 2 /* steps of a block's depth for each line */
+#define CALLS (LANES == 16 ? 2 : 4) /* steps of a block's depth for each line */
 
 /* c [rows, COLUMNS] = (add ? c : 0) + tile a times panel, `depth` numbers deep; `next` is asked for meanwhile. */
 typedef void block(float *c, whole c_row, whole rows, int add, whole depth, const float *a, const float *panel,
@@ -109,21 +109,28 @@ static whole panel_floats(whole depth, int format) {
 /* Numbers of `format` that fill `words`. */
 static whole depth_of(whole words, int format) { return NARROW(format) && format != INT8 ? 2 * words : words; }
 
+/* acc[r][2] += a[r * a_row] * panel[COLUMNS]: one number of each row. */
+INLINE void gather_one(vec *acc, const int rows, const float *a, const int a_row, const float *panel) {
+    vec first = load(panel), second = load(panel + LANES);
+    IN_REGISTER(first);
+    IN_REGISTER(second);
+    for (int i = 0; i < COLUMNS; i += 16) __builtin_prefetch(panel + 16 * COLUMNS + i);
+#pragma GCC unroll 14
+    for (int r = 0; r < rows; r++) {
+        acc[2 * r] += a[r * a_row] * first;
+        acc[2 * r + 1] += a[r * a_row] * second;
+    }
+}
+
 /* acc[r][2] += sum over k < depth of a[r * a_row + k * a_step] * panel[k][COLUMNS]. */
 INLINE void gather(vec *acc, const int rows, whole depth, const float *a, const int a_row, const int a_step,
                    const float *panel, struct ahead *next) {
-    for (whole k = 0; k < depth; k++, a += a_step, panel += COLUMNS) {
-        if (k % CALLS == 0) call_ahead(next);
-        vec first = load(panel), second = load(panel + LANES);
-        IN_REGISTER(first);
-        IN_REGISTER(second);
-        for (int i = 0; i < COLUMNS; i += 16) __builtin_prefetch(panel + 16 * COLUMNS + i);
-#pragma GCC unroll 14
-        for (int r = 0; r < rows; r++) {
-            acc[2 * r] += a[r * a_row] * first;
-            acc[2 * r + 1] += a[r * a_row] * second;
-        }
+    for (; depth >= CALLS; depth -= CALLS, a += CALLS * a_step, panel += CALLS * COLUMNS) {
+        call_ahead(next);
+#pragma GCC unroll 4
+        for (int k = 0; k < CALLS; k++) gather_one(acc, rows, a + k * a_step, a_row, panel + k * COLUMNS);
     }
+    for (; depth > 0; depth--, a += a_step, panel += COLUMNS) gather_one(acc, rows, a, a_row, panel);
 }
 
 /* Asks for the lines that sums will go to. */

@@ -27,6 +27,7 @@
 #define LANES 8
 #define MOST_XS 4
 #endif
+#include "in_register.h"
 #include "narrow_products.h"
 #include "weight_formats.h"
 
@@ -70,16 +71,22 @@ INLINE float sum_lanes(vec v) {
     return (s[0] + s[2]) + (s[1] + s[3]);
 }
 
-/* Lane i * (LANES / count): the sum over v[i]'s lanes, i < count. Interleaving two vectors' halves and adding them sums both at
-   once. */
+/* In lane lane_of_sum(i, count) the sum over v[i]'s lanes, i < count. Interleaving two vectors' halves and adding them sums both
+   at once. */
 INLINE vec sums_of(vec *v, const int count) {
-    for (int n = count / 2; n > 0; n /= 2)
+    int round = 0;
+#pragma GCC unroll 4
+    for (int n = count / 2; n > 0; n /= 2, round++)
 #pragma GCC unroll 8
-        for (int i = 0; i < n; i++)
-            v[i] = __builtin_shufflevector(v[i], v[i + n], LOW_HALVES) + __builtin_shufflevector(v[i], v[i + n], HIGH_HALVES);
-    for (int n = count; n < LANES; n *= 2)
-        v[0] = __builtin_shufflevector(v[0], v[0], LOW_HALVES) + __builtin_shufflevector(v[0], v[0], HIGH_HALVES);
+        for (int i = 0; i < n; i++) v[i] = low_halves(v[i], v[i + n], round) + high_halves(v[i], v[i + n], round);
+#pragma GCC unroll 4
+    for (; round < ROUNDS; round++) v[0] = low_halves(v[0], v[0], round) + high_halves(v[0], v[0], round);
     return v[0];
+}
+
+INLINE int lane_of_sum(int i, const int count) {
+    if (LANES != 8) return i * (LANES / count);
+    return count == 8 ? (i & 1) << 2 | i >> 1 : i * (4 / count); /* ROTATED back; or repeated in each lane */
 }
 
 /* Rows of x as products take them: tiles of tile_rows(rows) rows, in each of which STEP numbers of every row follow each
@@ -120,13 +127,27 @@ INLINE void step_of_operand(char *to, const float *x, int64_t count, float step,
     }
 }
 
+/* Where row r of `rows` begins in an operand, and how far its steps are apart there. */
+INLINE int64_t step_apart(int64_t rows, int format) { return tile_rows(rows) * STEP * operand_bytes(format); }
+INLINE char *row_of_operand(struct operand x, int64_t r, int64_t rows, int64_t in, int format) {
+    const int64_t xs = tile_rows(rows);
+    return x.numbers + r / xs * tile_bytes(rows, in, format) + r % xs * STEP * operand_bytes(format);
+}
+
 /* Row r of `rows`, x [in], becomes part of the operand. */
 INLINE void add_to_operand(struct operand to, int64_t r, int64_t rows, const float *x, int64_t in, int format) {
-    const int64_t xs = tile_rows(rows), piece = STEP * operand_bytes(format), whole = in / STEP;
-    char *p = to.numbers + r / xs * tile_bytes(rows, in, format) + r % xs * piece;
+    const int64_t apart = step_apart(rows, format), whole = in / STEP;
+    char *p = row_of_operand(to, r, rows, in, format);
     const float step = to.step[r] = narrow_step(x, in, format);
-    for (int64_t i = 0; i < whole; i++) step_of_operand(p + i * xs * piece, x + i * STEP, STEP, step, format);
-    if (in % STEP) step_of_operand(p + whole * xs * piece, x + whole * STEP, in % STEP, step, format);
+    for (int64_t i = 0; i < whole; i++) step_of_operand(p + i * apart, x + i * STEP, STEP, step, format);
+    if (in % STEP) step_of_operand(p + whole * apart, x + whole * STEP, in % STEP, step, format);
+}
+
+/* Zeros for a row that only fills the last tile: what lay there could be subnormal numbers, with which an Intel takes for six
+   rows twice the time of eight. */
+INLINE void fill_operand(struct operand to, int64_t r, int64_t rows, int64_t in, int format) {
+    char *p = row_of_operand(to, r, rows, in, format);
+    for (int64_t i = 0; i < steps_of(in); i++) memset(p + i * step_apart(rows, format), 0, STEP * operand_bytes(format));
 }
 
 /* A thread's share of x [rows, in] as an operand. */
@@ -138,37 +159,55 @@ INLINE void make_operand(struct operand to, const float *x, int64_t rows, int64_
     }
     for (int64_t r = rows * thread / threads; r < rows * (thread + 1) / threads; r++)
         add_to_operand(to, r, rows, x + r * in, in, format);
+    for (int64_t r = rows; thread == threads - 1 && r < full_rows(rows); r++) fill_operand(to, r, rows, in, format);
 }
 
+/* Numbers [half * LANES, + LANES) of a step of weights as floats, of bf16 those with even places or those with odd ones. */
+INLINE vec wide_weights(const char *w, const int half, const int format) {
+    if (format == BF16) {
+        uvec both;
+        memcpy(&both, w, sizeof both);
+        return (vec)(half ? both & 0xffff0000u : both << 16);
+    }
+    return format == INT8 ? widened(w + half * LANES) : load((const float *)w + half * LANES);
+}
+
+/* sum += a * b. Where bf16 is widened there is no register to spare, and gcc 12 moves and spills sums (8 rows: 130 -> 152
+   GFLOP/s without that); of fp32 it does well. */
+#if defined(__FMA__) && LANES == 8
+#define ADD_PRODUCT(sum, a, b, format) \
+    do { \
+        if (format == BF16) \
+            __asm__("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b)); \
+        else \
+            (sum) += (a) * (b); \
+    } while (0)
+#else
+#define ADD_PRODUCT(sum, a, b, format) ((sum) += (a) * (b))
+#endif
+
 /* sums[o][r] += STEP numbers of row r of x, all rows one after the other at `x`, times the weights at w + o * apart. Two
-   sums of each hide the latency where there are few. */
+   sums of each hide the latency where there are few. Of 16 registers 12 sums, the weights of half a step and a number of x
+   are all: then a half at a time, every number loaded once. */
 INLINE void wide_step(vec sums[3][2][8], const int xs, const int ws, const char *x, const char *w, int64_t apart,
                       const int format) {
-    const int other = xs * ws < 8;
-    vec first[3], second[3];
-#pragma GCC unroll 3
-    for (int o = 0; o < ws; o++) {
-        const char *p = w + o * apart;
-        if (format == BF16) {
-            uvec both;
-            memcpy(&both, p, sizeof both);
-            first[o] = (vec)(both << 16);
-            second[o] = (vec)(both & 0xffff0000u);
-        } else if (format == INT8) {
-            first[o] = widened(p);
-            second[o] = widened(p + LANES);
-        } else {
-            first[o] = load((const float *)p);
-            second[o] = load((const float *)p + LANES);
+    const int other = xs * ws < 8, few = LANES < 16, halves = few ? 1 : 2;
+#pragma GCC unroll 2
+    for (int from = 0; from < 2; from += halves) {
+        vec weights[2][3];
+        if (few) __asm__("" : "+r"(w)); /* or bf16's words would be kept from one half to the next */
+#pragma GCC unroll 6
+        for (int i = 0; i < halves * ws; i++) {
+            weights[i / ws][i % ws] = wide_weights(w + i % ws * apart, from + i / ws, format);
+            if (few) IN_REGISTER(weights[i / ws][i % ws]);
         }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < xs; r++) {
-        vec a = load((const float *)x + r * STEP), b = load((const float *)x + r * STEP + LANES);
+#pragma GCC unroll 16
+        for (int i = 0; i < halves * xs; i++) {
+            const int half = i % halves, r = i / halves;
+            vec a = load((const float *)x + r * STEP + (from + half) * LANES);
+            if (few) IN_REGISTER(a);
 #pragma GCC unroll 3
-        for (int o = 0; o < ws; o++) {
-            sums[o][0][r] += a * first[o];
-            sums[o][other][r] += b * second[o];
+            for (int o = 0; o < ws; o++) ADD_PRODUCT(sums[o][(from + half) * other][r], a, weights[half][o], format);
         }
     }
 }
@@ -188,11 +227,13 @@ INLINE void narrow_products(nvec sums[3][8], const int xs, const int ws, const c
     }
 }
 
-/* Calls for a step of the weights that are read after these. */
+/* Steps that have their weights in one line of memory; and calls for the weights of so many that are read after these. */
+INLINE int steps_of_line(int format) { return LANES < 16 && STEP * bytes_of(format) < 64 ? 64 / (STEP * bytes_of(format)) : 1; }
+
 INLINE void fetch_weights(const int ws, const char *w, int64_t apart, const int format) {
 #pragma GCC unroll 3
     for (int o = 0; o < ws; o++)
-        for (int line = 0; line < STEP * bytes_of(format); line += 64) __builtin_prefetch(w + o * apart + line, 0, 2);
+        for (int at = 0; at < STEP * bytes_of(format); at += 64) __builtin_prefetch(w + o * apart + at, 0, 2);
 }
 
 /* The last weights of `ws` rows, fewer than STEP, with zeros after them: row o at to + o * MOST_BYTES. */
@@ -211,9 +252,11 @@ INLINE void wide_tile(vec totals[3][8], const int xs, const int ws, const char *
     for (int o = 0; o < ws; o++)
 #pragma GCC unroll 8
         for (int r = 0; r < xs; r++) sums[o][0][r] = sums[o][1][r] = (vec){0};
-    for (const char *end = w + in / STEP * bytes; w < end; w += bytes, x += xs * STEP * 4) {
+    const char *const end = w + in / STEP * bytes;
+    while (w < end) {
         if (fetch) fetch_weights(ws, w + ahead, apart, format);
-        wide_step(sums, xs, ws, x, w, apart, format);
+        for (int i = 0; i < steps_of_line(format) && w < end; i++, w += bytes, x += xs * STEP * 4)
+            wide_step(sums, xs, ws, x, w, apart, format);
     }
     if (in % STEP) {
         char last[3 * MOST_BYTES];
@@ -238,9 +281,10 @@ INLINE void narrow_tile(vec totals[3][8], const int xs, const int ws, const char
         for (int o = 0; o < ws; o++)
 #pragma GCC unroll 8
             for (int r = 0; r < xs; r++) sums[o][r] = (nvec){0};
-        for (; w < stop; w += bytes, x += xs * STEP * 2) {
+        while (w < stop) {
             if (fetch) fetch_weights(ws, w + ahead, apart, format);
-            narrow_products(sums, xs, ws, x, w, apart, format);
+            for (int i = 0; i < steps_of_line(format) && w < stop; i++, w += bytes, x += xs * STEP * 2)
+                narrow_products(sums, xs, ws, x, w, apart, format);
         }
         if (w == end && in % STEP) {
             char last[3 * MOST_BYTES];
@@ -275,7 +319,7 @@ INLINE void tile(const int xs, const int ws, const char *x, const float *step, i
 #pragma GCC unroll 8
         for (int r = 0; r < xs; r++)
             if (r < rows) {
-                float sum = sums[r * (LANES / xs)];
+                float sum = sums[lane_of_sum(r, xs)];
                 y[r * y_stride + o * apart] = format == INT8 && NARROW(INT8) ? sum * step[r] : sum;
             }
     }

@@ -157,4 +157,4 @@ def test_sums_of_bytes_do_not_run_over():
     for rows in (2, 3, 16):
         weight = torch.full((17, 70_000), 127, dtype=torch.int8)
         y = thin_linear(torch.ones(rows, 70_000), weight, torch.ones(17), implementation="cpu")
-        assert torch.equal(y, torch.full((rows, 17), 70_000 * 127.0))
+        torch.testing.assert_close(y, torch.full((rows, 17), 70_000 * 127.0), rtol=2e-7, atol=0)  # parts are added in fp32

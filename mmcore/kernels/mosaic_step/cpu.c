@@ -91,7 +91,7 @@ INLINE void some_scores(float *scores, const float *query, const char *keys, int
     vec all = sums_of(sums, heads);
 #pragma GCC unroll 8
     for (int h = 0; h < heads; h++) {
-        float sum = all[h * (LANES / heads)];
+        float sum = all[lane_of_sum(h, heads)];
         for (int64_t k = i; k < size; k++) sum += query[h * size + k] * one_of_pairs(keys, at + h * size + k, narrow);
         scores[h * BLOCK] = sum;
     }
