@@ -92,6 +92,7 @@ def _open(
     import torch
 
     import mmcore
+    from mmcli.terminal import tell_of_slow_kernels
     from mmcore.checkpoint.load import weight_format
     from mmcore.generation.conversation import Conversation
     from mmcore.generation.engine import generate
@@ -104,6 +105,7 @@ def _open(
     model = mmcore.load_model(checkpoint, dtype=chosen, device=device, without=memories)
     if device == "cpu":
         keep_pages()
+        tell_of_slow_kernels(device)
     conversation = Conversation(model, mmcore.load_tokenizer(checkpoint, tokenizer), system)
     # Kernels are built at their first use, 1 to 20 s on a new machine, which would count as reading speed.
     for _ in generate(model, [0, 0], max_new_tokens=2, stop_ids=()):

@@ -105,10 +105,12 @@ def evaluate(
       mm eval runs/stories --suite in-context --data my-labels.csv --shots 1,2,4
       mm eval runs/stories --inspect story.txt --token -1
     """
+    from mmcli.terminal import tell_of_slow_kernels
     from mmcore.errors import ConfigError
 
     given = _given(command)
     removed = tuple(without or ())
+    tell_of_slow_kernels(device)
     if inspect:
         if suite or data or len(checkpoints) > 1:
             raise ConfigError("--inspect looks at one text in one checkpoint: give it one, and no --suite or --data")

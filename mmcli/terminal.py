@@ -43,3 +43,14 @@ def tolerate_narrow_encodings() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+
+
+def tell_of_slow_kernels(device: str) -> None:
+    """A line on standard error where `device` (auto, cpu or cuda) is a CPU for which no kernels can be compiled."""
+    import torch
+
+    from mmcore.kernels import native
+
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        if notice := native.notice():
+            print(f"note: {notice}", file=sys.stderr)

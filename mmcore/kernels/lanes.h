@@ -6,6 +6,8 @@
 
 #include <stddef.h>
 
+#include "shuffled.h"
+
 #define LANES 8
 #define LANES_INLINE static inline __attribute__((always_inline))
 
@@ -33,18 +35,13 @@ LANES_INLINE void put(float *p, ptrdiff_t left, Lanes v)
             p[i] = v[i];
 }
 
-#ifdef __clang__
-#define LANES_SHUFFLED(v, ...) __builtin_shufflevector(v, v, __VA_ARGS__)
-#else
 typedef int LanesOrder __attribute__((vector_size(4 * LANES)));
-#define LANES_SHUFFLED(v, ...) __builtin_shuffle(v, (LanesOrder){__VA_ARGS__})
-#endif
 
 LANES_INLINE float sum_of(Lanes v)
 {
-    v += LANES_SHUFFLED(v, 4, 5, 6, 7, 0, 1, 2, 3);
-    v += LANES_SHUFFLED(v, 2, 3, 0, 1, 6, 7, 4, 5);
-    v += LANES_SHUFFLED(v, 1, 0, 3, 2, 5, 4, 7, 6);
+    v += SHUFFLED(LanesOrder, v, v, 4, 5, 6, 7, 0, 1, 2, 3);
+    v += SHUFFLED(LanesOrder, v, v, 2, 3, 0, 1, 6, 7, 4, 5);
+    v += SHUFFLED(LanesOrder, v, v, 1, 0, 3, 2, 5, 4, 7, 6);
     return v[0];
 }
 

@@ -2,8 +2,9 @@
 
 Plain C behind ctypes, not a C++ extension: 1-2 s to build instead of 30-40, no Python headers, no ninja. The
 library is cached under $MM_CACHE (default ~/.cache/mm) by the hash of its source, compiler and processor, so
-a cache shared between unlike machines never runs the wrong instructions. A machine without a C compiler
-uses the PyTorch forms: dispatch asks `why_not` and says so where the C form was asked for by name.
+a cache shared between unlike machines never runs the wrong instructions. A machine without a C compiler, or with
+one that cannot build them, uses the PyTorch forms: dispatch asks `why_not`, says so where the C form was asked for
+by name, and the commands say so once (`notice`).
 
 The kernels link libgomp by soname and so share the thread pool that torch has loaded: two pools on the same
 cores would spin against each other.
@@ -39,12 +40,22 @@ def compiler() -> str | None:
 
 @functools.cache
 def why_not() -> str | None:
-    """The reason why no C kernel can be built here, or None."""
+    """The reason why no C kernel can be built and loaded here, or None: a small file that asks for the same is tried."""
     if os.name != "posix":
         return "compiled kernels need a POSIX system"
     if compiler() is None:
         return "there is no C compiler (install gcc, or set CC)"
-    return None
+    try:
+        probe = _load(Path(__file__).with_name("probe.c"))
+        return None if probe.mm_probe(1) == 1 else f"what {compiler()} builds does not compute rightly"
+    except (HardwareError, OSError) as error:
+        return f"{error} (install gcc, or set CC)"
+
+
+def notice() -> str | None:
+    """What a user of a CPU without compiled kernels should know, or None."""
+    reason = why_not()
+    return reason and f"PyTorch's own products and loops do the work of the compiled kernels, slower: {reason}"
 
 
 def cache_folder() -> Path:
@@ -66,7 +77,6 @@ def _processor() -> str:
         return platform.processor() + platform.machine()
 
 
-@functools.cache
 def load(source: Path) -> ctypes.CDLL:
     """Build (once per machine and source) and load the C file `source`.
 
@@ -75,6 +85,14 @@ def load(source: Path) -> ctypes.CDLL:
     reason = why_not()
     if reason:
         raise HardwareError(f"cannot build {source.name}: {reason}")
+    try:
+        return _load(source)
+    except HardwareError as error:
+        raise HardwareError(f"{error}; MM_KERNELS=blocked does without it") from None
+
+
+@functools.cache
+def _load(source: Path) -> ctypes.CDLL:
     cc = compiler()
     headers = "".join(sorted(p.read_text() for p in Path(__file__).parent.glob("*.h")))
     text = source.read_text() + headers
@@ -115,7 +133,7 @@ def _build(cc: str, source: Path, library: Path) -> None:
         if result.returncode:
             lines = result.stderr.strip().splitlines() or ["no message"]
             first = next((line for line in lines if "error" in line), lines[-1])  # after it come the source and a caret
-            raise HardwareError(f"{cc} could not build {source.name}: {first}; MM_KERNELS=blocked does without it")
+            raise HardwareError(f"{cc} could not build {source.name}: {first}")
         os.replace(built, library)  # atomic: two processes that build at once leave one whole library
 
 

@@ -27,6 +27,11 @@
 #define LANES 8
 #define MOST_XS 4
 #endif
+#if defined(__AVX__) && !defined(__AVX512F__)
+#define FEW_REGISTERS 1 /* that hold a vec: 16 */
+#else
+#define FEW_REGISTERS 0
+#endif
 #include "in_register.h"
 #include "narrow_products.h"
 #include "weight_formats.h"
@@ -174,7 +179,7 @@ INLINE vec wide_weights(const char *w, const int half, const int format) {
 
 /* sum += a * b. Where bf16 is widened there is no register to spare, and gcc 12 moves and spills sums (8 rows: 130 -> 152
    GFLOP/s without that); of fp32 it does well. */
-#if defined(__FMA__) && LANES == 8
+#if defined(__FMA__) && FEW_REGISTERS
 #define ADD_PRODUCT(sum, a, b, format) \
     do { \
         if (format == BF16) \
@@ -191,21 +196,21 @@ INLINE vec wide_weights(const char *w, const int half, const int format) {
    are all: then a half at a time, every number loaded once. */
 INLINE void wide_step(vec sums[3][2][8], const int xs, const int ws, const char *x, const char *w, int64_t apart,
                       const int format) {
-    const int other = xs * ws < 8, few = LANES < 16, halves = few ? 1 : 2;
+    const int other = xs * ws < 8, halves = FEW_REGISTERS ? 1 : 2;
 #pragma GCC unroll 2
     for (int from = 0; from < 2; from += halves) {
         vec weights[2][3];
-        if (few) __asm__("" : "+r"(w)); /* or bf16's words would be kept from one half to the next */
+        if (FEW_REGISTERS) __asm__("" : "+r"(w)); /* or bf16's words would be kept from one half to the next */
 #pragma GCC unroll 6
         for (int i = 0; i < halves * ws; i++) {
             weights[i / ws][i % ws] = wide_weights(w + i % ws * apart, from + i / ws, format);
-            if (few) IN_REGISTER(weights[i / ws][i % ws]);
+            if (FEW_REGISTERS) IN_REGISTER(weights[i / ws][i % ws]);
         }
 #pragma GCC unroll 16
         for (int i = 0; i < halves * xs; i++) {
             const int half = i % halves, r = i / halves;
             vec a = load((const float *)x + r * STEP + (from + half) * LANES);
-            if (few) IN_REGISTER(a);
+            if (FEW_REGISTERS) IN_REGISTER(a);
 #pragma GCC unroll 3
             for (int o = 0; o < ws; o++) ADD_PRODUCT(sums[o][(from + half) * other][r], a, weights[half][o], format);
         }
@@ -228,7 +233,7 @@ INLINE void narrow_products(nvec sums[3][8], const int xs, const int ws, const c
 }
 
 /* Steps that have their weights in one line of memory; and calls for the weights of so many that are read after these. */
-INLINE int steps_of_line(int format) { return LANES < 16 && STEP * bytes_of(format) < 64 ? 64 / (STEP * bytes_of(format)) : 1; }
+INLINE int steps_of_line(int format) { return FEW_REGISTERS && STEP * bytes_of(format) < 64 ? 64 / (STEP * bytes_of(format)) : 1; }
 
 INLINE void fetch_weights(const int ws, const char *w, int64_t apart, const int format) {
 #pragma GCC unroll 3

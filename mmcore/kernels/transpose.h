@@ -1,7 +1,9 @@
-/* Two vectors interleaved, and by rounds of that a square of vectors turned. `vec`, LANES and INLINE are those of the header
-   that includes this. */
+/* Two vectors interleaved, and by rounds of that a square of vectors turned. `vec`, `ivec`, LANES and INLINE are those of the
+   header that includes this. */
 #ifndef MM_TRANSPOSE_H
 #define MM_TRANSPOSE_H
+
+#include "shuffled.h"
 
 #define ROUNDS (LANES == 16 ? 4 : LANES == 8 ? 3 : 2)
 #if LANES == 16
@@ -23,18 +25,18 @@
    number's place would be has its bits ROTATED. */
 INLINE vec low_halves(vec a, vec b, const int round) {
 #if LANES == 8
-    if (round == ROUNDS - 1) return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11);
+    if (round == ROUNDS - 1) return SHUFFLED(ivec, a, b, 0, 1, 2, 3, 8, 9, 10, 11);
 #endif
     (void)round;
-    return __builtin_shufflevector(a, b, LOW_HALVES);
+    return SHUFFLED(ivec, a, b, LOW_HALVES);
 }
 
 INLINE vec high_halves(vec a, vec b, const int round) {
 #if LANES == 8
-    if (round == ROUNDS - 1) return __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+    if (round == ROUNDS - 1) return SHUFFLED(ivec, a, b, 4, 5, 6, 7, 12, 13, 14, 15);
 #endif
     (void)round;
-    return __builtin_shufflevector(a, b, HIGH_HALVES);
+    return SHUFFLED(ivec, a, b, HIGH_HALVES);
 }
 
 /* x transposed in place: in each round the first half of the rows is interleaved with the second. */

@@ -1,6 +1,9 @@
-"""The compiled kernels as other processors would have them: this one's instructions taken away, in a process of its own."""
+"""The compiled kernels as other processors and other compilers would have them, in processes of their own: this one's
+instructions taken away, and each C compiler that is installed."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +23,25 @@ TAKEN_AWAY = {
     "AVX": ["-mno-avx2"],
     "vectors of four numbers": ["-mno-avx"],
 }
+
+
+def compilers():
+    """Others than the one that is taken unasked: gcc-11, clang-14."""
+    folders = filter(os.path.isdir, os.environ.get("PATH", "").split(os.pathsep))
+    found = {name for folder in folders for name in os.listdir(folder) if re.fullmatch(r"(gcc|clang)-\d+", name)}
+    mine = native.compiler() and os.path.realpath(shutil.which(native.compiler()))
+    return sorted(name for name in found if os.path.realpath(shutil.which(name)) != mine)
+
+
+def check(compiler, cache):
+    """The kernels' tests of numbers on what `compiler` builds."""
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:randomly", *CHECKS, "-k", ABOUT],
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=900,
+        env={**os.environ, "CC": str(compiler), "MM_CACHE": str(cache)},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-2000:]
+    assert len(list((cache / "kernels").glob("*.so"))) >= 4
 
 
 def instructions(flags):
@@ -44,10 +66,10 @@ def test_kernels_of_other_processors(processor, tmp_path):
     real = native.compiler()
     compiler.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exec {real} --version\nexec {real} "$@" {flags}\n')
     compiler.chmod(0o755)
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:randomly", *CHECKS, "-k", ABOUT],
-        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=900,
-        env={**os.environ, "CC": str(compiler), "MM_CACHE": str(tmp_path / "cache")},
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-2000:]
-    assert len(list((tmp_path / "cache" / "kernels").glob("*.so"))) >= 3
+    check(compiler, tmp_path / "cache")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiler", compilers())
+def test_kernels_of_other_compilers(compiler, tmp_path):
+    check(compiler, tmp_path / "cache")
