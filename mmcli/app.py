@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from mmcore import __version__
+from mmcore import __version__, processors
 from mmcore.errors import MMError
 
 COMMANDS = {
@@ -87,6 +87,7 @@ def _mm(
 
 def main() -> None:
     """The entry point of `mm`."""
+    processors.keep_to_quota()
     sys.exit(run(sys.argv[1:]))
 
 

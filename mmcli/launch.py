@@ -24,6 +24,7 @@ from typing import Annotated, NoReturn, TextIO
 
 import typer
 
+from mmcore import processors
 from mmcore.errors import ConfigError, MMError
 
 REQUEUE = 75
@@ -116,16 +117,11 @@ def _meeting_point(rdzv: str | None, nodes: int) -> str | None:
 def hand_over(launch: Launch, words: Sequence[str], go_on: str) -> NoReturn:
     """Become torchrun's agent for `mm <words>`. go_on: the command that resumes the run, for its user."""
     environment = os.environ | {GO_ON: go_on}
-    environment.setdefault("OMP_NUM_THREADS", str(threads(launch.per_node)))
+    processors.share(environment, launch.per_node)
     device = ["--set", f"training.device={launch.device}"]
     command = [sys.executable, "-m", "mmcli.elastic", json.dumps(asdict(launch)), *words, *device]
     sys.stdout.flush()
     os.execve(sys.executable, command, environment)
-
-
-def threads(ranks: int) -> int:
-    """Threads for each of `ranks` processes: together they shall not have more than there are cores."""
-    return max(1, len(os.sched_getaffinity(0)) // ranks)
 
 
 @dataclass(frozen=True)

@@ -49,8 +49,8 @@ def tell_of_slow_kernels(device: str) -> None:
     """A line on standard error where `device` (auto, cpu or cuda) is a CPU for which no kernels can be compiled."""
     import torch
 
-    from mmcore.kernels import native
+    from mmcore.kernels import dispatch
 
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
-        if notice := native.notice():
+        if notice := dispatch.notice():
             print(f"note: {notice}", file=sys.stderr)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 
+from mmcore import processors
 from mmcore.config import Recipe
 from mmcore.errors import ConfigError
 from mmcore.model import accounting
@@ -130,7 +131,7 @@ def _cpu_peaks() -> dict[str, float]:
     The clock is the nominal one; where cores boost, matrix products run up to 15 % above this.
     """
     frequency = psutil.cpu_freq()
-    cores = psutil.cpu_count(logical=False) or psutil.cpu_count()
+    cores = min(psutil.cpu_count(logical=False) or psutil.cpu_count() or 0, processors.allowed())
     if frequency is None or not cores or not (frequency.max or frequency.current):
         return {}
     flags = _cpu_flags()

@@ -20,7 +20,7 @@ from mmcore.kernels import native
 
 _FORCED = os.environ.get("MM_KERNELS", "auto")
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-_NO_COMPILER = native.why_not()
+_NO_COMPILER = native.why_not() if _FORCED in ("auto", "cpu") else None
 _NO_TRITON = None if importlib.util.find_spec("triton") else "the package triton is not installed: pip install triton"
 
 
@@ -39,6 +39,13 @@ def why_not(name: str, device: torch.device) -> str | None:
 def excluded(name: str) -> str | None:
     """The reason why what is not named by its user may not take implementation `name`, or None."""
     return None if _FORCED in ("auto", name) else f"MM_KERNELS asks for {_FORCED!r}"
+
+
+def notice() -> str | None:
+    """What the user of a CPU should know where compiled kernels are wanted and cannot be had, or None."""
+    if _FORCED != "auto" or _NO_COMPILER is None:
+        return None
+    return f"PyTorch's own products and loops do the work of the compiled kernels, slower: {_NO_COMPILER}"
 
 
 def choose(

@@ -4,10 +4,10 @@ Plain C behind ctypes, not a C++ extension: 1-2 s to build instead of 30-40, no 
 library is cached under $MM_CACHE (default ~/.cache/mm) by the hash of its source, compiler and processor, so
 a cache shared between unlike machines never runs the wrong instructions. A machine without a C compiler, or with
 one that cannot build them, uses the PyTorch forms: dispatch asks `why_not`, says so where the C form was asked for
-by name, and the commands say so once (`notice`).
+by name, and the commands say so once (`dispatch.notice`).
 
-The kernels link libgomp by soname and so share the thread pool that torch has loaded: two pools on the same
-cores would spin against each other.
+Built by gcc they link libgomp by soname and so share the thread pool that torch has loaded: two pools on the same
+cores would spin against each other, as clang's libomp does, which is therefore taken last.
 """
 
 from __future__ import annotations
@@ -30,9 +30,17 @@ from mmcore.errors import HardwareError
 FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared", "-std=gnu11"]
 
 
+OLD_ASSEMBLER = ["-mno-avxvnni", "-mno-amx-tile", "-mno-amx-int8", "-mno-amx-bf16"]
+"""For a compiler that knows newer instructions than its assembler, as RHEL 9's gcc 11 with binutils 2.35."""
+
+
+class BuildError(HardwareError):
+    """What the compiler or the loader says of a C file."""
+
+
 def compiler() -> str | None:
-    """The C compiler to use: $CC, else cc, gcc or clang, else None."""
-    for name in (os.environ.get("CC"), "cc", "gcc", "clang"):
+    """The C compiler to use: $CC, else gcc, cc or clang, else None. gcc first: its OpenMP is what torch has loaded."""
+    for name in (os.environ.get("CC"), "gcc", "cc", "clang"):
         if name and shutil.which(name):
             return name
     return None
@@ -40,22 +48,37 @@ def compiler() -> str | None:
 
 @functools.cache
 def why_not() -> str | None:
-    """The reason why no C kernel can be built and loaded here, or None: a small file that asks for the same is tried."""
+    """The reason why no C kernel can be built and loaded here, or None: a small file that asks for the same is tried.
+
+    None also where the folder for what is built is amiss: the first kernel raises that, which its user can mend.
+    """
     if os.name != "posix":
         return "compiled kernels need a POSIX system"
     if compiler() is None:
         return "there is no C compiler (install gcc, or set CC)"
     try:
-        probe = _load(Path(__file__).with_name("probe.c"))
-        return None if probe.mm_probe(1) == 1 else f"what {compiler()} builds does not compute rightly"
-    except (HardwareError, OSError) as error:
+        cache_folder()
+    except (HardwareError, OSError, RuntimeError):  # the last from Path.home() for a user who has none
+        return None
+    try:
+        _extra_flags()
+    except BuildError as error:
         return f"{error} (install gcc, or set CC)"
+    return None
 
 
-def notice() -> str | None:
-    """What a user of a CPU without compiled kernels should know, or None."""
-    reason = why_not()
-    return reason and f"PyTorch's own products and loops do the work of the compiled kernels, slower: {reason}"
+@functools.cache
+def _extra_flags() -> tuple[str, ...]:
+    """What is to be added to FLAGS so that the probe can be built. Raises BuildError where nothing helps."""
+    probe, first = Path(__file__).with_name("probe.c"), None
+    for extra in ((), tuple(OLD_ASSEMBLER)):
+        try:
+            if _load(probe, extra).mm_probe(1) != 1:
+                raise BuildError(f"what {compiler()} builds does not compute rightly")
+            return extra
+        except BuildError as error:
+            first = first or error
+    raise first
 
 
 def cache_folder() -> Path:
@@ -86,22 +109,25 @@ def load(source: Path) -> ctypes.CDLL:
     if reason:
         raise HardwareError(f"cannot build {source.name}: {reason}")
     try:
-        return _load(source)
-    except HardwareError as error:
-        raise HardwareError(f"{error}; MM_KERNELS=blocked does without it") from None
+        return _load(source, _extra_flags())
+    except BuildError as error:
+        raise BuildError(f"{error}; MM_KERNELS=blocked does without it") from None
 
 
 @functools.cache
-def _load(source: Path) -> ctypes.CDLL:
-    cc = compiler()
+def _load(source: Path, extra: tuple[str, ...]) -> ctypes.CDLL:
+    cc, flags = compiler(), [*FLAGS, *extra]
     headers = "".join(sorted(p.read_text() for p in Path(__file__).parent.glob("*.h")))
     text = source.read_text() + headers
     version = subprocess.run([cc, "--version"], capture_output=True, text=True).stdout
-    key = hashlib.sha256("\0".join([text, version, _processor(), *FLAGS]).encode()).hexdigest()[:24]
+    key = hashlib.sha256("\0".join([text, version, _processor(), *flags]).encode()).hexdigest()[:24]
     library = cache_folder() / f"{source.parent.name}-{source.stem}-{key}.so"
     if not library.exists():
-        _build(cc, source, library)
-    return ctypes.CDLL(str(library))
+        _build([cc, *flags], source, library)
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError as error:  # no OpenMP runtime, a file system that nothing may be run from
+        raise BuildError(f"{library} cannot be loaded: {error}") from None
 
 
 class functions:
@@ -125,15 +151,16 @@ class functions:
         return self.__dict__[name]
 
 
-def _build(cc: str, source: Path, library: Path) -> None:
+def _build(compile_: list[str], source: Path, library: Path) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         built = Path(folder) / library.name
-        command = [cc, *FLAGS, f"-I{Path(__file__).parent}", "-o", str(built), str(source), "-lm"]
+        command = [*compile_, f"-I{Path(__file__).parent}", "-o", str(built), str(source), "-lm"]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:
             lines = result.stderr.strip().splitlines() or ["no message"]
-            first = next((line for line in lines if "error" in line), lines[-1])  # after it come the source and a caret
-            raise HardwareError(f"{cc} could not build {source.name}: {first}")
+            # after it come the source and a caret; the compiler writes "error", the assembler "Error"
+            first = next((line for line in lines if "error" in line.lower()), lines[-1])
+            raise BuildError(f"{compile_[0]} could not build {source.name}: {first}")
         os.replace(built, library)  # atomic: two processes that build at once leave one whole library
 
 

@@ -29,8 +29,10 @@
 #endif
 #if defined(__AVX__) && !defined(__AVX512F__)
 #define FEW_REGISTERS 1 /* that hold a vec: 16 */
+#define HOLD(x) IN_REGISTER(x)
 #else
 #define FEW_REGISTERS 0
+#define HOLD(x) ((void)0) /* clang refuses IN_REGISTER of what fills two, also where it is never reached */
 #endif
 #include "in_register.h"
 #include "narrow_products.h"
@@ -204,13 +206,13 @@ INLINE void wide_step(vec sums[3][2][8], const int xs, const int ws, const char 
 #pragma GCC unroll 6
         for (int i = 0; i < halves * ws; i++) {
             weights[i / ws][i % ws] = wide_weights(w + i % ws * apart, from + i / ws, format);
-            if (FEW_REGISTERS) IN_REGISTER(weights[i / ws][i % ws]);
+            HOLD(weights[i / ws][i % ws]);
         }
 #pragma GCC unroll 16
         for (int i = 0; i < halves * xs; i++) {
             const int half = i % halves, r = i / halves;
             vec a = load((const float *)x + r * STEP + (from + half) * LANES);
-            if (FEW_REGISTERS) IN_REGISTER(a);
+            HOLD(a);
 #pragma GCC unroll 3
             for (int o = 0; o < ws; o++) ADD_PRODUCT(sums[o][(from + half) * other][r], a, weights[half][o], format);
         }

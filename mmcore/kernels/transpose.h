@@ -20,7 +20,7 @@
 #define ROTATED(i) (i)
 #endif
 
-/* The lower (and upper) halves of a and b, interleaved. AVX2 has an instruction for that within each of its two lanes and one
+/* The lower (and upper) halves of a and b, interleaved. AVX has an instruction for that within each of its two lanes and one
    that joins lanes, so with 8 numbers two rounds stay within lanes and the last joins them: half the instructions, and what a
    number's place would be has its bits ROTATED. */
 INLINE vec low_halves(vec a, vec b, const int round) {

@@ -31,7 +31,7 @@ from mmcore.distributed.parallelize import parallelize
 from mmcore.distributed.shards import local_rows
 from mmcore.distributed.together import all_or_none, in_turn, on_first
 from mmcore.errors import CheckpointError, ConfigError, DataError
-from mmcore.kernels import native
+from mmcore.kernels import dispatch
 from mmcore.kernels.allocator import keep_pages
 from mmcore.kernels.linear.cpu import multiplies_bf16
 from mmcore.model import LanguageModel, build_model
@@ -293,7 +293,7 @@ def _job(
 
 def _remark(recipe: Recipe, corpus: Corpus, device: torch.device, precision: str, tell: Listener) -> None:
     """Say what is allowed but may not be meant."""
-    if device.type == "cpu" and (notice := native.notice()):
+    if device.type == "cpu" and (notice := dispatch.notice()):
         tell(Notice(notice))
     if precision == "bf16" and device.type == "cpu" and not multiplies_bf16():
         tell(Notice("training.precision is bf16, which this CPU computes slower than fp32, up to 130 times"))

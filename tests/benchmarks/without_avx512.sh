@@ -1,7 +1,7 @@
 #!/bin/sh
 # Runs a benchmark as a processor with AVX2 and nothing newer would: tests/benchmarks/without_avx512.sh python -m tests.benchmarks...
-# Ours is compiled for Haswell by $CC (or cc), and the libraries of the others are told the same. Both sides still have this
-# processor's clock, ports and caches. Its JSON says "instructions": "AVX2".
+# Ours is compiled for Haswell by $CC (or cc), and the libraries of the others are told the same (torch.compile vectorizes for AVX2, and
+# g++ still has -march=native there). Both sides keep this processor's clock, ports and caches. Its JSON says "instructions": "AVX2".
 set -e
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

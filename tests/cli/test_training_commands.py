@@ -7,6 +7,7 @@ import pytest
 
 from mmcli import app
 from mmcli.pretrain import Command
+from mmcore.kernels import dispatch
 from tests.helpers.tiny_run import tiny_values, write_recipe
 
 
@@ -25,6 +26,17 @@ def test_pretrain_then_finetune(path, tmp_path, capsys):
     assert app.run(tune) == 0
     trainer = json.loads((tmp_path / "t/checkpoints/step-000002/trainer.json").read_text())
     assert (trainer["stage"], trainer["step"]) == ("finetune", 2)
+
+
+def test_a_cpu_without_compiled_kernels_is_told_so(path, tmp_path, monkeypatch, capfd):
+    """And all commands do their work."""
+    monkeypatch.setattr(dispatch, "_NO_COMPILER", "there is no C compiler")
+    run, said = str(tmp_path / "run"), "slower: there is no C compiler"
+    for words in (["pretrain", str(path)], ["eval", run, "--data", str(tmp_path / "text.txt"), "--max-tokens", "100"],
+                  ["chat", run, "--prompt", "a", "--max-new-tokens", "2"]):  # fmt: skip
+        assert app.run(words) == 0
+        shown = capfd.readouterr()
+        assert said in shown.err or said in " ".join(shown.out.split()), words[0]
 
 
 def complaint(capsys, *words):

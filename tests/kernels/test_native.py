@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from mmcore.errors import HardwareError
-from mmcore.kernels import native
+from mmcore.kernels import dispatch, native
 from tests.helpers.forms import needs_compiler
 
 
@@ -35,34 +35,98 @@ def test_a_source_that_does_not_compile_says_so(tmp_path, monkeypatch):
         native.functions(source, broken=[]).broken()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems' compilers may have no OpenMP")
 def test_a_compiler_that_is_here_builds_the_kernels():
     """Or all their tests would be left out in silence."""
     assert native.compiler() is None or native.why_not() is None, native.why_not()
 
 
-REFUSING = """#!/bin/sh
-case "$*" in *-fopenmp*) echo "error: unsupported option '-fopenmp'" >&2; exit 1;; esac
-exec cc "$@"
+def compiler_that(path, refuses):
+    """One that fails where the shell finds what `refuses` says."""
+    path.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exec {native.compiler()} --version\n{refuses}\n'
+                    f'exec {native.compiler()} "$@"\n')
+    path.chmod(0o755)
+    return path
+
+
+def report(compiler, cache, code):
+    env = {**os.environ, "CC": str(compiler), "MM_CACHE": str(cache)}
+    env.pop("MM_KERNELS", None)
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=env)
+    assert found.returncode == 0, found.stderr[-2000:]
+    return found.stdout
+
+
+LINEAR = """
+import torch
+from mmcore.kernels import dispatch
+from mmcore.kernels.linear import linear
+x, w = torch.randn(70, 33), torch.randn(21, 33)
+torch.testing.assert_close(linear(x, [w])[0], x @ w.T)
+print(dispatch.notice())
 """
 
 
 @needs_compiler
 @pytest.mark.slow
 def test_a_compiler_without_openmp_is_done_without_and_said(tmp_path):
-    """As on a Mac: the commands go on with PyTorch's forms, and the user hears of it."""
-    compiler = tmp_path / "cc"
-    compiler.write_text(REFUSING)
-    compiler.chmod(0o755)
+    """As on a Mac: PyTorch's forms do the work, and the reason can be told."""
+    refuses = """case "$*" in *-fopenmp*) echo "error: unsupported option '-fopenmp'" >&2; exit 1;; esac"""
+    said = report(compiler_that(tmp_path / "cc", refuses), tmp_path / "cache", LINEAR)
+    assert "unsupported option '-fopenmp'" in said and "install gcc, or set CC" in said
+    assert not list((tmp_path / "cache").glob("kernels/*.so"))
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("mnemonic", ["{vex} vpdpwssd", "tileloadd"])
+def test_an_assembler_that_is_older_than_its_compiler(mnemonic, tmp_path):
+    """RHEL 9: gcc 11 writes instructions that binutils 2.35 does not know. The kernels are built without them."""
+    newer = "-mavxvnni -mno-avx512f" if "vex" in mnemonic else ""
+    assembler = tmp_path / "as"
+    assembler.write_text("#!/bin/sh\nfor file; do case $file in *.s) if grep -q '" + mnemonic + "' $file; then "
+                         "echo 'Error: no such instruction' >&2; exit 1; fi;; esac; done\nexec /usr/bin/as \"$@\"\n")
+    assembler.chmod(0o755)
+    refuses = f'set -- "$@" -B{tmp_path} $(case "$*" in *-mno-avxvnni*) ;; *) echo {newer};; esac)'
+    compiler = compiler_that(tmp_path / "cc", refuses)
+    if "avxvnni" in newer and subprocess.run([native.compiler(), "-mavxvnni", "-E", "-x", "c", "/dev/null"],
+                                             capture_output=True).returncode:
+        pytest.skip("the compiler does not know AVX-VNNI")
+    said = report(compiler, tmp_path / "cache", LINEAR + "from mmcore.kernels import native\nprint(native._extra_flags())")
+    assert said.splitlines()[0] == "None"
+    assert list((tmp_path / "cache").glob("kernels/linear-cpu-*.so"))
+
+
+def test_a_folder_that_cannot_be_had_is_the_first_kernels_to_say(monkeypatch, tmp_path):
+    """Not a reason to go on slower in silence: its user can mend it."""
+    (tmp_path / "file").write_text("")
+    (tmp_path / "x.c").write_text("int x;")
+    monkeypatch.setenv("MM_CACHE", str(tmp_path / "file"))
+    assert native.why_not.__wrapped__() is None
+    with pytest.raises(OSError):
+        native._load.__wrapped__(tmp_path / "x.c", ())
+
+
+@pytest.mark.parametrize("forced", ["blocked", "reference", "cpu"])
+def test_who_has_chosen_a_form_hears_no_notice(forced, monkeypatch):
+    monkeypatch.setattr(dispatch, "_NO_COMPILER", "there is none")
+    assert "there is none" in dispatch.notice()
+    monkeypatch.setattr(dispatch, "_FORCED", forced)
+    assert dispatch.notice() is None
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_nothing_is_compiled_where_another_form_is_asked_for(tmp_path):
+    """By the whole step of decoding neither."""
     code = (
-        "import torch\n"
-        "from mmcore.kernels import native\n"
-        "from mmcore.kernels.linear import linear\n"
-        "x, w = torch.randn(70, 33), torch.randn(21, 33)\n"
-        "torch.testing.assert_close(linear(x, [w])[0], x @ w.T)\n"
-        "print(native.notice())\n"
+        "import torch, mmcore\n"
+        "from mmcore.kernels.linear.cpu import multiplies_bf16\n"
+        "from tests.helpers.models import tiny\n"
+        "list(mmcore.generate(tiny(), [1, 2, 3], max_new_tokens=3, stop_ids=()))\n"
+        "assert not multiplies_bf16()\n"
     )
-    env = {**os.environ, "CC": str(compiler), "MM_CACHE": str(tmp_path / "cache")}
+    env = {**os.environ, "MM_KERNELS": "blocked", "MM_CACHE": str(tmp_path / "cache")}
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=env)
     assert found.returncode == 0, found.stderr[-2000:]
-    assert "unsupported option '-fopenmp'" in found.stdout and "install gcc, or set CC" in found.stdout
-    assert not list((tmp_path / "cache").glob("kernels/*.so"))
+    assert not list(tmp_path.glob("cache/kernels/*"))

@@ -71,7 +71,7 @@ def test_nan_and_infinity_pass_through_where_they_belong(implementation):
 
 
 @needs_compiler
-@pytest.mark.parametrize("width", [512, 9000, 40_000])
+@pytest.mark.parametrize("width", [512, 4095, 8191, 9000, 40_000])
 def test_int8_sums_do_not_overflow(width):
     """All products at their largest and of one sign: 32 bits hold no more than 8,192 of them in a lane's 512."""
     x, weight, scale = torch.full((3, width), 5.0), torch.full((4, width), -128).to(torch.int8), torch.ones(4)
@@ -155,6 +155,6 @@ def test_weights_may_change_place_and_value_between_calls():
 def test_sums_of_bytes_do_not_run_over():
     """Rows of 70,000 weights, all of them and x as large as they can be."""
     for rows in (2, 3, 16):
-        weight = torch.full((17, 70_000), 127, dtype=torch.int8)
+        weight = torch.full((17, 70_000), -128, dtype=torch.int8)
         y = thin_linear(torch.ones(rows, 70_000), weight, torch.ones(17), implementation="cpu")
-        torch.testing.assert_close(y, torch.full((rows, 17), 70_000 * 127.0), rtol=2e-7, atol=0)  # parts are added in fp32
+        torch.testing.assert_close(y, torch.full((rows, 17), 70_000 * -128.0), rtol=2e-7, atol=0)  # parts are added in fp32

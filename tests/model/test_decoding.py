@@ -128,7 +128,8 @@ def test_decoding_without_a_memory_equals_the_pass_without_it(memory):
 
 
 ODD_SIZES = [{}, {"hidden_size": 40, "num_attention_heads": 4, "intermediate_size": 50},
-             {"hidden_size": 256, "num_attention_heads": 2, "intermediate_size": 300}]
+             {"hidden_size": 256, "num_attention_heads": 2, "intermediate_size": 300},
+             {"hidden_size": 180, "num_attention_heads": 9, "intermediate_size": 60}]
 
 
 def in_format(dtype, **sizes):

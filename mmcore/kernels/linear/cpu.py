@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from mmcore.kernels import native, registry
+from mmcore.kernels import dispatch, native, registry
 from mmcore.kernels.layout import rows_of
 from mmcore.kernels.thin_linear.cpu import FORMATS
 
@@ -65,7 +65,8 @@ def multiplies_bf16() -> bool:
 
 @functools.cache
 def _multiplies_bf16() -> bool:
-    return native.why_not() is None and bool(_C.mm_linear_rounds())
+    there = dispatch.excluded("cpu") is None and dispatch.why_not("cpu", torch.device("cpu")) is None
+    return there and bool(_C.mm_linear_rounds())
 
 
 def rounding() -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmcore.errors import HardwareError
-from mmcore.kernels import dispatch, native
+from mmcore.kernels import dispatch
 from mmcore.kernels.mosaic_step.cpu import Step
 from mmcore.kernels.mosaic_step.graphed import GraphedStep
 
@@ -71,7 +71,7 @@ def why_not(layers: Sequence[LayerWeights], classifier: Matrix) -> str | None:
         return f"the weights are {dtypes.pop()}, and the step reads fp32, bf16 or int8"
     if not all(matrix.weight.is_cpu and matrix.weight.is_contiguous() for matrix in matrices):
         return "the weights are not contiguous CPU tensors"
-    return native.why_not()
+    return dispatch.excluded("cpu") or dispatch.why_not("cpu", classifier.weight.device)
 
 
 def _matrices(layers: Sequence[LayerWeights], classifier: Matrix) -> list[Matrix]:
