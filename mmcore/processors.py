@@ -7,6 +7,7 @@ wait for each other while the system holds them back. Only the standard library,
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +16,18 @@ _VARIABLE = "OMP_NUM_THREADS"  # read by OpenMP, MKL and torch when they are loa
 _chosen: str | None = None
 
 
+def bound() -> int:
+    """Processors that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def allowed(root: Path = Path("/")) -> int:
-    """Processors that this process may use, at least 1; parts of one do not count, for a thread needs a whole one."""
-    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Processors that this process may use, at least 1, in whole ones as threads are: a quota is rounded to the nearest.
+
+    Training steps on 2 processors with 1 and 2 threads, tokens/s: quota 1.0 6,804 and 5,200, 1.5 7,158 and 8,702.
+    """
     quota = granted(root)
-    return bound if quota is None else max(1, min(bound, int(quota)))
+    return bound() if quota is None else max(1, min(bound(), int(quota + 0.5)))
 
 
 def granted(root: Path = Path("/")) -> float | None:
@@ -45,7 +53,7 @@ def _up(top: Path, path: str, read: Callable[[Path], tuple[float, float]]) -> li
     while True:
         with contextlib.suppress(OSError, ValueError):
             limit, period = read(place)
-            if limit > 0 and period > 0:
+            if 0 < limit < math.inf and period > 0:
                 found.append(limit / period)
         if place == top:
             return found
@@ -65,8 +73,7 @@ def keep_to_quota() -> None:
     """Let torch, which must not be imported yet, start no more threads than this process is granted processors; where the
     user has set OMP_NUM_THREADS that holds. For the commands, whose process is their own."""
     global _chosen
-    quota = granted()
-    if quota is not None and _VARIABLE not in os.environ and int(quota) < (os.cpu_count() or 1):
+    if _VARIABLE not in os.environ and allowed() < bound():
         os.environ[_VARIABLE] = _chosen = str(allowed())
 
 

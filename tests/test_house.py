@@ -17,7 +17,7 @@ ALLOWED = {
     "kernels": {"errors", "config"},
     "model": {"errors", "config", "kernels"},
     "distributed": {"errors", "config", "kernels", "model"},
-    "data": {"errors", "config"},
+    "data": {"errors", "config", "processors"},
     "checkpoint": {"errors", "config", "kernels", "model", "distributed", "data"},
     "planning": {"errors", "config", "model", "processors"},
     "hf": set(),  # and by these names a file of mmcore/hf that is shipped with a model could not be used without mmcore

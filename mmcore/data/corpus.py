@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from mmcore import processors
 from mmcore.config import DataConfig, SourceConfig, TokenizerConfig
 from mmcore.data.conversations import CHAT_TEMPLATE
 from mmcore.data.documents import HashBook, Source, open_source, source_hash
@@ -62,7 +63,7 @@ def prepare(data: DataConfig, tokenizer: Tokenizer, *, progress: Progress | None
     configs = [*data.sources, *data.validation]
     sources = [open_source(config, data.kind) for config in configs]
     hashes = _hashes(sources, cache)
-    sets = _all_shards(sources, hashes, tokenizer, cache, data.workers or os.cpu_count() or 1, progress, verify)
+    sets = _all_shards(sources, hashes, tokenizer, cache, data.workers or processors.allowed(), progress, verify)
     names = [config.path for config in configs]
     split = split_documents(sets[:len(data.sources)], sets[len(data.sources):], names, data)
     begin, end = tokenizer.frame()

@@ -7,7 +7,7 @@ one that cannot build them, uses the PyTorch forms: dispatch asks `why_not`, say
 by name, and the commands say so once (`dispatch.notice`).
 
 Built by gcc they link libgomp by soname and so share the thread pool that torch has loaded: two pools on the same
-cores would spin against each other, as clang's libomp does, which is therefore taken last.
+cores would spin against each other, as those of clang's libomp do, so gcc is taken where there is one.
 """
 
 from __future__ import annotations
@@ -48,22 +48,17 @@ def compiler() -> str | None:
 
 @functools.cache
 def why_not() -> str | None:
-    """The reason why no C kernel can be built and loaded here, or None: a small file that asks for the same is tried.
-
-    None also where the folder for what is built is amiss: the first kernel raises that, which its user can mend.
-    """
+    """The reason why no C kernel can be built and loaded here, or None: a small file that asks for the same is tried."""
     if os.name != "posix":
         return "compiled kernels need a POSIX system"
     if compiler() is None:
         return "there is no C compiler (install gcc, or set CC)"
     try:
-        cache_folder()
-    except (HardwareError, OSError, RuntimeError):  # the last from Path.home() for a user who has none
-        return None
-    try:
         _extra_flags()
     except BuildError as error:
         return f"{error} (install gcc, or set CC)"
+    except (HardwareError, OSError) as error:
+        return str(error)
     return None
 
 
@@ -82,10 +77,14 @@ def _extra_flags() -> tuple[str, ...]:
 
 
 def cache_folder() -> Path:
-    """The folder of built libraries, made for this user alone: what lies in it is run."""
-    root = Path(os.environ.get("MM_CACHE") or Path.home() / ".cache" / "mm") / "kernels"
-    root.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if root.stat().st_uid != os.getuid():
+    """The folder of built libraries, made for this user alone: what lies in it is run. Raises HardwareError."""
+    try:
+        root = Path(os.environ.get("MM_CACHE") or Path.home() / ".cache" / "mm") / "kernels"
+        root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        owner = root.stat().st_uid
+    except (OSError, RuntimeError) as error:  # the latter from Path.home() for a user who has none
+        raise HardwareError(f"compiled kernels have no folder ({error}): set MM_CACHE to one of your own") from None
+    if owner != os.getuid():
         raise HardwareError(f"{root} belongs to another user: set MM_CACHE to a folder of your own")
     return root
 
@@ -152,6 +151,8 @@ class functions:
 
 
 def _build(compile_: list[str], source: Path, library: Path) -> None:
+    if not os.access(library.parent, os.W_OK):
+        raise HardwareError(f"{library.parent} cannot be written: set MM_CACHE to a folder of your own")
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         built = Path(folder) / library.name
         command = [*compile_, f"-I{Path(__file__).parent}", "-o", str(built), str(source), "-lm"]

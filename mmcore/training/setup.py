@@ -295,7 +295,7 @@ def _remark(recipe: Recipe, corpus: Corpus, device: torch.device, precision: str
     """Say what is allowed but may not be meant."""
     if device.type == "cpu" and (notice := dispatch.notice()):
         tell(Notice(notice))
-    if precision == "bf16" and device.type == "cpu" and not multiplies_bf16():
+    if precision == "bf16" and device.type == "cpu" and dispatch.excluded("cpu") is None and not multiplies_bf16():
         tell(Notice("training.precision is bf16, which this CPU computes slower than fp32, up to 130 times"))
     for path, found in corpus.fingerprint["files"].items():
         if found["skipped"] and path != "python-library":

@@ -12,6 +12,7 @@ import pytest
 from mmcli import app, launch
 from mmcli.launch import Launch, Rank, read_launch
 from mmcli.pretrain import Command, read_steps
+from mmcore import processors
 from mmcore.errors import ConfigError
 from tests.helpers.tiny_run import tiny_values, write_recipe
 
@@ -72,7 +73,8 @@ def test_the_command_becomes_the_agents(monkeypatch, tmp_path):
 
     monkeypatch.setattr(os, "execve", execve)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)), raising=False)
+    monkeypatch.setattr(processors, "granted", lambda *_: None)
     words = ["pretrain", str(path), "--set", "training.steps=3", "--gpus", "0", "--ranks", "5", "--overwrite", "--profile", "2"]
     assert app.run(words) == 0
     ((program, command, environment),) = called

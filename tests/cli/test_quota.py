@@ -3,10 +3,11 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
-from mmcore import processors
+from mmcore import planning, processors
 
 
 def machine(root, groups, files):
@@ -50,18 +51,19 @@ def test_no_groups_at_all(tmp_path):
     assert processors.granted(tmp_path) is None
 
 
-@pytest.mark.parametrize("grant, wanted", [("10000 100000", 1), ("190000 100000", 1), ("99900000 100000", None)])
-def test_whole_processors_and_no_more_than_are_there(grant, wanted, tmp_path):
-    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    assert processors.allowed(machine(tmp_path, "0::/\n", {"cpu.max": grant})) == (wanted or bound)
+@pytest.mark.parametrize("grant, wanted", [("10000 100000", 1), ("140000 100000", 1), ("190000 100000", 2),
+                                           ("99900000 100000", 8)])  # fmt: skip
+def test_whole_processors_and_no_more_than_are_there(grant, wanted, tmp_path, monkeypatch):
+    monkeypatch.setattr(processors, "bound", lambda: 8)
+    assert processors.allowed(machine(tmp_path, "0::/\n", {"cpu.max": grant})) == wanted
 
 
 @pytest.fixture
 def quota(monkeypatch):
-    """Less than one processor is granted, and nobody has said how many threads there shall be."""
+    """Less than one processor of 64 is granted, and nobody has said how many threads there shall be."""
     monkeypatch.setattr(processors, "granted", lambda *_: 0.5)
+    monkeypatch.setattr(processors, "bound", lambda: 64)
     monkeypatch.setattr(processors, "_chosen", None)
-    monkeypatch.setattr(os, "cpu_count", lambda: 64)
     monkeypatch.setenv("OMP_NUM_THREADS", "")  # so that whatever there is comes back
     monkeypatch.delenv("OMP_NUM_THREADS")
 
@@ -79,13 +81,8 @@ def test_what_the_user_says_holds(quota, monkeypatch):
     assert os.environ["OMP_NUM_THREADS"] == environment["OMP_NUM_THREADS"] == "7"
 
 
-def test_ranks_share_what_is_allowed(monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "")  # so that whatever there is comes back
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    monkeypatch.setattr(processors, "_chosen", None)
-    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+def test_ranks_share_what_is_allowed(quota, monkeypatch):
     monkeypatch.setattr(processors, "granted", lambda *_: 8.0)
-    monkeypatch.setattr(processors, "allowed", lambda *_: 8)
     processors.keep_to_quota()
     assert os.environ["OMP_NUM_THREADS"] == "8"
     environment = dict(os.environ)
@@ -95,7 +92,33 @@ def test_ranks_share_what_is_allowed(monkeypatch):
     assert environment["OMP_NUM_THREADS"] == "2"
 
 
-def test_it_is_read_before_torch_is_there():
+@pytest.mark.parametrize("grant", [None, 64.0, 100.0])
+def test_nothing_is_set_where_nothing_binds(grant, quota, monkeypatch):
+    monkeypatch.setattr(processors, "granted", lambda *_: grant)
+    processors.keep_to_quota()
+    assert "OMP_NUM_THREADS" not in os.environ
+
+
+def test_a_plan_counts_what_is_granted(monkeypatch):
+    monkeypatch.setattr(planning.psutil, "cpu_count", lambda logical=True: 64)
+    monkeypatch.setattr(planning.psutil, "cpu_freq", lambda: SimpleNamespace(max=2000.0, current=2000.0))
+    peaks = []
+    for granted in (2, 64, 128):
+        monkeypatch.setattr(processors, "allowed", lambda *_, granted=granted: granted)
+        peaks.append(planning._cpu_peaks()["fp32"])
+    assert peaks[1] == peaks[2] == 32 * peaks[0]
+
+
+def test_mm_keeps_to_it_before_torch_is_there():
     """Or the variable would come too late."""
-    code = "import sys, mmcli.app, mmcore.processors; mmcore.processors.keep_to_quota(); print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+    code = (
+        "import os, sys\n"
+        "from mmcore import processors\n"
+        "processors.granted, processors.bound = lambda *_: 3.0, lambda: 64\n"
+        "from mmcli import app\n"
+        "app.run = lambda arguments: print(os.environ['OMP_NUM_THREADS'], 'torch' in sys.modules)\n"
+        "app.main()\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert found.stdout.split() == ["3", "False"], found.stderr

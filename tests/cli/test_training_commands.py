@@ -8,6 +8,7 @@ import pytest
 from mmcli import app
 from mmcli.pretrain import Command
 from mmcore.kernels import dispatch
+from mmcore.kernels.linear import cpu as linear_cpu
 from tests.helpers.tiny_run import tiny_values, write_recipe
 
 
@@ -31,9 +32,12 @@ def test_pretrain_then_finetune(path, tmp_path, capsys):
 def test_a_cpu_without_compiled_kernels_is_told_so(path, tmp_path, monkeypatch, capfd):
     """And all commands do their work."""
     monkeypatch.setattr(dispatch, "_NO_COMPILER", "there is no C compiler")
+    monkeypatch.setattr(dispatch, "_FORCED", "auto")
+    monkeypatch.setattr(linear_cpu, "_multiplies_bf16", lambda: False)  # which is remembered
     run, said = str(tmp_path / "run"), "slower: there is no C compiler"
-    for words in (["pretrain", str(path)], ["eval", run, "--data", str(tmp_path / "text.txt"), "--max-tokens", "100"],
-                  ["chat", run, "--prompt", "a", "--max-new-tokens", "2"]):  # fmt: skip
+    for words in (["pretrain", str(path)], ["eval", run, "--data", str(tmp_path / "text.txt"), "--max-tokens", "100",
+                   "--device", "cpu"],
+                  ["chat", run, "--prompt", "a", "--max-new-tokens", "2", "--device", "cpu"]):  # fmt: skip
         assert app.run(words) == 0
         shown = capfd.readouterr()
         assert said in shown.err or said in " ".join(shown.out.split()), words[0]
