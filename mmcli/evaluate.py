@@ -110,16 +110,20 @@ def evaluate(
 
     given = _given(command)
     removed = tuple(without or ())
+    if inspect and (suite or data or len(checkpoints) > 1):
+        raise ConfigError("--inspect looks at one text in one checkpoint: give it one, and no --suite or --data")
+    if inspect:
+        _refuse(given, "of --inspect", "--inspect")
+    elif suite:
+        _refuse(given, "of suites", "--suite")
+    else:
+        _refuse(given, "of text", "a measurement of text")
     tell_of_slow_kernels(device)
     if inspect:
-        if suite or data or len(checkpoints) > 1:
-            raise ConfigError("--inspect looks at one text in one checkpoint: give it one, and no --suite or --data")
-        _refuse(given, "of --inspect", "--inspect")
         from mmcli.inspect_text import run_inspection
 
         run_inspection(checkpoints[0], inspect, token, removed, device, dtype, tokenizer, out, as_json)
     elif suite:
-        _refuse(given, "of suites", "--suite")
         from mmcli.evaluate_suites import run_suites
 
         run_suites(checkpoints, suite, data or (), {
@@ -127,7 +131,6 @@ def evaluate(
             "online": online, "without": removed, "device": device, "dtype": dtype, "tokenizer": tokenizer,
         }, out, as_json)
     else:
-        _refuse(given, "of text", "a measurement of text")
         _measure_text(checkpoints, data or (), {
             "context": context, "stride": stride, "max_tokens": max_tokens or None, "batch_size": batch_size,
             "longest": longest, "without": removed, "compressors": compressors, "device": device, "tokenizer": tokenizer,

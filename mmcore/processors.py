@@ -62,7 +62,7 @@ def _up(top: Path, path: str, read: Callable[[Path], tuple[float, float]]) -> li
 
 def _unified(place: Path) -> tuple[float, float]:
     limit, period = (place / "cpu.max").read_text().split()
-    return float("nan" if limit == "max" else limit), float(period)
+    return float(limit), float(period)  # "max" is no number, and no limit
 
 
 def _first_version(place: Path) -> tuple[float, float]:
@@ -73,8 +73,8 @@ def keep_to_quota() -> None:
     """Let torch, which must not be imported yet, start no more threads than this process is granted processors; where the
     user has set OMP_NUM_THREADS that holds. For the commands, whose process is their own."""
     global _chosen
-    if _VARIABLE not in os.environ and allowed() < bound():
-        os.environ[_VARIABLE] = _chosen = str(allowed())
+    if _VARIABLE not in os.environ and (count := allowed()) < bound():
+        os.environ[_VARIABLE] = _chosen = str(count)
 
 
 def share(environment: dict[str, str], processes: int) -> None:

@@ -41,6 +41,11 @@ def excluded(name: str) -> str | None:
     return None if _FORCED in ("auto", name) else f"MM_KERNELS asks for {_FORCED!r}"
 
 
+def refusal(name: str, device: torch.device) -> str | None:
+    """The reason why what is not named by its user may not take implementation `name` or cannot on `device`, or None."""
+    return excluded(name) or why_not(name, device)
+
+
 def notice() -> str | None:
     """What the user of a CPU should know where compiled kernels are wanted and cannot be had, or None."""
     if _FORCED != "auto" or _NO_COMPILER is None:

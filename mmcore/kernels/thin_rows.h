@@ -85,9 +85,9 @@ INLINE vec sums_of(vec *v, const int count) {
 #pragma GCC unroll 4
     for (int n = count / 2; n > 0; n /= 2, round++)
 #pragma GCC unroll 8
-        for (int i = 0; i < n; i++) v[i] = low_halves(v[i], v[i + n], round) + high_halves(v[i], v[i + n], round);
+        for (int i = 0; i < n; i++) v[i] = halves(v[i], v[i + n], 0, round) + halves(v[i], v[i + n], 1, round);
 #pragma GCC unroll 4
-    for (; round < ROUNDS; round++) v[0] = low_halves(v[0], v[0], round) + high_halves(v[0], v[0], round);
+    for (; round < ROUNDS; round++) v[0] = halves(v[0], v[0], 0, round) + halves(v[0], v[0], 1, round);
     return v[0];
 }
 
@@ -198,19 +198,19 @@ INLINE vec wide_weights(const char *w, const int half, const int format) {
    are all: then a half at a time, every number loaded once. */
 INLINE void wide_step(vec sums[3][2][8], const int xs, const int ws, const char *x, const char *w, int64_t apart,
                       const int format) {
-    const int other = xs * ws < 8, halves = FEW_REGISTERS ? 1 : 2;
+    const int other = xs * ws < 8, taken = FEW_REGISTERS ? 1 : 2;
 #pragma GCC unroll 2
-    for (int from = 0; from < 2; from += halves) {
+    for (int from = 0; from < 2; from += taken) {
         vec weights[2][3];
         if (FEW_REGISTERS) __asm__("" : "+r"(w)); /* or bf16's words would be kept from one half to the next */
 #pragma GCC unroll 6
-        for (int i = 0; i < halves * ws; i++) {
+        for (int i = 0; i < taken * ws; i++) {
             weights[i / ws][i % ws] = wide_weights(w + i % ws * apart, from + i / ws, format);
             HOLD(weights[i / ws][i % ws]);
         }
 #pragma GCC unroll 16
-        for (int i = 0; i < halves * xs; i++) {
-            const int half = i % halves, r = i / halves;
+        for (int i = 0; i < taken * xs; i++) {
+            const int half = i % taken, r = i / taken;
             vec a = load((const float *)x + r * STEP + (from + half) * LANES);
             HOLD(a);
 #pragma GCC unroll 3

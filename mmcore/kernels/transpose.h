@@ -20,23 +20,16 @@
 #define ROTATED(i) (i)
 #endif
 
-/* The lower (and upper) halves of a and b, interleaved. AVX has an instruction for that within each of its two lanes and one
+/* The lower or the `upper` halves of a and b, interleaved. AVX has an instruction for that within each of its two lanes and one
    that joins lanes, so with 8 numbers two rounds stay within lanes and the last joins them: half the instructions, and what a
    number's place would be has its bits ROTATED. */
-INLINE vec low_halves(vec a, vec b, const int round) {
+INLINE vec halves(vec a, vec b, const int upper, const int round) {
 #if LANES == 8
-    if (round == ROUNDS - 1) return SHUFFLED(ivec, a, b, 0, 1, 2, 3, 8, 9, 10, 11);
+    if (round == ROUNDS - 1)
+        return upper ? SHUFFLED(ivec, a, b, 4, 5, 6, 7, 12, 13, 14, 15) : SHUFFLED(ivec, a, b, 0, 1, 2, 3, 8, 9, 10, 11);
 #endif
     (void)round;
-    return SHUFFLED(ivec, a, b, LOW_HALVES);
-}
-
-INLINE vec high_halves(vec a, vec b, const int round) {
-#if LANES == 8
-    if (round == ROUNDS - 1) return SHUFFLED(ivec, a, b, 4, 5, 6, 7, 12, 13, 14, 15);
-#endif
-    (void)round;
-    return SHUFFLED(ivec, a, b, HIGH_HALVES);
+    return upper ? SHUFFLED(ivec, a, b, HIGH_HALVES) : SHUFFLED(ivec, a, b, LOW_HALVES);
 }
 
 /* x transposed in place: in each round the first half of the rows is interleaved with the second. */
@@ -49,8 +42,8 @@ INLINE void transpose(vec *x) {
         vec z[LANES];
 #pragma GCC unroll 8
         for (int i = 0; i < LANES / 2; i++) {
-            z[2 * i] = low_halves(y[i], y[i + LANES / 2], round);
-            z[2 * i + 1] = high_halves(y[i], y[i + LANES / 2], round);
+            z[2 * i] = halves(y[i], y[i + LANES / 2], 0, round);
+            z[2 * i + 1] = halves(y[i], y[i + LANES / 2], 1, round);
         }
 #pragma GCC unroll 16
         for (int i = 0; i < LANES; i++) y[i] = z[i];

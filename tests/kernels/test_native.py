@@ -10,6 +10,7 @@ import pytest
 
 from mmcore.errors import HardwareError
 from mmcore.kernels import dispatch, native
+from tests.helpers.compilers import instructions, wrapped
 from tests.helpers.forms import needs_compiler
 
 
@@ -42,14 +43,6 @@ def test_a_compiler_that_is_here_builds_the_kernels():
     assert native.compiler() is None or native.why_not() is None, native.why_not()
 
 
-def compiler_that(path, refuses):
-    """One that fails where the shell finds what `refuses` says."""
-    path.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exec {native.compiler()} --version\n{refuses}\n'
-                    f'exec {native.compiler()} "$@"\n')
-    path.chmod(0o755)
-    return path
-
-
 def report(compiler, cache, code):
     env = {**os.environ, "CC": str(compiler), "MM_CACHE": str(cache)}
     env.pop("MM_KERNELS", None)
@@ -73,7 +66,7 @@ print(dispatch.notice())
 def test_a_compiler_without_openmp_is_done_without_and_said(tmp_path):
     """As on a Mac: PyTorch's forms do the work, and the reason can be told."""
     refuses = """case "$*" in *-fopenmp*) echo "error: unsupported option '-fopenmp'" >&2; exit 1;; esac"""
-    said = report(compiler_that(tmp_path / "cc", refuses), tmp_path / "cache", LINEAR)
+    said = report(wrapped(tmp_path / "cc", first=refuses), tmp_path / "cache", LINEAR)
     assert "unsupported option '-fopenmp'" in said and "install gcc, or set CC" in said
     assert not list((tmp_path / "cache").glob("kernels/*.so"))
 
@@ -83,8 +76,7 @@ def test_a_compiler_without_openmp_is_done_without_and_said(tmp_path):
 @pytest.mark.parametrize("mnemonic", ["{vex} vpdpwssd", "tileloadd"])
 def test_an_assembler_that_is_older_than_its_compiler(mnemonic, tmp_path):
     """RHEL 9: gcc 11 writes instructions that binutils 2.35 does not know. The kernels are built without them."""
-    macros = subprocess.run([native.compiler(), "-march=native", "-dM", "-E", "-x", "c", "/dev/null"],
-                            capture_output=True, text=True).stdout  # fmt: skip
+    macros = instructions()
     if "__clang__" in macros or shutil.which("as") is None or ("tile" in mnemonic and "__AMX_TILE__" not in macros):
         pytest.skip("no assembler of its own, or this processor has no matrix unit")
     newer = "-mavxvnni -mno-avx512f" if "vex" in mnemonic else ""
@@ -93,35 +85,38 @@ def test_an_assembler_that_is_older_than_its_compiler(mnemonic, tmp_path):
                          "echo 'Error: no such instruction' >&2; exit 1; fi;; esac; done\nexec " + shutil.which("as") + " \"$@\"\n")
     assembler.chmod(0o755)
     refuses = f'set -- "$@" -B{tmp_path} $(case "$*" in *-mno-avxvnni*) ;; *) echo {newer};; esac)'
-    compiler = compiler_that(tmp_path / "cc", refuses)
-    if "avxvnni" in newer and subprocess.run([native.compiler(), "-mavxvnni", "-E", "-x", "c", "/dev/null"],
-                                             capture_output=True).returncode:
+    compiler = wrapped(tmp_path / "cc", first=refuses)
+    if newer and instructions(["-mavxvnni"]) is None:
         pytest.skip("the compiler does not know AVX-VNNI")
     said = report(compiler, tmp_path / "cache", LINEAR + "from mmcore.kernels import native\nprint(native._extra_flags())")
     assert said.splitlines() == ["None", str(tuple(native.OLD_ASSEMBLER))]
     assert list((tmp_path / "cache").glob("kernels/linear-cpu-*.so"))
 
 
+@pytest.fixture
+def why_not(monkeypatch):
+    """Asked anew: what this process has found is remembered."""
+    for name in ("_extra_flags", "_load"):
+        monkeypatch.setattr(native, name, getattr(native, name).__wrapped__)
+    return native.why_not.__wrapped__
+
+
 @needs_compiler
 @pytest.mark.parametrize("home", [True, False])
-def test_without_a_folder_to_build_in_the_reason_names_the_way_out(home, monkeypatch, tmp_path):
+def test_without_a_folder_to_build_in_the_reason_names_the_way_out(home, why_not, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MM_CACHE", str(tmp_path / "file") if home else "")
     if not home:  # a user without an entry, as in a container
         monkeypatch.setattr(native.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory.")))
-    monkeypatch.setattr(native, "_extra_flags", native._extra_flags.__wrapped__)
-    monkeypatch.setattr(native, "_load", native._load.__wrapped__)
-    assert "set MM_CACHE to one of your own" in native.why_not.__wrapped__()
+    assert "set MM_CACHE to one of your own" in why_not()
 
 
 @needs_compiler
 @pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write anywhere")
-def test_a_folder_that_cannot_be_written(monkeypatch, tmp_path):
+def test_a_folder_that_cannot_be_written(why_not, monkeypatch, tmp_path):
     (tmp_path / "kernels").mkdir(mode=0o500)
     monkeypatch.setenv("MM_CACHE", str(tmp_path))
-    monkeypatch.setattr(native, "_extra_flags", native._extra_flags.__wrapped__)
-    monkeypatch.setattr(native, "_load", native._load.__wrapped__)
-    assert "cannot be written: set MM_CACHE" in native.why_not.__wrapped__()
+    assert "cannot be written: set MM_CACHE" in why_not()
 
 
 @pytest.mark.parametrize("forced", ["blocked", "reference", "cpu"])

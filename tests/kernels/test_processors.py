@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from mmcore.kernels import native
+from tests.helpers.compilers import instructions, wrapped
 
 CHECKS = ["tests/kernels/test_thin_linear.py", "tests/kernels/test_linear.py", "tests/model/test_decoding.py",
           "tests/model/test_v1.py", "tests/kernels/test_memory_read.py::test_pairs_in_fp16_are_widened"]
@@ -36,13 +37,6 @@ def compilers():
     return sorted(name for name, place in found.items() if place != mine) or [pytest.param(None, marks=NO_OTHER)]
 
 
-def wrapped(path, compiler, flags):
-    """A compiler that always has these flags."""
-    path.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exec {compiler} --version\nexec {compiler} "$@" {flags}\n')
-    path.chmod(0o755)
-    return path
-
-
 def check(compiler, cache):
     """The kernels' tests of numbers on what `compiler` builds."""
     env = {**os.environ, "CC": str(compiler), "MM_CACHE": str(cache)}
@@ -59,13 +53,6 @@ def check(compiler, cache):
     assert len(list((cache / "kernels").glob("*.so"))) >= 4
 
 
-def instructions(flags, compiler=None):
-    """What the compiler may use with these flags, as its macros; None where it does not know one."""
-    command = [compiler or native.compiler(), "-march=native", *flags, "-dM", "-E", "-x", "c", "/dev/null"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    return None if result.returncode else result.stdout
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
 @pytest.mark.parametrize("processor", TAKEN_AWAY)
@@ -76,7 +63,7 @@ def test_kernels_of_other_processors(processor, tmp_path):
     others = [[], *(TAKEN_AWAY[name] for name in names[: names.index(processor)])]
     if any(found == instructions(flags) for flags in others):
         pytest.skip("this processor has nothing that the flags take away and others do not")
-    compiler = wrapped(tmp_path / "cc", native.compiler(), " ".join(TAKEN_AWAY[processor]))
+    compiler = wrapped(tmp_path / "cc", flags=" ".join(TAKEN_AWAY[processor]))
     check(compiler, tmp_path / "cache")
 
 

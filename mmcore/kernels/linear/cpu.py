@@ -65,8 +65,7 @@ def multiplies_bf16() -> bool:
 
 @functools.cache
 def _multiplies_bf16() -> bool:
-    there = dispatch.excluded("cpu") is None and dispatch.why_not("cpu", torch.device("cpu")) is None
-    return there and bool(_C.mm_linear_rounds())
+    return dispatch.refusal("cpu", torch.device("cpu")) is None and bool(_C.mm_linear_rounds())
 
 
 def rounding() -> bool:

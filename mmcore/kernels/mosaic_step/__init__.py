@@ -61,7 +61,7 @@ def why_not(layers: Sequence[LayerWeights], classifier: Matrix) -> str | None:
     if len(dtypes) != 1:
         return f"the weights are {sorted(map(str, dtypes))}, and the step reads all of one type"
     if classifier.weight.is_cuda:
-        reason = dispatch.excluded("triton") or dispatch.why_not("triton", classifier.weight.device)
+        reason = dispatch.refusal("triton", classifier.weight.device)
         if reason is None:
             from mmcore.kernels.mosaic_step import triton
 
@@ -71,7 +71,7 @@ def why_not(layers: Sequence[LayerWeights], classifier: Matrix) -> str | None:
         return f"the weights are {dtypes.pop()}, and the step reads fp32, bf16 or int8"
     if not all(matrix.weight.is_cpu and matrix.weight.is_contiguous() for matrix in matrices):
         return "the weights are not contiguous CPU tensors"
-    return dispatch.excluded("cpu") or dispatch.why_not("cpu", classifier.weight.device)
+    return dispatch.refusal("cpu", classifier.weight.device)
 
 
 def _matrices(layers: Sequence[LayerWeights], classifier: Matrix) -> list[Matrix]:
