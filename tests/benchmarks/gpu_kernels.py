@@ -1,4 +1,4 @@
-"""The kernels of a GPU beside the bandwidth of a copy and beside the rivals that can be had (parts b, c, d, g)."""
+"""The kernels of a GPU beside the bandwidth of a copy and beside the rivals that can be had (parts b, v, c, d, g)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from torch import Tensor
 
 from mmcore.kernels.gated_scan import gated_scan
 from mmcore.kernels.linear_cross_entropy import linear_cross_entropy
+from mmcore.kernels.look_ahead import look_ahead
 from mmcore.kernels.memory_read import memory_read
+from mmcore.kernels.rms_norm import rms_norm
+from mmcore.kernels.swiglu import swiglu
 from tests.benchmarks.gpu_timing import Place, attempt, backward_seconds, copy_bandwidth, seconds
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -57,6 +60,37 @@ def _scan(place: Place, shape: tuple[int, int, int, int], dtype: torch.dtype, co
         "forward_of_copy": bytes_forward / forward / copy, "backward_of_copy": bytes_backward / backward / copy,
     }
     return found
+
+
+def small_ones(place: Place, report: dict[str, Any]) -> None:
+    """What lies between products and reads of a micro-batch of the 1.5b recipe, beside a copy of the bytes that must move: all
+    are bound by memory. A whole training step showed look-ahead's backward pass at half of it."""
+    copy = copy_bandwidth(place)
+    attempt(report, "copy_gb_s", lambda: copy / 1e9)
+    (B, T, H, D), inner = place.pick(((4, 4096, 16, 128), 5632), ((1, 40, 2, 16), 48))
+    new = functools.partial(torch.randn, device=place.device)
+    dtype = torch.float32 if place.tiny else torch.bfloat16
+    values, x, gate, up = (
+        new(shape).to(dtype).requires_grad_() for shape in [(B, T, H, D), (B * T, H * D), *[(B * T, inner)] * 2]
+    )
+    numbers, weight = [new(H).requires_grad_() for _ in range(2)], new(H * D).to(dtype).requires_grad_()
+    works = {
+        "look_ahead": (lambda: look_ahead(values, *numbers, implementation=place.form), (values, *numbers), 2, 3),
+        "rms_norm": (lambda: rms_norm(x, weight, 1e-5, implementation=place.form), (x, weight), 2, 3),
+        "swiglu": (lambda: swiglu(gate, up, implementation=place.form), (gate, up), 3, 5),
+    }
+    for name, (work, leaves, passes, backward_passes) in works.items():
+
+        def timed(work=work, leaves=leaves, passes=passes, backward_passes=backward_passes) -> dict[str, float]:
+            moved = leaves[0].numel() * leaves[0].element_size()
+            forward = seconds(place, work)
+            backward = backward_seconds(place, work, leaves, torch.randn_like(work()))
+            return {
+                "forward_ms": forward * 1e3, "forward_of_copy": passes * moved / forward / copy,
+                "backward_ms": backward * 1e3, "backward_of_copy": backward_passes * moved / backward / copy,
+            }
+
+        attempt(report, name, timed)
 
 
 def scan_rivals(place: Place, report: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """One visit to a GPU: everything that only a card can answer, part by part, each with its own time.
 
-`python -m tests.benchmarks.gpu_visit [--parts bcdefghijlsrqktu] [--out FOLDER]` on the card, from the project's root;
+`python -m tests.benchmarks.gpu_visit [--parts bvcdefghijlsrqktu] [--out FOLDER]` on the card, from the project's root;
 `python -m tests.benchmarks.gpu_visit --tiny --device cpu` tries every part on toy shapes, with Triton's interpreter.
 What fails prints its traceback, and the rest goes on; the JSON, named after the device, is written after every part.
 """
@@ -25,6 +25,7 @@ def parts() -> dict[str, tuple[str, int, Callable]]:
 
     return {
         "b": ("gated_scan", 100, gpu_kernels.scans),
+        "v": ("small kernels", 30, gpu_kernels.small_ones),
         "c": ("memory_read", 300, gpu_kernels.reads),
         "d": ("linear_cross_entropy", 90, gpu_kernels.losses),
         "e": ("training", 420, gpu_models.training),
@@ -82,7 +83,7 @@ def run(names: str, place: Any, file: Path, report: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", default="bcdefghijlsrqktu", help="letters of the parts, in the order to run them")
+    parser.add_argument("--parts", default="bvcdefghijlsrqktu", help="letters of the parts, in the order to run them")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--warm", action="store_true", help="all once and untimed, to fill the compilers' caches")
     parser.add_argument("--share", default="0/1", help="which of how many processes this is: sweeps are shared out")

@@ -317,11 +317,12 @@ def test_fp64_runs_by_itself_and_bad_input_is_named():
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Log-maxima found for 32 steps at a time, stretches of two pieces of 16 and groups of two, so that short texts have
+    """Log-maxima found for 32 steps of two heads at a time, stretches of two pieces of 16 and groups of two, so that short texts have
     several."""
     from mmcore.kernels.gated_scan import triton
 
-    monkeypatch.setattr(triton, "BLOCK", 32)
+    monkeypatch.setattr(triton, "WIDE", 4)
+    monkeypatch.setattr(triton, "FOLDED", 2)
     monkeypatch.setattr(triton, "GROUPS", (1, 2))
     stretches_of(triton, monkeypatch, 2)
     return triton
@@ -329,6 +330,44 @@ def small_chunks(monkeypatch):
 
 def stretches_of(triton, monkeypatch, pieces):
     monkeypatch.setattr(triton, "STRETCH", {"forward": (pieces, 128), "backward": (pieces, 168)})
+
+
+@needs_triton
+@pytest.mark.parametrize("stateful", [False, True])
+@pytest.mark.parametrize(("B", "T", "H"), [(2, 1, 2), (1, 15, 3), (2, 300, 2), (1, 500, 3), (2, 130, 40), (1, 5000, 1)])
+@pytest.mark.parametrize("small", [False, True])
+def test_triton_log_maxima(monkeypatch, small, B, T, H, stateful):
+    """The factors of all steps against the recurrence in float64, and the unit of the state: one and the same on both sides
+    of each step, though programs find it in blocks. It is some hundreds, whose last bits are 3e-5 of a state."""
+    from mmcore.kernels.gated_scan import triton
+
+    if small:
+        monkeypatch.setattr(triton, "WIDE", 64 if H > 32 else 4)
+        monkeypatch.setattr(triton, "FOLDED", 2)
+    generator = torch.Generator().manual_seed(T + H)
+    both = torch.randn(B, T, 3, H, generator=generator)  # lies between other numbers, as in a joined projection
+    gates, decays = both[:, :, 0] * 4 - 300, -both[:, :, 2].abs() / 10
+    resets = torch.rand(B, T, generator=generator) < 0.02
+    state = torch.randn(B, H, generator=generator) - 290 if stateful else None
+    on = [None if x is None else x.to(DEVICE) for x in (gates, decays, resets, state)]
+    forgets, inputs, last, words = (x.cpu() for x in triton._prepare(*on, 7))
+
+    gates, decays = gates.double(), decays.double().masked_fill(resets[..., None], -torch.inf)
+    top = torch.full((B, H), -torch.inf, dtype=torch.float64) if state is None else state.double()
+    for t in range(T):
+        before, top = top, torch.maximum(gates[:, t], top + decays[:, t])
+        # Rounding of some hundreds, as often as a sum goes on.
+        torch.testing.assert_close(inputs[:, :, t].double(), (gates[:, t] - top).exp(), rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(forgets[:, :, t].double(), (decays[:, t] + before - top).exp(), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(last.double(), top, rtol=1e-6, atol=0)
+    logs = [x.double().log() for x in (inputs[..., : T - 1], forgets[..., 1:T], inputs[..., 1:T])]
+    around = gates[:, :-1] + decays[:, 1:] - gates[:, 1:]
+    off = (logs[0] + logs[1] - logs[2] - around.transpose(1, 2)).abs()
+    kept = (torch.stack(logs) > -20).all(0)
+    assert T < 100 or kept.sum() > B * H * T / 3
+    assert off[kept].numel() == 0 or off[kept].max() < 2e-6
+    assert (inputs[..., T:] == 0).all() and (forgets[..., T : inputs.shape[2]] == 1).all()
+    assert (forgets[..., inputs.shape[2] :] == 0).all() and words.shape == (B * H * 7 + 1,) and not words.any()
 
 
 WAYS = ["chain", "groups"]

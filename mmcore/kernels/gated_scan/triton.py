@@ -1,7 +1,7 @@
 """The gated scan in Triton: one pass over memory each way.
 
-A small kernel goes ahead over gates and decays alone, 2 / D of the traffic: it finds the running log-maxima M of all steps,
-and with u_t = exp(-M_t) kbar_t what is left is
+Two small kernels go ahead over gates and decays alone, 2 / D of the traffic (triton_maxima.py): they find the running
+log-maxima M of all steps, and with u_t = exp(-M_t) kbar_t what is left is
 
     u_t = forget_t u_{t-1} + input_t k~_t,    forget_t = exp(log_decay_t + M_{t-1} - M_t),  input_t = exp(log_gate_t - M_t)
 
@@ -34,14 +34,17 @@ from torch import Tensor
 
 from mmcore.errors import ConfigError
 from mmcore.kernels import registry, tuning
-from mmcore.kernels.gated_scan.triton_kernels import backward_kernel, forward_kernel, prepare_kernel
+from mmcore.kernels.gated_scan.triton_kernels import backward_kernel, forward_kernel
+from mmcore.kernels.gated_scan.triton_maxima import prepare_kernel, summarize_kernel
 
 CHUNK = 16  # at D = 128 a backward pass over 32 has not the registers
 STRETCH = {"forward": (4, 128), "backward": (4, 168)}
 """Chunks of a stretch, and registers of a thread, for 4 and 3 programs a multiprocessor: of the configurations tried on an
 H100 within 5 % of the best for many heads and for few."""
 GROUPS = (1, 4)  # stretches of a group where heads are as many as multiprocessors, and where they are fewer: 16 at most
-BLOCK = 4096  # steps whose maxima are found at a time
+WIDE, FOLDED = 256, 8
+"""Numbers that a program finds log-maxima of at a time, a step of each segment and head, two for each thread; and blocks of a
+segment where blocks are folded."""
 _LANES = 32
 
 
@@ -89,9 +92,9 @@ class _Chain:
         return sums, factors, torch.empty(self.rows * self.groups, self.width, **fp32)
 
 
-@functools.cache
-def _preparer(warps: int) -> tuning.Tuned:
-    return tuning.Tuned(prepare_kernel, [triton.Config({}, num_warps=warps, num_stages=1)], ())
+_SUMMARIZE, _PREPARE = (
+    tuning.Tuned(kernel, [triton.Config({}, num_warps=4, num_stages=1)], ()) for kernel in (summarize_kernel, prepare_kernel)
+)
 
 
 def _constants(raw: Tensor) -> dict:
@@ -115,14 +118,21 @@ def _prepare(gates: Tensor, decays: Tensor, resets: Tensor | None, log_scale: Te
     batch, time, heads = gates.shape
     padded = triton.cdiv(time, CHUNK) * CHUNK
     fp32 = {"dtype": torch.float32, "device": gates.device}
-    forgets, tops = torch.empty(batch, heads, padded + CHUNK, **fp32), torch.empty(batch, heads, padded + 1, **fp32)
-    inputs, last = torch.empty(batch, heads, padded, **fp32), torch.empty(batch, heads, **fp32)
+    forgets, inputs = torch.empty(batch, heads, padded + CHUNK, **fp32), torch.empty(batch, heads, padded, **fp32)
+    last = torch.empty(batch, heads, **fp32)
     words = torch.empty(batch * heads * groups + 1, dtype=torch.int32, device=gates.device)
-    block = min(BLOCK, triton.next_power_of_2(padded))
-    _preparer(8 if block > 1024 else 4)(
-        (batch * heads,), gates, decays, _or(_bytes(resets), gates), _or(log_scale, tops), forgets, inputs, tops, last,
-        words, time, heads, padded, groups, *_strides(resets, gates, decays), on=gates, RESETS=resets is not None,
-        STATE=log_scale is not None, BLOCK=block, C=CHUNK,
+    width = min(32, WIDE, triton.next_power_of_2(heads))
+    segments = WIDE // width
+    blocks = triton.cdiv(time, segments * CHUNK)
+    grid = batch * blocks, triton.cdiv(heads, width)
+    summaries = torch.empty(2, batch, blocks if blocks > 1 else 0, heads, **fp32)
+    given, strides = (gates, decays, _or(_bytes(resets), gates)), _strides(resets, gates, decays)
+    constants = {"RESETS": resets is not None, "C": CHUNK, "W": segments, "H": width}
+    if blocks > 1:
+        _SUMMARIZE(grid, *given, *summaries, time, heads, *strides, on=gates, **constants)
+    _PREPARE(
+        grid, *given, _or(log_scale, last), *summaries, forgets, inputs, last, words, time, heads, padded, words.numel(),
+        *strides, on=gates, STATE=log_scale is not None, MANY=blocks > 1, F=FOLDED, **constants,
     )  # fmt: skip
     return forgets, inputs, last, words
 

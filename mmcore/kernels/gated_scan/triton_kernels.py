@@ -1,9 +1,4 @@
-"""The Triton kernels of gated_scan; see triton.py.
-
-A tile [C, W, D] has W pieces of C steps. It lies in registers so that each piece is a warp's, and all its steps of a column
-one thread's: scans over C then are plain multiply-adds, without shuffles, shared memory or barriers. The compiler lays
-tiles out so because they are read as [C, W * D], V neighbours (`_columns`) for each thread; [C, W, D] it lays out now one
-way, now another.
+"""The scans of gated_scan in Triton; see triton.py, and triton_tiles.py for how tiles lie in registers.
 
 A program has one stretch, a tile, of one head, in registers from its loading to its storing. It sums up its stretch from
 nothing, and what enters the stretch comes from the programs before it through memory: a scan in one pass, a chain in a fixed
@@ -28,11 +23,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _after(sum_a, top_a, sum_b, top_b):
-    """The log-maximum after two stretches of steps, of which the second decays what came before by sum_b."""
-    return sum_a + sum_b, tl.maximum(top_a + sum_b, top_b)
+from mmcore.kernels.gated_scan.triton_tiles import columns_of, places_of, row_of
 
 
 @triton.jit
@@ -47,71 +38,10 @@ def _times(a, b):
 
 
 @triton.jit
-def prepare_kernel(
-    gates, decays, resets, log_scale, forgets, inputs, tops, last, words, length, heads, padded, groups,
-    gate_row, gate_step, gate_head, decay_row, decay_step, decay_head, reset_row, reset_step,
-    RESETS: tl.constexpr, STATE: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr,
-):
-    """Of one head: M of all steps (`tops`, the one before the first step first), exp(log_decay_t + M_{t-1} - M_t)
-    (`forgets`, 0 where a document starts), exp(log_gate_t - M_t) (`inputs`), and M after the last step (`last`).
-
-    The words of the head's `groups` of stretches are zeroed, and with the last head's the ticket behind them all.
-    M may be off by a rounding: it is a unit, and both factors are computed from the one that was stored. Steps past the
-    end add nothing and forget nothing: their gates are -inf.
-    """
-    row = tl.program_id(0)
-    b, h = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
-    gates += b * gate_row + h * gate_head
-    decays += b * decay_row + h * decay_head
-    resets += b * reset_row
-    forgets += row.to(tl.int64) * (padded + C)  # one more is needed, C more keep rows aligned
-    inputs += row.to(tl.int64) * padded
-    tops += row.to(tl.int64) * (padded + 1)
-    top = tl.load(log_scale + row) if STATE else float("-inf")
-    tl.store(tops, top)
-    tl.store(forgets + padded + tl.arange(0, C), tl.zeros([C], tl.float32))
-    for t0 in range(0, padded, BLOCK):
-        steps = t0 + tl.arange(0, BLOCK)
-        inside = steps < length
-        gate = tl.load(gates + steps.to(tl.int64) * gate_step, mask=inside, other=float("-inf")).to(tl.float32)
-        decay = tl.load(decays + steps.to(tl.int64) * decay_step, mask=inside, other=0).to(tl.float32)
-        if RESETS:
-            reset = tl.load(resets + steps.to(tl.int64) * reset_step, mask=inside, other=0)
-            decay = tl.where(reset != 0, float("-inf"), decay)
-        sums, maxima = tl.associative_scan((decay, gate), 0, _after)
-        maxima = tl.maximum(maxima, sums + top)
-        top = tl.sum(tl.where(tl.arange(0, BLOCK) == BLOCK - 1, maxima, 0.0), 0)
-        tl.store(tops + 1 + steps, maxima, mask=steps < padded)
-        tl.debug_barrier()
-        before = tl.load(tops + steps, mask=steps < padded, other=0.0)
-        tl.store(forgets + steps, tl.exp(decay + (before - maxima)), mask=steps < padded)
-        tl.store(inputs + steps, tl.exp(gate - maxima), mask=steps < padded)
-    tl.store(last + row, top)
-    words += row.to(tl.int64) * groups
-    for start in range(0, groups, BLOCK):
-        which = start + tl.arange(0, BLOCK)
-        tl.store(words + which, tl.zeros([BLOCK], tl.int32), mask=which < groups)
-    if (row + 1 == tl.num_programs(0)) & (groups > 0):
-        tl.store(words + groups, 0)
-
-
-@triton.jit
-def _columns(D: tl.constexpr, V: tl.constexpr, W: tl.constexpr = 1):
-    """The columns of a head, V neighbours for each thread, W times over."""
-    return tl.max_contiguous(tl.multiple_of(tl.arange(0, W * D) % D, V), V)
-
-
-@triton.jit
-def _places(C: tl.constexpr, W: tl.constexpr, D: tl.constexpr = 1):
-    """[C, W * D]: where the steps of a stretch of W pieces stand in it."""
-    return (tl.arange(0, W * D) // D)[None, :] * C + tl.arange(0, C)[:, None]
-
-
-@triton.jit
 def _inside(places, t0, end, size, W: tl.constexpr, D: tl.constexpr, V: tl.constexpr, EVEN: tl.constexpr):
     """[C, W * D]: which numbers of a stretch from t0 on there are, up to the step before `end`."""
     inside = places < end - t0
-    return inside if EVEN else inside & (_columns(D, V, W) < size)[None, :]
+    return inside if EVEN else inside & (columns_of(D, V, W) < size)[None, :]
 
 
 @triton.jit
@@ -131,12 +61,6 @@ def _store(base, tile, offsets, t0, step, inside, C: tl.constexpr, W: tl.constex
 def _factors(base, places, t0, end, other: tl.constexpr):
     """[C, W]: a factor of each step of a stretch; `other` past the end."""
     return tl.load(base + t0 + places, mask=places < end - t0, other=other)
-
-
-@triton.jit
-def _row(tile, which: tl.constexpr, C: tl.constexpr):
-    """[W, D]: one step of each piece of a tile; each thread has its columns' steps, so nothing is computed."""
-    return tl.sum(tl.where((tl.arange(0, C) == which)[:, None, None], tile, 0.0), 0)
 
 
 @triton.jit
@@ -181,11 +105,11 @@ def _back_from_nothing(x, factor, C: tl.constexpr):
     [C, W, D]. x: [C, W, D]; factor: [C, W]. Written out, for a reverse scan shuffles."""
     steps = tl.arange(0, C)[:, None, None]
     factor = _laid_out(factor[:, :, None], x)
-    g, kept = _row(x, C - 1, C), _row(factor, C - 1, C)
+    g, kept = row_of(x, C - 1, C), row_of(factor, C - 1, C)
     all_g, all_kept = x, factor
     for back in tl.static_range(1, C):
-        onward = _row(factor, C - 1 - back, C)
-        g, kept = _row(x, C - 1 - back, C) + onward * g, onward * kept
+        onward = row_of(factor, C - 1 - back, C)
+        g, kept = row_of(x, C - 1 - back, C) + onward * g, onward * kept
         here = steps == C - 1 - back
         all_g, all_kept = tl.where(here, g[None, :, :], all_g), tl.where(here, kept[None, :, :], all_kept)
     return all_kept, all_g
@@ -199,7 +123,7 @@ def _come(kept, last, start, position, positions, words, sums, factors, states,
 
     start [W, D]: what comes to the first stretch. words, sums, factors, states: those of the head.
     """
-    pieces, columns = tl.arange(0, W)[:, None], tl.broadcast_to(_columns(D, V)[None, :], (W, D))
+    pieces, columns = tl.arange(0, W)[:, None], tl.broadcast_to(columns_of(D, V)[None, :], (W, D))
     first = pieces == 0
     if W > 1:
         # What the pieces before each end with; the first row gets that of all.
@@ -217,7 +141,7 @@ def _come(kept, last, start, position, positions, words, sums, factors, states,
             _wait(words + group, (1 << place) - 1)
         # Past L1, which is not coherent.
         factor = tl.load(factors + group * GROUP + members, mask=earlier, other=1.0, cache_modifier=".cg")
-        sum_places = (group * GROUP + members)[:, None] * D + _columns(D, V)[None, :]
+        sum_places = (group * GROUP + members)[:, None] * D + columns_of(D, V)[None, :]
         each = tl.load(sums + sum_places, mask=earlier[:, None], other=0.0, cache_modifier=".cg")
         onward = tl.reduce(tl.where(members[None, :] > members[:, None], factor[None, :], 1.0), 1, _times)
         folded, weight = tl.sum(each * onward[:, None], 0), tl.reduce(factor, 0, _times)
@@ -255,18 +179,18 @@ def forward_kernel(
     entries += row.to(tl.int64) * chunks * size
     inverses += row.to(tl.int64) * chunks * C
     t0, padded = position * W * C, chunks * C
-    places, spread, spread_columns = _places(C, W), _places(C, W, D), _columns(D, V, W)
+    places, spread, spread_columns = places_of(C, W), places_of(C, W, D), columns_of(D, V, W)
     inside = _inside(spread, t0, length, size, W, D, V, EVEN)
     tile = _tile(raw, spread * raw_step + spread_columns[None, :], t0, raw_step, inside, C, W, D)
     forget, weight = _factors(forgets, places, t0, padded, 1.0), _factors(inputs, places, t0, padded, 0.0)
-    columns = tl.broadcast_to(_columns(D, V)[None, :], (W, D))
+    columns = tl.broadcast_to(columns_of(D, V)[None, :], (W, D))
     start = tl.zeros([W, D], tl.float32)
     if STATE:
         start = tl.load(vector + row.to(tl.int64) * size + columns, mask=columns < size, other=0.0)
     kept, s = _from_nothing(tile.to(tl.float32) * weight[:, :, None], forget)
     at = row.to(tl.int64) * positions
     entry, leaving = _come(
-        _row(kept, C - 1, C), _row(s, C - 1, C), start, position, positions, words + row.to(tl.int64) * groups,
+        row_of(kept, C - 1, C), row_of(s, C - 1, C), start, position, positions, words + row.to(tl.int64) * groups,
         sums + at * D, factors + at, states + row.to(tl.int64) * groups * D, GROUP, W, D, V,
     )
     u = s + kept * entry[None, :, :]
@@ -310,7 +234,7 @@ def backward_kernel(
     entries += row.to(tl.int64) * chunks * size
     inverses += row.to(tl.int64) * chunks * C
     t0, padded = (positions - 1 - position) * W * C, chunks * C
-    pieces, spread_columns = W - 1 - tl.arange(0, W * D) // D, _columns(D, V, W)
+    pieces, spread_columns = W - 1 - tl.arange(0, W * D) // D, columns_of(D, V, W)
     places = (W - 1 - tl.arange(0, W))[None, :] * C + tl.arange(0, C)[:, None]
     spread = pieces[None, :] * C + tl.arange(0, C)[:, None]
     inside = _inside(spread, t0, length, size, W, D, V, EVEN)
@@ -329,7 +253,7 @@ def backward_kernel(
     kept, g = _back_from_nothing((upstream - u * along[:, :, None]) * inverse[:, :, None], onward, C)
     at = row.to(tl.int64) * positions
     g_after, _ = _come(
-        _row(kept, 0, C), _row(g, 0, C), tl.zeros([W, D], tl.float32), position, positions,
+        row_of(kept, 0, C), row_of(g, 0, C), tl.zeros([W, D], tl.float32), position, positions,
         words + row.to(tl.int64) * groups, sums + at * D, factors + at, states + row.to(tl.int64) * groups * D,
         GROUP, W, D, V,
     )
@@ -340,7 +264,7 @@ def backward_kernel(
     # The gradient of a decay is g_t . forget_t u_{t-1}; with the gate's, g_t . input_t k~_t, it makes g_t . u_t. Keys do not
     # change with the length of u_t, so that direct_t is orthogonal to it, and g_t . u_t is the next decay's gradient. Hence
     # one product at the first step of a piece, and sums from there, which start anew with each document.
-    arriving = tl.sum(_row(g, 0, C) * u_in, 1)[None, :]
+    arriving = tl.sum(row_of(g, 0, C) * u_in, 1)[None, :]
     summed = for_gate + tl.where(first, forget * arriving, 0.0)
     for_decay = tl.associative_scan((tl.where(forget == 0, 0.0, 1.0), summed), 0, _recur)[1] - for_gate
     at_steps = (t0 + places).to(tl.int64) * heads

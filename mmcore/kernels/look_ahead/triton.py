@@ -1,11 +1,14 @@
 """Look-ahead values in Triton: one pass over memory each way.
 
-A program holds C positions of one head and reads the positions one step on (in the backward pass one step back too)
-from the cache that the first read has filled. The sums over positions for the two numbers of a head leave each program
-as partial sums, so that their order is fixed.
+Forward, a program holds C positions of one head and reads the positions one step on from the cache that the first read has
+filled. Backward, W rows walk through CHUNK positions each: what a position has from the one before and from the one after
+is in registers then, and is neither read nor computed twice (as tiles it took 54 instructions a number, so it takes 26).
+The sums over positions for the two numbers of a head leave each program as partial sums, so that their order is fixed.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import triton
@@ -17,6 +20,7 @@ from mmcore.kernels import registry, tuning
 from mmcore.kernels.look_ahead.blocked import _fake, _keep
 
 CHUNK = 16 if tuning.INTERPRETED else 32
+WALK, WALKERS = 16, 1024  # positions of a walk; numbers that all walks of a program read at a time
 
 
 @triton.jit
@@ -29,23 +33,19 @@ def _tile(base, positions, length, step, size, D: tl.constexpr):
 
 
 @triton.jit
-def _mixed(raw, positions, length, step, size, mix, after, D: tl.constexpr):
-    """vbar, what follows v~, and 1 / ||vbar|| (0 for 0) at these positions; `after` follows the last one."""
-    own = _tile(raw, positions, length, step, size, D)
-    following = _tile(raw, positions + 1, length, step, size, D)
-    following = tl.where((positions == length - 1)[:, None], after[None, :], following)
-    mixed = mix * own + (1 - mix) * following
-    norm = tl.sqrt(tl.sum(mixed * mixed, 1))
-    return mixed, own - following, tl.where(norm == 0, 0.0, 1.0 / tl.where(norm == 0, 1.0, norm))
-
-
-@triton.jit
 def _after(after, row, size, AFTER: tl.constexpr, D: tl.constexpr):
     """What follows the last position of a head: row `row` of `after`, or zeros."""
     columns = tl.arange(0, D)
     if AFTER:
         return tl.load(after + row.to(tl.int64) * size + columns, mask=columns < size, other=0.0).to(tl.float32)
     return tl.zeros([D], tl.float32)
+
+
+@triton.jit
+def _inverse(square):
+    """1 / sqrt(square), 0 for 0."""
+    norm = tl.sqrt(square)
+    return tl.where(norm == 0, 0.0, 1.0 / tl.where(norm == 0, 1.0, norm))
 
 
 @triton.jit
@@ -58,22 +58,43 @@ def _forward_kernel(
     b, h = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
     columns = tl.arange(0, D)
     last = _after(after, row, size, AFTER, D)
-    mixed, _, inverse = _mixed(
-        raw + b * raw_row + h * raw_head, positions, length, raw_step, size, tl.load(mix + h), last, D
-    )
-    out = mixed * (inverse * tl.load(scale + h))[:, None]
+    raw += b * raw_row + h * raw_head
+    own = _tile(raw, positions, length, raw_step, size, D)
+    following = _tile(raw, positions + 1, length, raw_step, size, D)
+    following = tl.where((positions == length - 1)[:, None], last[None, :], following)
+    m = tl.load(mix + h)
+    mixed = m * own + (1 - m) * following
+    out = mixed * (_inverse(tl.sum(mixed * mixed, 1)) * tl.load(scale + h))[:, None]
     at = values + ((b * length + positions)[:, None] * heads + h) * size + columns[None, :]
     inside = (positions < length)[:, None] & (columns < size)[None, :]
     tl.store(at, out.to(values.dtype.element_ty), mask=inside)
 
 
 @triton.jit
+def _for_mixed(own, following, upstream, m, s):
+    """Of one position of each walk: the gradient of vbar = m v~_t + (1 - m) v~_{t+1}, [W, D]; v~_t - v~_{t+1}; and how far
+    the upstream gradient goes along vbar, [W]."""
+    difference = own - following
+    mixed = following + m * difference
+    inverse = _inverse(tl.sum(mixed * mixed, 1))
+    along = tl.sum(upstream * mixed, 1) * inverse
+    return (upstream - mixed * (along * inverse)[:, None]) * (inverse * s)[:, None], difference, along
+
+
+@triton.jit
+def _following(raw, positions, length, step, size, after, AFTER: tl.constexpr, D: tl.constexpr):
+    """What follows these positions, [W, D]."""
+    following = _tile(raw, positions + 1, length, step, size, D)
+    return tl.where((positions == length - 1)[:, None], after[None, :], following) if AFTER else following
+
+
+@triton.jit
 def _backward_kernel(
     grad, raw, mix, scale, after, grad_raw, grad_after, partial, length, heads, size,
-    grad_row, grad_step, grad_head, raw_row, raw_step, raw_head, C: tl.constexpr, D: tl.constexpr, AFTER: tl.constexpr,
+    grad_row, grad_step, grad_head, raw_row, raw_step, raw_head,
+    C: tl.constexpr, W: tl.constexpr, D: tl.constexpr, AFTER: tl.constexpr,
 ):
-    """partial [2, H, B, blocks]: sums over a block of positions of the gradients of mix and of scale."""
-    positions = tl.program_id(0) * C + tl.arange(0, C)
+    """partial [2, H, B, blocks]: sums over W * C positions of the gradients of mix and of scale."""
     row = tl.program_id(1)
     b, h = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
     columns = tl.arange(0, D)
@@ -82,34 +103,47 @@ def _backward_kernel(
     m, s = tl.load(mix + h), tl.load(scale + h)
     last = _after(after, row, size, AFTER, D)
 
-    mixed, difference, inverse = _mixed(raw, positions, length, raw_step, size, m, last, D)
+    # The gradient of a position's value comes from two vbar: its own, and that of the position before, where walks begin.
+    positions = (tl.program_id(0) * W + tl.arange(0, W)) * C - 1
+    own = _tile(raw, positions, length, raw_step, size, D)
+    following = _following(raw, positions, length, raw_step, size, last, AFTER, D)
+    before, _, _ = _for_mixed(own, following, _tile(grad, positions, length, grad_step, size, D), m, s)
+    positions += 1
+    own, following = following, _following(raw, positions, length, raw_step, size, last, AFTER, D)
     upstream = _tile(grad, positions, length, grad_step, size, D)
-    unit = mixed * inverse[:, None]
-    along = tl.sum(upstream * unit, 1)
-    for_mixed = (upstream - unit * along[:, None]) * (inverse * s)[:, None]
-
-    earlier, _, inverse = _mixed(raw, positions - 1, length, raw_step, size, m, last, D)
-    upstream = _tile(grad, positions - 1, length, grad_step, size, D)
-    unit = earlier * inverse[:, None]
-    before = (upstream - unit * tl.sum(upstream * unit, 1)[:, None]) * (inverse * s)[:, None]
-
-    result = m * for_mixed + (1 - m) * before
-    at = grad_raw + ((b * length + positions)[:, None] * heads + h) * size + columns[None, :]
-    inside = (positions < length)[:, None] & (columns < size)[None, :]
-    tl.store(at, result.to(grad_raw.dtype.element_ty), mask=inside)
-    if AFTER:
-        ends = (positions == length - 1)[:, None] & (columns < size)[None, :]
-        at = grad_after + row.to(tl.int64) * size + columns[None, :] + positions[:, None] * 0
-        tl.store(at, ((1 - m) * for_mixed).to(grad_after.dtype.element_ty), mask=ends)
+    for_mix, for_scale = tl.zeros([W, D], tl.float32), tl.zeros([W], tl.float32)
+    for _ in tl.range(C, loop_unroll_factor=2):
+        # Asked for while this position is worked on; what the last one asks for is not there or in the cache.
+        beyond = _following(raw, positions + 1, length, raw_step, size, last, AFTER, D)
+        next_upstream = _tile(grad, positions + 1, length, grad_step, size, D)
+        for_mixed, difference, along = _for_mixed(own, following, upstream, m, s)
+        at = grad_raw + ((b * length + positions)[:, None] * heads + h) * size + columns[None, :]
+        inside = (positions < length)[:, None] & (columns < size)[None, :]
+        result = m * for_mixed + (1 - m) * before
+        tl.store(at, result.to(grad_raw.dtype.element_ty), mask=inside)
+        if AFTER:
+            ends = (positions == length - 1)[:, None] & (columns < size)[None, :]
+            at = grad_after + row.to(tl.int64) * size + columns[None, :] + positions[:, None] * 0
+            tl.store(at, ((1 - m) * for_mixed).to(grad_after.dtype.element_ty), mask=ends)
+        for_mix += tl.where(inside, for_mixed * difference, 0.0)
+        for_scale += along
+        own, following, upstream, before = following, beyond, next_upstream, for_mixed
+        positions += 1
     rows = tl.num_programs(1)
     at = partial + (h * (rows // heads) + b) * tl.num_programs(0) + tl.program_id(0)
-    there = (positions < length)[:, None]
-    tl.store(at, tl.sum(tl.sum(tl.where(there, for_mixed * difference, 0.0), 1), 0))
-    tl.store(at + rows * tl.num_programs(0), tl.sum(along, 0))
+    tl.store(at, tl.sum(tl.sum(for_mix, 1), 0))
+    tl.store(at + rows * tl.num_programs(0), tl.sum(for_scale, 0))
 
 
-_CONFIG = [triton.Config({"C": CHUNK}, num_warps=4, num_stages=1)]
-_FORWARD, _BACKWARD = tuning.Tuned(_forward_kernel, _CONFIG, ()), tuning.Tuned(_backward_kernel, _CONFIG, ())
+_FORWARD = tuning.Tuned(_forward_kernel, [triton.Config({"C": CHUNK}, num_warps=4, num_stages=1)], ())
+
+
+@functools.cache
+def _backward(width: int) -> tuple[tuning.Tuned, int]:
+    """The kernel, and the positions of a program: as many walks as give a thread 8 numbers of each of its positions."""
+    walks = max(1, WALKERS // width)
+    config = triton.Config({"C": WALK, "W": walks}, num_warps=4, num_stages=1)
+    return tuning.Tuned(_backward_kernel, [config], ()), WALK * walks
 
 
 def _plain(x: Tensor) -> Tensor:
@@ -143,12 +177,14 @@ def _run_backward(grad: Tensor, raw: Tensor, mix: Tensor, scale: Tensor, after: 
     grad_after = raw.new_empty(0) if after is None else torch.empty(after.shape, dtype=after.dtype, device=raw.device)
     if not raw.numel():
         return grad_raw, mix.new_zeros(2, heads), grad_after.zero_()
-    blocks = triton.cdiv(length, CHUNK)
+    width = triton.next_power_of_2(size)
+    kernel, positions = _backward(width)
+    blocks = triton.cdiv(length, positions)
     partial = torch.empty(2, heads, batch * blocks, dtype=torch.float32, device=raw.device)
-    _BACKWARD(
+    kernel(
         (blocks, batch * heads), grad, raw, mix.contiguous(), scale.contiguous(),
         raw if after is None else after.contiguous(), grad_raw, grad_after, partial, length, heads, size,
-        *grad.stride()[:3], *raw.stride()[:3], on=raw, D=triton.next_power_of_2(size), AFTER=after is not None,
+        *grad.stride()[:3], *raw.stride()[:3], on=raw, D=width, AFTER=after is not None,
     )  # fmt: skip
     return grad_raw, partial.sum(2), grad_after
 
