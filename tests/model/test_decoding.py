@@ -91,6 +91,7 @@ def test_short_pairs_stay_in_their_buffer_unless_somebody_may_come_back(whole_st
     tokens = random_tokens(2, 240)
     with torch.no_grad():
         whole = exact(tokens)
+        rounding = (model(tokens).double() - whole).abs().max()
     state = model.new_state(2)
     state.whole_step = whole_step
     first = feed(model, state, tokens[:, :20], [20])
@@ -101,7 +102,8 @@ def test_short_pairs_stay_in_their_buffer_unless_somebody_may_come_back(whole_st
     assert all(store.keys is keys for store, keys in zip(short, before, strict=True))
     mark, saved = state.mark(), {name: tensor.clone() for name, tensor in state.tensors().items()}
     third = feed(model, state, tokens[:, 120:], [1] * 120)
-    assert torch.allclose(torch.cat([first, second, third], 1).double(), whole, atol=5e-5)
+    off = (torch.cat([first, second, third], 1).double() - whole).abs().max()
+    assert rounding < 5e-5 and off <= 2 * rounding  # which is of the weights, and they of torch's version
     assert not any(store.keys is keys for store, keys in zip(short, before, strict=True))
     state.rewind(mark)
     assert all(torch.equal(tensor, saved[name]) for name, tensor in state.tensors().items())
