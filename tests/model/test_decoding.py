@@ -103,11 +103,12 @@ def test_short_pairs_stay_in_their_buffer_unless_somebody_may_come_back(whole_st
     mark, saved = state.mark(), {name: tensor.clone() for name, tensor in state.tensors().items()}
     third = feed(model, state, tokens[:, 120:], [1] * 120)
     off = (torch.cat([first, second, third], 1).double() - whole).abs().max()
-    assert rounding < 5e-5 and off <= 2 * rounding  # which is of the weights, and they of torch's version
+    assert rounding < 5e-5 and off <= 2 * rounding  # torch's versions draw other weights, which round otherwise
     assert not any(store.keys is keys for store, keys in zip(short, before, strict=True))
     state.rewind(mark)
     assert all(torch.equal(tensor, saved[name]) for name, tensor in state.tensors().items())
-    assert torch.allclose(feed(model, state, tokens[:, 120:], [7] * 17 + [1]), third, atol=3e-5)
+    again = feed(model, state, tokens[:, 120:], [7] * 17 + [1])
+    assert (again.double() - whole[:, 120:]).abs().max() <= 2 * rounding
 
 
 @pytest.mark.parametrize("rows, padding", [(2, None), (3, [0, 7, 16]), (18, None)])
