@@ -222,8 +222,9 @@ def memory_per_device(recipe: Recipe, machine: Machine, micro_batch: int) -> dic
     several, `collectives` are the copies that gloo reduces the largest group's gradient in.
     """
     model = recipe.model
-    wide = _precision(recipe, machine) == "fp32" or machine.is_cpu and _cpu_multiplies_bf16()  # and rounds what it reads
-    compute = accounting.FP32 if wide else 2
+    fp32 = _precision(recipe, machine) == "fp32"
+    rounds = not fp32 and machine.is_cpu and _cpu_multiplies_bf16()  # what its products read, and keeps most of it in fp32
+    compute, inner = accounting.FP32 if fp32 or rounds else 2, accounting.FP32 if fp32 else 2
     tokens = micro_batch * recipe.training.sequence_length
     states = _states(recipe, machine)
     if recipe.distributed.cpu_offload and not machine.is_cpu:
@@ -231,14 +232,14 @@ def memory_per_device(recipe: Recipe, machine: Machine, micro_batch: int) -> dic
     parts = states | {
         "working_copies": _working_copies(recipe, machine, compute),
         "activations": accounting.activation_bytes(
-            model, tokens, compute, recipe.distributed.activation_checkpointing
+            model, tokens, compute, recipe.distributed.activation_checkpointing, inner
         ),
         "loss": accounting.loss_bytes(model, tokens, compute, machine.is_cpu),
     }
     accumulated = recipe.training.batch_size > machine.count * micro_batch
     once_a_step = recipe.distributed.gradient_reduction == "step"
     if not accumulated:
-        kept = accounting.kept_bytes(model, tokens, compute, recipe.distributed.activation_checkpointing)
+        kept = accounting.kept_bytes(model, tokens, compute, recipe.distributed.activation_checkpointing, inner)
         parts["gradients"] = max(0, parts["gradients"] - kept)
     elif machine.count > 1 and once_a_step:
         parts["gradients"] += accounting.FP32 * accounting.parameters(model)["total"]

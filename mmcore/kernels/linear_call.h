@@ -27,15 +27,21 @@ Every sum has an order of its own that depends on the shapes alone: neither timi
 #define ROUND_FLOATS (PANELS * DEPTH * COLUMNS)
 
 /* A list of matrices, and X [rows, in]; for int8 weights that meet it in 16 bits, `narrow` is X so, words_of(in) words a row,
-   and `steps` what each row is counted in. Threads may share `panels`. A tile has `height` rows. */
+   and `steps` what each row is counted in. Threads may share `panels`. A tile has `height` rows. Where operands are ROUNDED,
+   X and dX may be bf16 in memory (`x_halves`), and so may all Y and dY (`y_halves`). */
 struct call {
     const struct matrix *list;
-    const float *x;
-    float *narrow, *steps, *dx, *panels;
+    const char *x;
+    char *dx;
+    float *narrow, *steps, *panels;
     whole count, total, rows, in, x_row, height;
-    int format;
+    int format, x_halves, y_halves;
     block *block, *block_by_depth;
 };
+
+/* Bytes of a number, and `x` moved on by some. */
+static whole item(int halves) { return halves ? 2 : 4; }
+static const char *number(const char *x, whole n, int halves) { return x + n * item(halves); }
 
 static whole outputs_of(const struct matrix *list, whole count) {
     whole total = 0;

@@ -4,12 +4,13 @@
 
 #include <stdint.h>
 
-/* W [out, in] of a format, scale [out] for int8; y [rows, out] the product or its gradient, y_row floats from row to row;
+/* W [out, in] of a format, scale [out] for int8; y [rows, out] the product or its gradient, y_row numbers from row to row;
    grad [out, in] is dW. */
 struct matrix {
     const char *weight;
     const float *scale;
-    float *y, *grad;
+    char *y;
+    float *grad;
     int64_t out, y_row;
 };
 

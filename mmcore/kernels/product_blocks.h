@@ -72,22 +72,30 @@ static void fill_up(uint16_t *row, whole depth, int format) {
     memset(row + depth, 0, (2 * laid_words(depth, format) - depth) * sizeof *row);
 }
 
+/* `count` numbers at x, bf16 or not, as bf16. */
+static void as_bf16(uint16_t *to, const char *x, whole count, int halves) {
+    if (halves)
+        memcpy(to, x, count * sizeof *to);
+    else
+        round_to_bf16(to, (const float *)x, count);
+}
+
 /* Rounds `count` numbers into row r of a tile, from number k on; and the zeros that follow `depth` of them. */
-static void round_into(float *tile, whole r, whole k, const float *x, whole count, int format) {
+static void round_into(float *tile, whole r, whole k, const char *x, whole count, int format, int halves) {
     if (!by_matrix(format)) {
-        round_to_bf16((uint16_t *)(tile + r * TILE_ROW) + k, x, count);
+        as_bf16((uint16_t *)(tile + r * TILE_ROW) + k, x, count, halves);
         return;
     }
-    for (whole part; count > 0; k += part, x += part, count -= part) {
+    for (whole part; count > 0; k += part, x += part * (halves ? 2 : 4), count -= part) {
         part = least(count, 2 * TILE_SIDE - k % (2 * TILE_SIDE));
         float *row = tile + k / (2 * TILE_SIDE) * MATRIX_STEP + r * TILE_SIDE;
-        round_to_bf16((uint16_t *)row + k % (2 * TILE_SIDE), x, part);
+        as_bf16((uint16_t *)row + k % (2 * TILE_SIDE), x, part, halves);
     }
 }
 
 static void fill_tile(float *tile, whole r, whole depth, int format) {
-    const float zeros[2 * TILE_SIDE] = {0};
-    round_into(tile, r, depth, zeros, 2 * laid_words(depth, format) - depth, format);
+    const uint16_t zeros[2 * TILE_SIDE] = {0};
+    round_into(tile, r, depth, (const char *)zeros, 2 * laid_words(depth, format) - depth, format, 1);
 }
 
 /* Whether rows of X count in steps of their own, and columns in scales, which both lie BEHIND the numbers. */
@@ -296,9 +304,24 @@ INLINE void lay_numbers(float *to, const float *x, whole count, const int width)
     for (int i = 0; i < width; i += LANES) store(to + i, load_part(x + i, count - i));
 }
 
-INLINE void lay_words(float *to, const float *low, const float *high, whole count, const int width) {
+/* Numbers [i, i + LANES) at x, bf16 or not, of which there are `count`; zeros beyond. */
+INLINE vec some_numbers(const char *x, whole i, whole count, const int halves) {
+    if (!halves) return load_part((const float *)x + i, count - i);
+    uint16_t from[LANES] = {0};
+    nvec bits;
+    x += 2 * i;
+    if (count - i >= LANES)
+        memcpy(from, x, sizeof from);
+    else if (count > i)
+        memcpy(from, x, (count - i) * sizeof *from);
+    for (int n = 0; n < LANES; n++) bits[n] = (int32_t)((uint32_t)from[n] << 16);
+    return (vec)bits;
+}
+
+INLINE void lay_words(float *to, const char *low, const char *high, whole count, const int width, const int halves) {
     for (int i = 0; i < width; i += LANES)
-        store(to + i, (vec)rounded_pairs(load_part(low + i, count - i), high ? load_part(high + i, count - i) : (vec){}));
+        store(to + i, (vec)rounded_pairs(some_numbers(low, i, count, halves),
+                                         high ? some_numbers(high, i, count, halves) : (vec){}));
 }
 
 #endif

@@ -107,33 +107,40 @@ def checkpoint_bytes(config: ModelConfig) -> dict[str, int]:
     return {"weights": FP32 * count, "optimizer": 2 * FP32 * count, "total": 3 * FP32 * count}
 
 
-def activation_bytes(config: ModelConfig, tokens: int, compute_bytes: int, checkpointing: str = "none") -> int:
+def activation_bytes(
+    config: ModelConfig, tokens: int, compute_bytes: int, checkpointing: str = "none", inner_bytes: int | None = None
+) -> int:
     """Bytes that one micro-batch of `tokens` tokens holds at the peak of a step: what the blocks keep for their
     backward pass, and the gradients of one block's activations.
 
     `compute_bytes` are those of a value in the products: 4 in fp32, 2 under bf16 autocast, where the residual stream,
-    the norms and the key recurrence stay in fp32. With checkpointing "full" each block keeps its input only, and one
-    block at a time is computed again; "selective" leaves out what `mmcore.kernels.recompute` makes again. Equal within
-    10 % to what autograd keeps in this code's models (see tests).
+    the norms and the key recurrence stay in fp32; `inner_bytes` those of a value between the products of the persistent
+    memory, where they are others (2 on a CPU that rounds what its products read). With checkpointing "full" each block
+    keeps its input only, and one block at a time is computed again; "selective" leaves out what `mmcore.kernels.recompute`
+    makes again. Equal within 10 % to what autograd keeps in this code's models (see tests).
     """
     d = config.hidden_size
-    passing = tokens * compute_bytes * (2 * _inner_width(config) + 4 * d)
+    inner_bytes = inner_bytes or compute_bytes
+    passing = tokens * (2 * inner_bytes * _inner_width(config) + 4 * compute_bytes * d)
     ends = tokens * (FP32 + compute_bytes) * d  # the last norm's input, and its output for the classifier
     again = {
         "none": 0,
-        "selective": tokens * _remade_bytes_per_token(config, compute_bytes),
-        "full": tokens * _kept_bytes_per_token(config, compute_bytes),
+        "selective": tokens * _remade_bytes_per_token(config, compute_bytes, inner_bytes),
+        "full": tokens * _kept_bytes_per_token(config, compute_bytes, inner_bytes),
     }[checkpointing]
-    return kept_bytes(config, tokens, compute_bytes, checkpointing) + again + passing + ends
+    return kept_bytes(config, tokens, compute_bytes, checkpointing, inner_bytes) + again + passing + ends
 
 
-def kept_bytes(config: ModelConfig, tokens: int, compute_bytes: int, checkpointing: str = "none") -> int:
+def kept_bytes(
+    config: ModelConfig, tokens: int, compute_bytes: int, checkpointing: str = "none", inner_bytes: int | None = None
+) -> int:
     """Bytes of `activation_bytes` that the blocks hold between the forward and the backward pass, which lets go of them
     block by block."""
     if checkpointing == "full":
         return config.num_hidden_layers * tokens * FP32 * config.hidden_size
-    again = _remade_bytes_per_token(config, compute_bytes) if checkpointing == "selective" else 0
-    return config.num_hidden_layers * tokens * (_kept_bytes_per_token(config, compute_bytes) - again)
+    inner_bytes = inner_bytes or compute_bytes
+    again = _remade_bytes_per_token(config, compute_bytes, inner_bytes) if checkpointing == "selective" else 0
+    return config.num_hidden_layers * tokens * (_kept_bytes_per_token(config, compute_bytes, inner_bytes) - again)
 
 
 def loss_bytes(config: ModelConfig, tokens: int, compute_bytes: int, cpu: bool) -> int:
@@ -230,7 +237,7 @@ def _mean_delayed(context: int, delay: int) -> float:
     return reach * (reach + 1) / 2 / context
 
 
-def _kept_bytes_per_token(config: ModelConfig, compute_bytes: int) -> int:
+def _kept_bytes_per_token(config: ModelConfig, compute_bytes: int, inner_bytes: int) -> int:
     """Bytes a token that one block keeps for its backward pass.
 
     Both norms' inputs; what the projections read, one tensor for each norm; raw and finished keys and values of a
@@ -249,10 +256,10 @@ def _kept_bytes_per_token(config: ModelConfig, compute_bytes: int) -> int:
         fp32, compute, scalars = 0, 4 * width, 2 * heads
     else:
         fp32, compute, scalars = 0, (8 if half else 10) * width, 4 * heads
-    return FP32 * (2 * d + fp32 + scalars + 2) + compute_bytes * (2 * d + compute + 3 * inner)
+    return FP32 * (2 * d + fp32 + scalars + 2) + compute_bytes * (2 * d + compute) + inner_bytes * 3 * inner
 
 
-def _remade_bytes_per_token(config: ModelConfig, compute_bytes: int) -> int:
+def _remade_bytes_per_token(config: ModelConfig, compute_bytes: int, inner_bytes: int) -> int:
     """Bytes a token that selective checkpointing spares in one block: what the projections read, the product that W_2
     reads, and where there are two memories what W_o reads and, in fp32, a mosaic's finished values (in bf16 their raw
     form is kept for the look-ahead's own backward pass in fp32, so that keeping it once more would spare nothing). A v1
@@ -260,9 +267,9 @@ def _remade_bytes_per_token(config: ModelConfig, compute_bytes: int) -> int:
     if config.v1:
         return 0
     d, width = config.hidden_size, config.num_attention_heads * config.head_size
-    spared = 2 * d + config.intermediate_size
+    spared = 2 * d
     if config.model_type != "llama":
         spared += 2 * width
     if config.model_type == "memory_mosaics_v2" and compute_bytes == FP32:
         spared += 2 * d
-    return compute_bytes * spared
+    return compute_bytes * spared + inner_bytes * config.intermediate_size

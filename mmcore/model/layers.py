@@ -67,9 +67,9 @@ class Linear(nn.Linear):
         """Left unset: `init_weights` draws every parameter, also after a build on the meta device."""
 
 
-def project(x: Tensor, *layers: nn.Module) -> list[Tensor]:
+def project(x: Tensor, *layers: nn.Module, narrow: bool = False) -> list[Tensor]:
     """Several projections of one input, as one product where they are Linear: [..., in] -> [..., out] each. What has
-    taken a Linear's place (float8) is called as it is."""
+    taken a Linear's place (float8) is called as it is. `narrow`: they are wanted in the dtype of autocast on a CPU too."""
     if not all(isinstance(layer, Linear) for layer in layers):
         return [layer(x) for layer in layers]
     few = x.numel() <= MOST_ROWS * x.shape[-1]
@@ -77,7 +77,7 @@ def project(x: Tensor, *layers: nn.Module) -> list[Tensor]:
         return [thin_linear(x, layer.weight, layer.scale) for layer in layers]
     scales = None if layers[0].scale is None else [layer.scale for layer in layers]
     rounded = None if layers[0].rounded is None else [layer.rounded for layer in layers]
-    return linear(x, [layer.weight for layer in layers], scales, rounded=rounded)
+    return linear(x, [layer.weight for layer in layers], scales, rounded=rounded, narrow=narrow)
 
 
 class RMSNorm(nn.Module):
@@ -133,7 +133,7 @@ class PersistentMemory(nn.Module):
         self.kernels = kernels
 
     def forward(self, y: Tensor) -> Tensor:
-        gate, up = project(y, self.gate_proj, self.up_proj)
+        gate, up = project(y, self.gate_proj, self.up_proj, narrow=True)
         return self.down_proj(_gated(gate, up, implementation=self.kernels))
 
     @torch.no_grad()

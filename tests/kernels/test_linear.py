@@ -118,6 +118,43 @@ def test_autocast_in_bf16_rounds_operands_and_nothing_else(rows, outs, inside):
 
 
 @rounds
+@pytest.mark.parametrize("x_is_narrow", [False, True])
+@pytest.mark.parametrize("rows, outs, inside", [(1, (1,), 1), (17, (5, 40), 37), (31, (64, 7, 9), 64), (600, (300, 7, 8), 521),
+                                                (100, (33,), 1100), (257, (1601, 600), 513)])  # fmt: skip
+def test_bf16_in_memory_is_rounding_and_nothing_else(rows, outs, inside, x_is_narrow):
+    """Results, and gradients of a bf16 x, are the bits of the fp32 ones rounded; upstream gradients are bf16 then."""
+    x, weights = torch.randn(rows, inside).bfloat16().float(), [torch.randn(out, inside) for out in outs]
+    ups = [torch.randn(rows, out).bfloat16() for out in outs]
+    found = []
+    for narrow in (False, True):
+        given = x.bfloat16() if narrow and x_is_narrow else x
+        leaves = [t.clone().requires_grad_() for t in (given, *weights)]
+        with torch.autocast("cpu", torch.bfloat16):
+            ys = linear(leaves[0], leaves[1:], narrow=narrow)
+            with torch.no_grad():
+                assert all(torch.equal(*pair) for pair in zip(ys, linear(given, weights, narrow=narrow), strict=True))
+        assert all(y.dtype == (torch.bfloat16 if narrow else torch.float32) for y in ys)
+        grads = torch.autograd.grad(ys, leaves, [up if narrow else up.float() for up in ups])
+        assert [g.dtype for g in grads] == [leaf.dtype for leaf in leaves]
+        found.append([*ys, *grads])
+    for wide, narrow in zip(*found, strict=True):
+        assert torch.equal(wide.to(narrow.dtype), narrow)
+
+
+@rounds
+def test_bf16_in_memory_with_other_strides_missing_gradients_and_no_rows():
+    x, weights = torch.randn(6, 10, 80).bfloat16(), [torch.randn(out, 40).requires_grad_() for out in (9, 64)]
+    with torch.autocast("cpu", torch.bfloat16):
+        for part in (x[..., 40:], x[..., ::2], x[:, ::3, :40], x[0, 0, :40], x[:0, :, :40]):
+            leaf = part.float().requires_grad_()
+            y = linear(part.detach().requires_grad_(), weights, narrow=True)[1]
+            wide = linear(leaf, weights)[1]
+            assert torch.equal(y, wide.bfloat16())
+            grads, wanted = torch.autograd.grad(y.sum(), weights[1]), torch.autograd.grad(wide.sum(), weights[1])
+            assert torch.equal(grads[0], wanted[0])
+
+
+@rounds
 def test_rounded_products_without_gradients_and_of_numbers_that_are_none():
     x, weight = torch.randn(40, 70), torch.randn(9, 70)
     x[3, 5], x[4, 6], x[5] = torch.nan, torch.inf, 1e-40
@@ -131,12 +168,13 @@ def test_rounded_products_without_gradients_and_of_numbers_that_are_none():
 
 
 @rounds
-def test_a_traced_graph_rounds_as_autocast_says():
-    traced = torch.compile(lambda x, weight: linear(x, [weight])[0], backend="aot_eager", fullgraph=True)
+@pytest.mark.parametrize("narrow", [False, True])
+def test_a_traced_graph_rounds_as_autocast_says(narrow):
+    traced = torch.compile(lambda x, weight: linear(x, [weight], narrow=narrow)[0], backend="aot_eager", fullgraph=True)
     x, weight = torch.randn(40, 70, requires_grad=True), torch.randn(9, 70, requires_grad=True)
     for half in (True, False):
         found = []
-        for function in (traced, lambda x, weight: linear(x, [weight])[0]):
+        for function in (traced, lambda x, weight: linear(x, [weight], narrow=narrow)[0]):
             with torch.autocast("cpu", torch.bfloat16, enabled=half):
                 y = function(x, weight)
             found.append([y.detach(), *torch.autograd.grad(y.sum(), (x, weight))])

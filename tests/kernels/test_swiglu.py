@@ -51,6 +51,18 @@ def test_dtypes(form, dtype, tolerance):
     check(form, gate, up, tolerance)
 
 
+@pytest.mark.parametrize("size", [1, 7, 511, 512, 513, 1100])
+def test_bf16_on_a_cpu_is_the_result_in_fp32_rounded(size):
+    wide = torch.randn(3, 5, 2 * size).bfloat16()
+    halves = [part.detach().requires_grad_() for part in (3 * wide[..., :size], wide[..., size:])]
+    floats = [part.detach().float().requires_grad_() for part in halves]
+    up = torch.randn(3, 5, size).bfloat16()
+    got, wanted = swiglu(*halves, "cpu"), swiglu(*floats, "cpu")
+    assert torch.equal(got, wanted.bfloat16())
+    for a, b in zip(torch.autograd.grad(got, halves, up), torch.autograd.grad(wanted, floats, up.float()), strict=True):
+        assert torch.equal(a, b.bfloat16())
+
+
 @every_form
 def test_every_size_of_gate(form):
     gate = torch.cat([torch.linspace(-120, 120, 4801), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 1e30, -1e30])])

@@ -157,8 +157,8 @@ class Storages(TorchDispatchMode):
 
 def kept_bytes(config, batch, length, half, checkpointing="none"):
     """Bytes of activations that live on after a forward pass, weights and their bf16 copies left out."""
-    # A GPU runs the block-wise kernels; under bf16 they stand for it here.
-    model = build_model(config, kernels="blocked" if half else "auto")
+    # A GPU runs the block-wise kernels; under bf16 they stand for it here, but where a CPU's own products are meant.
+    model = build_model(config, kernels="blocked" if half and not cpu.multiplies_bf16() else "auto")
     model.init_weights(seed=0)
     parallelize(model, DistributedConfig(activation_checkpointing=checkpointing))
     rows = (batch, batch * length)  # a weight's copy has its own shape
@@ -183,15 +183,22 @@ TRAINED = [(kind, how) for kind in ARCHITECTURES for how in ("none", "selective"
            if kind != "memory_mosaics_v1" or how == "none"]  # nobody trains v1 at a size that needs checkpointing
 
 
-@pytest.mark.parametrize("half", [False, True], ids=["fp32", "bf16"])
+BYTES = {"fp32": (4, 4), "bf16": (2, 2), "bf16 on a CPU": (4, 2)}
+
+
+@pytest.mark.parametrize("precision", BYTES)
 @pytest.mark.parametrize("model_type, checkpointing", TRAINED)
-def test_activations_equal_what_autograd_keeps(model_type, half, checkpointing, monkeypatch):
+def test_activations_equal_what_autograd_keeps(model_type, precision, checkpointing, monkeypatch):
     """The difference of two depths is one block."""
-    monkeypatch.setattr(cpu, "multiplies_bf16", lambda: False)  # whose products keep fp32
+    half, on_a_cpu = precision != "fp32", precision == "bf16 on a CPU"
+    if on_a_cpu and not cpu.multiplies_bf16():
+        pytest.skip("this processor has no products of bf16")
+    monkeypatch.setattr(cpu, "multiplies_bf16", lambda: on_a_cpu)
     shape = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 2}
     configs = [ModelConfig(model_type=model_type, num_hidden_layers=layers, **shape) for layers in (1, 2)]
     one, two = (kept_bytes(config, 2, 300, half, checkpointing) for config in configs)
-    formula = [accounting.activation_bytes(config, 600, 2 if half else 4, checkpointing) for config in configs]
+    compute, inner = BYTES[precision]
+    formula = [accounting.activation_bytes(config, 600, compute, checkpointing, inner) for config in configs]
     assert formula[1] - formula[0] == pytest.approx(two - one, rel=0.1)
 
 

@@ -5,30 +5,39 @@
 #define HELD 16       /* tiles of X that are kept for all threads, of 8 to 66 KiB */
 #define EVEN_TILES 32 /* for each thread: with fewer, one more or less leaves another waiting (5 % of 512 rows) */
 
-/* Columns [n, n + count) of all Y, from a block that fills no panel of one matrix. */
+/* Columns [n, n + count) of all Y, from a block that is not written where they lie. */
 static void scatter(const struct call *c, const float *from, whole row, whole rows, whole n, whole count) {
-    for (whole i = 0; i < count; i++) {
+    for (whole i = 0, run; i < count; i += run) {
         whole at = n + i;
         const struct matrix *m = holder(c, &at);
-        for (whole r = 0; r < rows; r++) m->y[(row + r) * m->y_row + at] = from[r * COLUMNS + i];
+        run = least(count - i, m->out - at);
+        for (whole r = 0; r < rows; r++) {
+            char *to = m->y + ((row + r) * m->y_row + at) * item(c->y_halves);
+            if (c->y_halves)
+                round_to_bf16((uint16_t *)to, from + r * COLUMNS + i, run);
+            else
+                memcpy(to, from + r * COLUMNS + i, run * sizeof *from);
+        }
     }
 }
 
 static void fetch_back(const struct call *c, float *to, whole row, whole rows, whole n, whole count) {
-    for (whole i = 0; i < count; i++) {
+    for (whole i = 0, run; i < count; i += run) {
         whole at = n + i;
         const struct matrix *m = holder(c, &at);
-        for (whole r = 0; r < rows; r++) to[r * COLUMNS + i] = m->y[(row + r) * m->y_row + at];
+        run = least(count - i, m->out - at);
+        for (whole r = 0; r < rows; r++)
+            memcpy(to + r * COLUMNS + i, (const float *)m->y + (row + r) * m->y_row + at, run * sizeof *to);
     }
 }
 
-/* One block of Y: rows of X in `tile`, outputs [n, n + COLUMNS) in `panel`. */
+/* One block of Y: rows of X in `tile`, outputs [n, n + COLUMNS) in `panel`. Sums that become bf16 are whole: none is added to. */
 static void forward_block(const struct call *c, whole row, whole rows, whole n, int add, whole depth, const float *tile,
                           const float *panel, struct ahead *next) {
     whole at = n, count = least(COLUMNS, c->total - n);
     const struct matrix *m = holder(c, &at);
-    if (at + COLUMNS <= m->out) {
-        c->block(m->y + row * m->y_row + at, m->y_row, rows, add, depth, tile, panel, next);
+    if (at + COLUMNS <= m->out && !c->y_halves) {
+        c->block((float *)m->y + row * m->y_row + at, m->y_row, rows, add, depth, tile, panel, next);
         return;
     }
     float mixed[MOST_ROWS * COLUMNS];
@@ -100,14 +109,15 @@ static void lay_whole_numbers(float *tile, whole r, const float *words, whole de
 
 /* Rows of X, numbers [k, k + depth), as a tile. */
 static void pack_tile(const struct call *c, float *tile, whole row, whole rows, whole k, whole depth) {
-    const float *x = c->x + row * c->x_row + k, *words = c->narrow + row * words_of(c->in) + k / 2;
-    for (whole r = 0; r < rows; r++, x += c->x_row, words += words_of(c->in)) {
+    const char *x = number(c->x, row * c->x_row + k, c->x_halves);
+    const float *words = c->narrow + row * words_of(c->in) + k / 2;
+    for (whole r = 0; r < rows; r++, x = number(x, c->x_row, c->x_halves), words += words_of(c->in)) {
         float *to = tile + r * TILE_ROW;
         if (in_steps(c->format)) {
             lay_whole_numbers(tile, r, words, depth);
             *step_of(tile, r, c->format) = c->steps[row + r];
         } else if (NARROW(c->format)) {
-            round_into(tile, r, 0, x, depth, c->format);
+            round_into(tile, r, 0, x, depth, c->format, c->x_halves);
             fill_tile(tile, r, depth, c->format);
         } else {
             memcpy(to, x, depth * sizeof *to);
@@ -121,7 +131,8 @@ static struct ahead rows_of(const struct call *c, whole row, whole end, whole k,
     if (in_steps(c->format))
         return (struct ahead){.at = (const char *)(c->narrow + row * words + k / 2), .width = 4 * words_of(depth),
                               .row = 4 * words, .rows = rows};
-    return (struct ahead){.at = (const char *)(c->x + row * c->x_row + k), .width = 4 * depth, .row = 4 * c->x_row,
+    whole bytes = item(c->x_halves);
+    return (struct ahead){.at = c->x + (row * c->x_row + k) * bytes, .width = bytes * depth, .row = bytes * c->x_row,
                           .rows = rows};
 }
 
@@ -195,7 +206,7 @@ static void narrow_x(const struct call *c) {
     for (whole r = 0; r < c->rows; r++) {
         uint16_t *to = (uint16_t *)(c->narrow + r * words);
         to[2 * words - 1] = 0;
-        const float *x = c->x + r * c->x_row;
+        const float *x = (const float *)c->x + r * c->x_row;
         c->steps[r] = narrow_step(x, c->in, c->format);
         narrow(to, x, c->in, c->steps[r], c->format);
     }
@@ -213,13 +224,17 @@ whole mm_linear_scratch(whole rows, whole in, int format, int threads) {
 /* Whether this processor multiplies in bf16 faster than in fp32: without that nothing is to be ROUNDED. */
 int mm_linear_rounds(void) { return bf16_pays(); }
 
-void mm_linear(const struct matrix *list, whole count, int format, const float *x, whole rows, whole in, whole x_row,
-               float *scratch, int threads) {
+/* The most numbers of a row of X that meet in one round: only so many give sums in bf16. */
+whole mm_linear_depth(int format) { return depth_of(DEPTH, format); }
+
+void mm_linear(const struct matrix *list, whole count, int format, const char *x, whole rows, whole in, whole x_row,
+               int x_halves, int y_halves, float *scratch, int threads) {
     float *tiles = scratch + threads * (whole)ROUND_FLOATS, *shared = tiles + threads * tile_floats(format);
     float *steps = shared + HELD * tile_floats(format);
     struct call c = {.list = list, .x = x, .count = count, .total = outputs_of(list, count), .rows = rows, .in = in,
-                     .x_row = x_row, .height = rows_of_block(format), .format = format, .block = block_of(format),
-                     .panels = scratch, .steps = steps, .narrow = steps + rows};
+                     .x_row = x_row, .height = rows_of_block(format), .format = format, .x_halves = x_halves,
+                     .y_halves = y_halves, .block = block_of(format), .panels = scratch, .steps = steps,
+                     .narrow = steps + rows};
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         whole thread = omp_get_thread_num(), team = omp_get_num_threads();

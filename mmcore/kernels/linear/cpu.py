@@ -20,14 +20,16 @@ from mmcore.kernels.thin_linear.cpu import FORMATS
 _ADDRESS, _INT = ctypes.c_void_p, ctypes.c_int64
 _C = native.functions(
     Path(__file__).with_name("cpu.c"),
-    mm_linear=[ctypes.c_char_p, _INT, ctypes.c_int, _ADDRESS, *[_INT] * 3, _ADDRESS, ctypes.c_int],
+    mm_linear=[ctypes.c_char_p, _INT, ctypes.c_int, _ADDRESS, *[_INT] * 3, *[ctypes.c_int] * 2, _ADDRESS, ctypes.c_int],
+    mm_linear_depth=(_INT, [ctypes.c_int]),
     mm_linear_scratch=(_INT, [_INT] * 2 + [ctypes.c_int] * 2),
     mm_linear_rounds=(ctypes.c_int, []),
 )
 _BACKWARD = native.functions(
     Path(__file__).with_name("cpu_backward.c"),
     mm_linear_backward=[
-        ctypes.c_int, ctypes.c_char_p, _INT, ctypes.c_int, *[_ADDRESS] * 2, *[_INT] * 3, _ADDRESS, ctypes.c_int,
+        ctypes.c_int, ctypes.c_char_p, _INT, ctypes.c_int, *[_ADDRESS] * 2, *[_INT] * 3, *[ctypes.c_int] * 2, _ADDRESS,
+        ctypes.c_int,
     ],
     mm_linear_backward_scratch=(_INT, [_INT] + [ctypes.c_int] * 2),
 )
@@ -46,7 +48,8 @@ _FLOPS_OF_A_THREAD = 1 << 19
 def why_not(x: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor] | None) -> str | None:
     """The reason why the C products cannot take these tensors, or None."""
     kind = weights[0].dtype
-    if x.dtype is not torch.float32 or kind not in FORMATS or any(weight.dtype is not kind for weight in weights):
+    rounded = x.dtype is torch.bfloat16 and kind is torch.float32 and rounding()
+    if not (x.dtype is torch.float32 or rounded) or kind not in FORMATS or any(w.dtype is not kind for w in weights):
         return f"x is {x.dtype} and a weight {kind}; it takes torch.float32 and weights of one of its formats"
     if (scales is not None) != (kind is torch.int8):
         return "int8 weights, and no others, have scales"
@@ -78,14 +81,19 @@ def _threads(rows: int, total: int, inside: int) -> int:
     return max(1, min(torch.get_num_threads(), rows * total * inside // _FLOPS_OF_A_THREAD))
 
 
-def _backward(work: int, list_: bytes, outs: Sequence[int], x: Tensor | None, x_row: int, dx: Tensor | None, rows: int,
-              inside: int, weight_format: int) -> None:  # fmt: skip
+def _backward(work: int, list_: bytes, outs: Sequence[int], x: Tensor, x_row: int, halves: bool, weight_format: int) -> None:
+    """`x` [rows, in], rows `x_row` numbers apart, is X, or dX, which is written. `halves`: dY is bf16."""
+    rows, inside = x.shape
     threads = _threads(rows, sum(outs), inside)
     scratch = torch.empty(_BACKWARD.mm_linear_backward_scratch(inside, weight_format, threads))
     _BACKWARD.mm_linear_backward(
-        work, list_, len(outs), weight_format, None if x is None else x.data_ptr(), None if dx is None else dx.data_ptr(),
-        rows, inside, x_row, scratch.data_ptr(), threads,
+        work, list_, len(outs), weight_format, x.data_ptr(), x.data_ptr(), rows, inside, x_row, _is_bf16(x), halves,
+        scratch.data_ptr(), threads,
     )  # fmt: skip
+
+
+def _is_bf16(x: Tensor) -> bool:
+    return x.dtype is torch.bfloat16
 
 
 def _list(outs: Sequence[int], ys: Sequence[tuple[int, int]], weights: Sequence[Tensor] | None = None,
@@ -98,34 +106,43 @@ def _list(outs: Sequence[int], ys: Sequence[tuple[int, int]], weights: Sequence[
 
 def products(
     x: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor] | None = None, out: Tensor | None = None,
-    rounded: bool = False,
+    rounded: bool = False, narrow: bool = False,
 ) -> list[Tensor]:
     """y_i [..., out_i] = x W_i^T without gradients: x [..., in] fp32, weights contiguous and all of one of FORMATS, int8
-    with `scales` [out_i]. `out`, contiguous, takes the product of a single weight. `rounded`: both are fp32, and meet
-    rounded to bf16."""
+    with `scales` [out_i]. `out`, contiguous, takes the product of a single weight. `rounded`: both are fp32, x may be bf16,
+    and they meet rounded to bf16; `narrow`: so are the results."""
     x, row = rows_of(x)
     *leading, inside = x.shape
     outs = [weight.shape[0] for weight in weights]
-    ys = [torch.empty(*leading, columns) for columns in outs] if out is None else [out]
+    format_ = _ROUNDED if rounded else FORMATS[weights[0].dtype]
+    halves = narrow and inside <= _C.mm_linear_depth(format_)  # else sums go on from round to round, in fp32
+    ys = [torch.empty(*leading, n, dtype=_dtype(halves)) for n in outs] if out is None else [out]
     if x.numel() == 0:
-        return [y.zero_() for y in ys]
+        return [y.zero_().to(_dtype(narrow)) for y in ys]
     weights = [weight.contiguous() for weight in weights]
     places = [(y.data_ptr(), columns) for y, columns in zip(ys, outs, strict=True)]
     list_ = _list(outs, places, weights, scales)
-    format_ = _ROUNDED if rounded else FORMATS[weights[0].dtype]
     rows = x.numel() // inside
     threads = _threads(rows, sum(outs), inside)
     scratch = torch.empty(_C.mm_linear_scratch(rows, inside, format_, threads))
-    _C.mm_linear(list_, len(outs), format_, x.data_ptr(), rows, inside, row, scratch.data_ptr(), threads)
-    return ys
+    _C.mm_linear(
+        list_, len(outs), format_, x.data_ptr(), rows, inside, row, _is_bf16(x), halves, scratch.data_ptr(), threads
+    )
+    return [y.to(torch.bfloat16) for y in ys] if narrow and not halves else ys
+
+
+def _dtype(halves: bool) -> torch.dtype:
+    return torch.bfloat16 if halves else torch.float32
 
 
 def input_gradient(grads: Sequence[Tensor], weights: Sequence[Tensor], out: Tensor, rounded: bool = False) -> Tensor:
-    """out [rows, in], contiguous, becomes the sum of dY_i W_i; each dY [rows, out_i] with rows of its own distance."""
+    """out [rows, in], contiguous, becomes the sum of dY_i W_i; each dY [rows, out_i] with rows of its own distance, all of
+    one dtype. Where operands are `rounded` it and `out` may be bf16."""
     weights, outs = [weight.contiguous() for weight in weights], [weight.shape[0] for weight in weights]
+    if _is_bf16(out) and sum(outs) > _C.mm_linear_depth(_ROUNDED):
+        return out.copy_(input_gradient(grads, weights, torch.empty(out.shape), rounded))
     list_ = _list(outs, [(g.data_ptr(), g.stride(0)) for g in grads], weights)
-    rows, inside = out.shape
-    _backward(_INPUT, list_, outs, None, inside, out, rows, inside, _format(rounded))
+    _backward(_INPUT, list_, outs, out, out.shape[1], _is_bf16(grads[0]), _format(rounded))
     return out
 
 
@@ -139,7 +156,7 @@ def weight_gradients(
     """outs [out_i, in], contiguous, become dY_i^T x, or have it added to them. x [..., in]."""
     x, counts = _flat(x), [out.shape[0] for out in outs]
     list_ = _list(counts, [(g.data_ptr(), g.stride(0)) for g in grads], grads=outs)
-    _backward(_MORE_WEIGHTS if add else _WEIGHTS, list_, counts, x, x.stride(0), None, *x.shape, _format(rounded))
+    _backward(_MORE_WEIGHTS if add else _WEIGHTS, list_, counts, x, x.stride(0), _is_bf16(grads[0]), _format(rounded))
     return outs
 
 
@@ -149,30 +166,32 @@ def _flat(x: Tensor) -> Tensor:
     return x.as_strided((x.numel() // max(1, x.shape[-1]), x.shape[-1]), (row, 1))
 
 
-def _run(x, weights, rounded: bool):
-    return products(x, weights, rounded=rounded)
+def _run(x, weights, rounded: bool, narrow: bool):
+    return products(x, weights, rounded=rounded, narrow=narrow)
 
 
-def _fake(x, weights, rounded):
-    return [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights]
+def _fake(x, weights, rounded, narrow):
+    return [x.new_empty(*x.shape[:-1], weight.shape[0], dtype=_dtype(narrow)) for weight in weights]
 
 
 def _keep(ctx, inputs, output):
-    x, weights, ctx.rounded = inputs
+    x, weights, ctx.rounded, ctx.dtype = *inputs[:3], output[0].dtype
     ctx.save_for_backward(x, *weights)
 
 
 def _gradients(ctx, grads):
     x, *weights = ctx.saved_tensors
-    grads = [x.new_zeros(*x.shape[:-1], len(w)) if g is None else g for g, w in zip(grads, weights, strict=True)]
-    for_x, for_weights, _ = ctx.needs_input_grad
+    grads = [
+        x.new_zeros(*x.shape[:-1], len(w), dtype=ctx.dtype) if g is None else g for g, w in zip(grads, weights, strict=True)
+    ]
+    for_x, for_weights, *_ = ctx.needs_input_grad
     grad_x, grad_weights = _linear_backward(grads, x, weights, for_x, any(for_weights), ctx.rounded)
-    grad_weights = grad_weights or [None] * len(weights)
-    return grad_x if for_x else None, [g if need else None for g, need in zip(grad_weights, for_weights, strict=True)], None
+    grad_weights = [g if need else None for g, need in zip(grad_weights or [None] * len(weights), for_weights, strict=True)]
+    return grad_x if for_x else None, grad_weights, None, None
 
 
 def _run_backward(grads, x, weights, for_x: bool, for_weights: bool, rounded: bool):
-    grad_x = torch.empty(x.shape if for_x else 0)
+    grad_x = torch.empty(x.shape if for_x else 0, dtype=x.dtype)
     grad_weights = [torch.empty(w.shape) for w in weights] if for_weights else []
     if x.numel() == 0:
         return grad_x, [g.zero_() for g in grad_weights]
@@ -189,8 +208,9 @@ def _fake_backward(grads, x, weights, for_x, for_weights, rounded):
 
 
 _linear = registry.operator(
-    "linear_cpu(Tensor x, Tensor[] weights, bool rounded) -> Tensor[]", _run, _fake, keep=_keep, backward=_gradients
-)
+    "linear_cpu(Tensor x, Tensor[] weights, bool rounded, bool narrow) -> Tensor[]", _run, _fake, keep=_keep,
+    backward=_gradients,
+)  # fmt: skip
 _linear_backward = registry.operator(
     "linear_cpu_backward(Tensor[] grads, Tensor x, Tensor[] weights, bool for_x, bool for_weights, bool rounded) -> "
     "(Tensor, Tensor[])",
@@ -211,9 +231,11 @@ register_flop_formula(torch.ops.mm.linear_cpu)(_forward_flops)
 register_flop_formula(torch.ops.mm.linear_cpu_backward)(_backward_flops)
 
 
-def linear(x: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor] | None = None) -> list[Tensor]:
+def linear(
+    x: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor] | None = None, narrow: bool = False
+) -> list[Tensor]:
     """See `mmcore.kernels.linear.linear`."""
     rounded = rounding() and weights[0].dtype is torch.float32
     if registry.direct(x) or weights[0].dtype is not torch.float32:
-        return products(x, weights, scales, rounded=rounded)
-    return _linear(x, list(weights), rounded)
+        return products(x, weights, scales, rounded=rounded, narrow=narrow and rounded)
+    return _linear(x, list(weights), rounded, narrow and rounded)

@@ -12,9 +12,9 @@ static void tile_of_gradients(const struct call *c, float *tile, whole row, whol
         const struct matrix *m = holder(c, &at);
         whole count = least(depth - k, m->out - at);
         for (whole r = 0; r < rows; r++) {
-            const float *y = m->y + (row + r) * m->y_row + at;
+            const char *y = number(m->y, (row + r) * m->y_row + at, c->y_halves);
             if (NARROW(c->format))
-                round_into(tile, r, k, y, count, c->format);
+                round_into(tile, r, k, y, count, c->format, c->y_halves);
             else
                 memcpy(tile + r * TILE_ROW + k, y, count * sizeof *tile);
         }
@@ -27,8 +27,9 @@ static void tile_of_gradients(const struct call *c, float *tile, whole row, whol
 static struct ahead rows_of_gradients(const struct call *c, whole row, whole end, whole n, whole depth) {
     whole at = n;
     const struct matrix *m = holder(c, &at);
-    return (struct ahead){.at = (const char *)(m->y + row * m->y_row + at), .width = 4 * least(depth, m->out - at),
-                          .row = 4 * m->y_row, .rows = least(c->height, end - row)};
+    whole bytes = item(c->y_halves);
+    return (struct ahead){.at = m->y + (row * m->y_row + at) * bytes, .width = bytes * least(depth, m->out - at),
+                          .row = bytes * m->y_row, .rows = least(c->height, end - row)};
 }
 
 /* Numbers [from, from + COLUMNS) of the weights of outputs [n, n + depth) of all, as a panel. */
@@ -41,7 +42,8 @@ static void pack_outputs(const struct call *c, float *panel, whole n, whole from
         if (!NARROW(c->format))
             lay_numbers(panel + k * COLUMNS, w, c->in - from, COLUMNS);
         else if (k % 2 || k + 1 == depth)
-            lay_words(panel + k / 2 * COLUMNS, k % 2 ? before : w, k % 2 ? w : NULL, c->in - from, COLUMNS);
+            lay_words(panel + k / 2 * COLUMNS, (const char *)(k % 2 ? before : w), k % 2 ? (const char *)w : NULL,
+                      c->in - from, COLUMNS, 0);
         before = w;
     }
     for (whole k = words_in(depth, c->format); k < laid_words(depth, c->format); k++)
@@ -61,10 +63,20 @@ static void partial(block *block, float *to, whole row, whole rows, whole column
     for (whole r = 0; r < rows; r++) memcpy(to + r * row, whole_block + r * COLUMNS, columns * sizeof *to);
 }
 
+/* Rows of dX in bf16, whose sums are whole. */
+static void rounded_partial(const struct call *c, whole row, whole rows, whole column, whole depth, const float *tile,
+                            const float *panel, struct ahead *next) {
+    float sums[MOST_ROWS * COLUMNS];
+    c->block(sums, COLUMNS, rows, 0, depth, tile, panel, next);
+    for (whole r = 0; r < rows; r++)
+        round_to_bf16((uint16_t *)c->dx + (row + r) * c->in + column, sums + r * COLUMNS, least(COLUMNS, c->in - column));
+}
+
 /* dX: sums over up to DEPTH words of outputs, or half as many where X has so many columns that twice the panels save a
    second copy of dY. */
 static void backward_input(const struct call *c, float *tile) {
-    whole words = c->in > PANELS * COLUMNS ? DEPTH / 2 : DEPTH, most = PANELS * DEPTH / words, each = words * COLUMNS;
+    whole words = c->in > PANELS * COLUMNS && !c->x_halves ? DEPTH / 2 : DEPTH;
+    whole most = PANELS * DEPTH / words, each = words * COLUMNS;
     whole first, end, in = c->in, deep = depth_of(words, c->format);
     my_rows(c, &first, &end);
     for (whole n = 0; n < c->total; n += deep)
@@ -78,8 +90,12 @@ static void backward_input(const struct call *c, float *tile) {
                 tile_of_gradients(c, tile, row, rows, n, depth);
                 for (whole p = 0; p < held; p++) {
                     whole column = from + p * COLUMNS;
-                    partial(c->block, c->dx + row * in + column, in, rows, in - column, n > 0, depth, tile,
-                            c->panels + p * each, &next);
+                    const float *panel = c->panels + p * each;
+                    if (c->x_halves)
+                        rounded_partial(c, row, rows, column, depth, tile, panel, &next);
+                    else
+                        partial(c->block, (float *)c->dx + row * in + column, in, rows, in - column, n > 0, depth, tile,
+                                panel, &next);
                 }
             }
 #pragma omp barrier
@@ -87,7 +103,8 @@ static void backward_input(const struct call *c, float *tile) {
 }
 
 /* Those of the matrix unit: 32 rows of dY are turned, 16 outputs at a time. */
-static void turned_tiles(const struct matrix *m, float *tiles, whole count, whole n, whole k, whole depth) {
+INLINE void turned_tiles(const struct matrix *m, float *tiles, whole count, whole n, whole k, whole depth,
+                         const int halves) {
     for (whole j = 0; j < depth; j += 2 * TILE_SIDE)
         for (whole q = 0; q < 2 * count; q++) {
             whole at = n + q * TILE_SIDE;
@@ -95,9 +112,9 @@ static void turned_tiles(const struct matrix *m, float *tiles, whole count, whol
 #pragma GCC unroll 16
             for (whole r = 0; r < TILE_SIDE; r++) {
                 whole low = j + 2 * r;
-                const float *y = m->y + (k + low) * m->y_row + at;
-                words[r] = (vec)rounded_pairs(low < depth ? load_part(y, m->out - at) : (vec){},
-                                              low + 1 < depth ? load_part(y + m->y_row, m->out - at) : (vec){});
+                const char *y = number(m->y, (k + low) * m->y_row + at, halves), *below = number(y, m->y_row, halves);
+                words[r] = (vec)rounded_pairs(low < depth ? some_numbers(y, 0, m->out - at, halves) : (vec){},
+                                              low + 1 < depth ? some_numbers(below, 0, m->out - at, halves) : (vec){});
             }
             transpose(words);
             float *to = tiles + (q / 2 * BACK_DEPTH + j / 2) * MATRIX_ROWS + q % 2 * TILE_SIDE * TILE_SIDE;
@@ -109,37 +126,53 @@ static void turned_tiles(const struct matrix *m, float *tiles, whole count, whol
 static whole turned_floats(int format) { return BACK_DEPTH * (by_matrix(format) ? MATRIX_ROWS : TILE_STEP); }
 
 /* Tiles of dY^T, outputs from n on, depth first: rows [k, k + depth) of dY. */
-static void tiles_of_gradients(const struct matrix *m, float *tiles, whole count, whole n, whole k, whole depth,
-                               int format) {
+INLINE void tiles_of(const struct matrix *m, float *tiles, whole count, whole n, whole k, whole depth, int format,
+                     const int halves) {
     if (by_matrix(format)) {
-        turned_tiles(m, tiles, count, n, k, depth);
+        turned_tiles(m, tiles, count, n, k, depth, halves);
         return;
     }
     int narrow = NARROW(format);
     for (whole j = 0; j < depth; j += 1 + narrow) {
-        const float *y = m->y + (k + j) * m->y_row + n, *next = j + 1 < depth ? y + m->y_row : NULL;
+        const char *y = number(m->y, (k + j) * m->y_row + n, halves);
+        const char *next = j + 1 < depth ? number(y, m->y_row, halves) : NULL;
         for (whole q = 0; q < count; q++) {
             float *to = tiles + (q * BACK_DEPTH + j / (1 + narrow)) * TILE_STEP;
             whole at = q * BLOCK_ROWS, left = m->out - n - at;
             if (narrow)
-                lay_words(to, y + at, next ? next + at : NULL, left, TILE_STEP);
+                lay_words(to, number(y, at, halves), next ? number(next, at, halves) : NULL, left, TILE_STEP, halves);
             else
-                lay_numbers(to, y + at, left, TILE_STEP);
+                lay_numbers(to, (const float *)y + at, left, TILE_STEP);
         }
     }
 }
 
+static void tiles_of_gradients(const struct matrix *m, float *tiles, whole count, whole n, whole k, whole depth, int format,
+                               int halves) {
+    if (halves)
+        tiles_of(m, tiles, count, n, k, depth, format, 1);
+    else
+        tiles_of(m, tiles, count, n, k, depth, format, 0);
+}
+
 /* Rows [k + j, k + j + 1 or, rounded, 2) of X, of [k, k + depth), into all panels. */
-static void pack_inputs(const struct call *c, whole k, whole j, whole depth) {
+INLINE void lay_inputs(const struct call *c, whole k, whole j, whole depth, const int halves) {
     whole narrow = NARROW(c->format), left = j < depth ? c->in : 0; /* none: zeros up to whole tiles */
-    const float *x = c->x + (k + j) * c->x_row, *next = j + 1 < depth ? x + c->x_row : NULL;
+    const char *x = number(c->x, (k + j) * c->x_row, halves), *next = j + 1 < depth ? number(x, c->x_row, halves) : NULL;
     float *panel = c->panels + j / (1 + narrow) * COLUMNS;
     for (whole at = 0; at < c->in; at += COLUMNS, panel += BACK_DEPTH * COLUMNS) {
         if (narrow)
-            lay_words(panel, x + at, next ? next + at : NULL, left - at, COLUMNS);
+            lay_words(panel, number(x, at, halves), next ? number(next, at, halves) : NULL, left - at, COLUMNS, halves);
         else
-            lay_numbers(panel, x + at, left - at, COLUMNS);
+            lay_numbers(panel, (const float *)x + at, left - at, COLUMNS);
     }
+}
+
+static void pack_inputs(const struct call *c, whole k, whole j, whole depth) {
+    if (c->x_halves)
+        lay_inputs(c, k, j, depth, 1);
+    else
+        lay_inputs(c, k, j, depth, 0);
 }
 
 /* A step of dW: rows of X and dY from k on, and of matrix i this thread's tiles [first, end) from t on. Its tiles are packed
@@ -150,7 +183,7 @@ struct group {
 
 /* Rows at k; tiles of a group. */
 static whole depth_at(const struct call *c, whole k) { return least(depth_of(BACK_DEPTH, c->format), c->rows - k); }
-static whole tiles_of(const struct group *g) {
+static whole tiles_in(const struct group *g) {
     whole all = g->end - g->first, even = parts_of(all, parts_of(all, GROUP));
     return least(even, g->end - g->t);
 }
@@ -167,7 +200,7 @@ static int open_matrix(const struct call *c, struct group *g) {
 
 /* The next group at k; whether there is one. */
 static int next_group(const struct call *c, struct group *g) {
-    if ((g->t += tiles_of(g)) < g->end) return 1;
+    if ((g->t += tiles_in(g)) < g->end) return 1;
     g->i++;
     return open_matrix(c, g);
 }
@@ -176,21 +209,23 @@ static int next_group(const struct call *c, struct group *g) {
 static struct ahead gradients_of(const struct call *c, const struct group *g) {
     const struct matrix *m = &c->list[g->i];
     whole n = g->t * c->height;
-    return (struct ahead){.at = (const char *)(m->y + g->k * m->y_row + n), .row = 4 * m->y_row, .rows = depth_at(c, g->k),
-                          .width = 4 * least(tiles_of(g) * c->height, m->out - n)};
+    whole bytes = item(c->y_halves);
+    return (struct ahead){.at = m->y + (g->k * m->y_row + n) * bytes, .row = bytes * m->y_row, .rows = depth_at(c, g->k),
+                          .width = bytes * least(tiles_in(g) * c->height, m->out - n)};
 }
 
 static struct ahead inputs_at(const struct call *c, whole k) {
     whole first, end;
     my_share(depth_at(c, k), &first, &end);
-    return (struct ahead){.at = (const char *)(c->x + (k + first) * c->x_row), .row = 4 * c->x_row, .rows = end - first,
-                          .width = 4 * c->in};
+    whole bytes = item(c->x_halves);
+    return (struct ahead){.at = c->x + (k + first) * c->x_row * bytes, .row = bytes * c->x_row, .rows = end - first,
+                          .width = bytes * c->in};
 }
 
 static void backward_group(const struct call *c, const struct group *g, int add, float *tiles, struct ahead *next) {
     const struct matrix *m = &c->list[g->i];
-    whole in = c->in, depth = depth_at(c, g->k), count = tiles_of(g), round = ROUND_FLOATS / BACK_DEPTH;
-    tiles_of_gradients(m, tiles, count, g->t * c->height, g->k, depth, c->format);
+    whole in = c->in, depth = depth_at(c, g->k), count = tiles_in(g), round = ROUND_FLOATS / BACK_DEPTH;
+    tiles_of_gradients(m, tiles, count, g->t * c->height, g->k, depth, c->format, c->y_halves);
     for (whole from = 0; from < in; from += round)
         for (whole q = 0; q < count; q++) {
             whole row = (g->t + q) * c->height, rows = least(c->height, m->out - row);
@@ -239,11 +274,12 @@ static whole panels_floats(whole in) {
 whole mm_linear_backward_scratch(whole in, int format, int threads) { return panels_floats(in) + threads * group_floats(format); }
 
 /* MORE_WEIGHTS adds to what `grad` holds. */
-void mm_linear_backward(int work, const struct matrix *list, whole count, int format, const float *x, float *dx, whole rows,
-                        whole in, whole x_row, float *scratch, int threads) {
+void mm_linear_backward(int work, const struct matrix *list, whole count, int format, const char *x, char *dx, whole rows,
+                        whole in, whole x_row, int x_halves, int y_halves, float *scratch, int threads) {
     struct call c = {.list = list, .x = x, .dx = dx, .count = count, .total = outputs_of(list, count), .rows = rows, .in = in,
-                     .x_row = x_row, .height = rows_of_block(format), .format = format, .block = block_of(format),
-                     .block_by_depth = block_by_depth_of(format), .panels = scratch};
+                     .x_row = x_row, .height = rows_of_block(format), .format = format, .x_halves = x_halves,
+                     .y_halves = y_halves, .block = block_of(format), .block_by_depth = block_by_depth_of(format),
+                     .panels = scratch};
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         float *tiles = scratch + panels_floats(in) + omp_get_thread_num() * group_floats(format);

@@ -14,7 +14,7 @@
 
 /* The other kernels' functions, and what they can take. */
 struct functions {
-    void (*linear)(const struct matrix *, int64_t, int, const float *, int64_t, int64_t, int64_t, float *, int);
+    void (*linear)(const struct matrix *, int64_t, int, const char *, int64_t, int64_t, int64_t, int, int, float *, int);
     int64_t (*linear_scratch)(int64_t, int64_t, int, int);
     void (*thin)(const float *, int64_t, int64_t, const char *, const float *, int64_t, float *, float *, int, int);
     int64_t (*thin_scratch)(int64_t, int64_t);
@@ -42,7 +42,7 @@ struct piece {
 };
 
 static struct matrix times(struct weights w, int64_t out, float *y) {
-    return (struct matrix){.weight = w.weight, .scale = w.scale, .y = y, .out = out, .y_row = out};
+    return (struct matrix){.weight = w.weight, .scale = w.scale, .y = (char *)y, .out = out, .y_row = out};
 }
 
 /* Threads for a pass over so many numbers. */
@@ -56,11 +56,11 @@ static void multiply(const struct piece *p, const struct matrix *list, int64_t c
     for (int64_t i = 0; i < count; i++) total += list[i].out;
     int threads = (int)larger(1, smaller(p->threads, rows * total * in / p->do_->flops_of_a_thread));
     if (rows > p->do_->thin_rows) {
-        p->do_->linear(list, count, format, x, rows, in, in, p->spare, threads);
+        p->do_->linear(list, count, format, (const char *)x, rows, in, in, 0, 0, p->spare, threads);
         return;
     }
     for (const struct matrix *m = list; m < list + count; m++)
-        p->do_->thin(x, rows, in, m->weight, m->scale, m->out, m->y, p->spare, format, p->threads);
+        p->do_->thin(x, rows, in, m->weight, m->scale, m->out, (float *)m->y, p->spare, format, p->threads);
 }
 
 /* input = norm(x + delta) for `rows` rows. */

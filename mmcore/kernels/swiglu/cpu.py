@@ -1,4 +1,4 @@
-"""SwiGLU in C: one pass over memory each way, in fp32."""
+"""SwiGLU in C: one pass over memory each way, of fp32 or of bf16, computed in fp32."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from mmcore.errors import ConfigError
 from mmcore.kernels import native, registry
 from mmcore.kernels.layout import rows_of, threads_for
 
-_FORWARD = struct.Struct("3P5n")  # `Forward` in cpu.c
+_FORWARD = struct.Struct("3P6n")  # `Forward` in cpu.c
 _C = native.functions(
     Path(__file__).with_name("cpu.c"),
     swiglu_forward=[ctypes.c_char_p],
-    swiglu_backward=[ctypes.c_void_p] * 5 + [ctypes.c_ssize_t] * 5 + [ctypes.c_int],
+    swiglu_backward=[ctypes.c_void_p] * 5 + [ctypes.c_ssize_t] * 5 + [ctypes.c_int] * 2,
 )
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """See `mmcore.kernels.swiglu.swiglu`. fp16 and bf16 are converted on the way in and out.
+    """See `mmcore.kernels.swiglu.swiglu`. fp16 is converted on the way in and out.
 
     Raises ConfigError for fp64, which this form would round.
     """
-    if gate.dtype is not torch.float32:
+    if gate.dtype not in (torch.float32, torch.bfloat16):
         if gate.dtype is torch.float64:
             raise ConfigError("swiglu computes in fp32 as 'cpu': use implementation='blocked' for fp64")
         return swiglu(gate.float(), up.float()).to(gate.dtype)
@@ -46,14 +46,14 @@ def _gradients(ctx, grad):
 
 
 def _run_backward(grad, gate, up):
-    grad_gate, grad_up = torch.empty(gate.shape), torch.empty(gate.shape)
+    grad_gate, grad_up = (torch.empty(gate.shape, dtype=gate.dtype) for _ in range(2))
     grad, grad_row = rows_of(grad)
     gate, gate_row = rows_of(gate)
     up, up_row = rows_of(up)
     count, size = gate.numel(), gate.shape[-1]
     _C.swiglu_backward(
         grad.data_ptr(), gate.data_ptr(), up.data_ptr(), grad_gate.data_ptr(), grad_up.data_ptr(),
-        count // size, size, grad_row, gate_row, up_row, threads_for(count),
+        count // size, size, grad_row, gate_row, up_row, gate.dtype is torch.bfloat16, threads_for(count),
     )  # fmt: skip
     return grad_gate, grad_up
 
@@ -68,8 +68,9 @@ def _run(gate: Tensor, up: Tensor) -> Tensor:
     up, up_row = rows_of(up)
     count, size = gate.numel(), gate.shape[-1]
     arguments = _FORWARD.pack(
-        gate.data_ptr(), up.data_ptr(), out.data_ptr(), count // size, size, gate_row, up_row, threads_for(count)
-    )
+        gate.data_ptr(), up.data_ptr(), out.data_ptr(), count // size, size, gate_row, up_row, threads_for(count),
+        gate.dtype is torch.bfloat16,
+    )  # fmt: skip
     _C.swiglu_forward(arguments)
     return out
 
