@@ -29,10 +29,10 @@ def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def gated_scan(dtype: torch.dtype) -> None:
-    """Many heads, and few, which are read in groups."""
+    """Many heads, few, which are read in groups, and one."""
     from mmcore.kernels.gated_scan import triton
 
-    for batch, time, heads in ((B, T, H), (1, 32_768, 16)):
+    for batch, time, heads in ((B, T, H), (1, 32_768, 16), (1, 32_768, 1)):
         raw, gates = empty(batch, time, heads, D, dtype=dtype), empty(batch, time, heads, dtype=dtype)
         resets = empty(batch, time, dtype=torch.bool)
         keys, _, _, *kept = triton._run(raw, gates, gates, resets, None, None, True)
@@ -103,8 +103,9 @@ def small_ones(dtype: torch.dtype) -> None:
     swiglu._run(x, x)
     swiglu._run_backward(x, x, x)
     raw, scalar = empty(B, T, H, D, dtype=dtype), empty(H, dtype=torch.float32)
-    look_ahead._run(raw, scalar, scalar, empty(B, H, D, dtype=dtype))
-    look_ahead._run_backward(raw, raw, scalar, scalar, empty(B, H, D, dtype=dtype))
+    for following in (None, empty(B, H, D, dtype=dtype)):
+        look_ahead._run(raw, scalar, scalar, following)
+        look_ahead._run_backward(raw, raw, scalar, scalar, following)
     loss._step(empty(2048, 128_256, dtype=dtype), empty(2048, dtype=torch.int64), True)
 
 

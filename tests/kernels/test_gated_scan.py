@@ -301,6 +301,12 @@ def test_not_finite_in_one_document_stays_there():
     assert keys[0, 30:].isfinite().all() and keys[0, :, 1].isfinite().all()
 
 
+@needs_triton
+def test_triton_without_heads():
+    nothing = torch.empty(1, 5, 0, 8, device=DEVICE), *(torch.empty(1, 5, 0, device=DEVICE) for _ in range(2))
+    assert gated_scan(*nothing, implementation="triton")[0].shape == (1, 5, 0, 8)
+
+
 def test_fp64_runs_by_itself_and_bad_input_is_named():
     raw, gates, decays = problem(1, 5, 2, 4)
     keys, (vector, _) = gated_scan(raw.double(), gates.double(), decays.double())
@@ -317,11 +323,11 @@ def test_fp64_runs_by_itself_and_bad_input_is_named():
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Log-maxima found for 32 steps of two heads at a time, stretches of two pieces of 16 and groups of two, so that short texts have
+    """Log-maxima found for 16 or 32 steps of one or two heads at a time, stretches of two pieces of 16 and groups of two, so that short texts have
     several."""
     from mmcore.kernels.gated_scan import triton
 
-    monkeypatch.setattr(triton, "WIDE", 4)
+    monkeypatch.setattr(triton, "WIDE", 2)
     monkeypatch.setattr(triton, "FOLDED", 2)
     monkeypatch.setattr(triton, "GROUPS", (1, 2))
     stretches_of(triton, monkeypatch, 2)
@@ -334,9 +340,9 @@ def stretches_of(triton, monkeypatch, pieces):
 
 @needs_triton
 @pytest.mark.parametrize("stateful", [False, True])
-@pytest.mark.parametrize(("B", "T", "H"), [(2, 1, 2), (1, 15, 3), (2, 300, 2), (1, 500, 3), (2, 130, 40), (1, 5000, 1)])
-@pytest.mark.parametrize("small", [False, True])
-def test_triton_log_maxima(monkeypatch, small, B, T, H, stateful):
+@pytest.mark.parametrize(("B", "T", "H"), [(2, 1, 2), (1, 15, 3), (2, 300, 2), (1, 500, 3), (1, 40, 33), (1, 1200, 1)])
+@pytest.mark.parametrize("small, how", [(False, "joined"), (True, "joined"), (True, "heads first")])
+def test_triton_log_maxima(monkeypatch, small, how, B, T, H, stateful):
     """The factors of all steps against the recurrence in float64, and the unit of the state: one and the same on both sides
     of each step, though programs find it in blocks. It is some hundreds, whose last bits are 3e-5 of a state."""
     from mmcore.kernels.gated_scan import triton
@@ -345,9 +351,14 @@ def test_triton_log_maxima(monkeypatch, small, B, T, H, stateful):
         monkeypatch.setattr(triton, "WIDE", 64 if H > 32 else 4)
         monkeypatch.setattr(triton, "FOLDED", 2)
     generator = torch.Generator().manual_seed(T + H)
-    both = torch.randn(B, T, 3, H, generator=generator)  # lies between other numbers, as in a joined projection
-    gates, decays = both[:, :, 0] * 4 - 300, -both[:, :, 2].abs() / 10
-    resets = torch.rand(B, T, generator=generator) < 0.02
+    both = torch.randn(*((B, T, 3, H) if how == "joined" else (H, B, 3, T)), generator=generator)
+    both = both if how == "joined" else both.permute(1, 3, 2, 0)  # heads far apart, or other numbers between
+    both[:, :, 0] *= 4
+    both[:, :, 0] -= 300
+    both[:, :, 2] = -both[:, :, 2].abs() / 10
+    gates, decays = both[:, :, 0], both[:, :, 2]
+    assert H == 1 or not gates.is_contiguous()
+    resets = (torch.rand(T, B, generator=generator) < 0.02).T
     state = torch.randn(B, H, generator=generator) - 290 if stateful else None
     on = [None if x is None else x.to(DEVICE) for x in (gates, decays, resets, state)]
     forgets, inputs, last, words = (x.cpu() for x in triton._prepare(*on, 7))
@@ -366,7 +377,7 @@ def test_triton_log_maxima(monkeypatch, small, B, T, H, stateful):
     kept = (torch.stack(logs) > -20).all(0)
     assert T < 100 or kept.sum() > B * H * T / 3
     assert off[kept].numel() == 0 or off[kept].max() < 2e-6
-    assert (inputs[..., T:] == 0).all() and (forgets[..., T : inputs.shape[2]] == 1).all()
+    assert (inputs[..., T:] == 0).all() and ((forgets[..., T : inputs.shape[2]] - 1).abs() < 1e-4).all()
     assert (forgets[..., inputs.shape[2] :] == 0).all() and words.shape == (B * H * 7 + 1,) and not words.any()
 
 

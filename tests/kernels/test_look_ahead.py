@@ -40,18 +40,20 @@ def gradients(function, parts, upstream):
 
 
 def check(form, parts, tolerance=1e-5):
+    """`parts` without a fourth: nothing follows."""
     upstream = torch.randn(parts[0].shape, generator=torch.Generator().manual_seed(9))
     upstream = upstream.to(parts[0].dtype)
-    want, want_gradients = gradients(truth, [part.double() for part in parts], upstream)
+    nothing = torch.zeros_like(parts[0][:, 0], dtype=torch.float64)
+    want, want_gradients = gradients(lambda *p: truth(*(*p, nothing)[:4]), [part.double() for part in parts], upstream)
     got, got_gradients = gradients(
-        lambda raw, mix, scale, following: look_ahead(raw, mix, scale, following=following, implementation=form),
+        lambda raw, mix, scale, following=None: look_ahead(raw, mix, scale, following=following, implementation=form),
         [part.to(DEVICE) for part in parts] if form == "triton" else parts,
         upstream.to(DEVICE) if form == "triton" else upstream,
     )
     got, got_gradients = got.cpu(), [gradient.cpu() for gradient in got_gradients]
     assert got.dtype == parts[0].dtype
     torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
-    for name, a, b in zip(NAMES, got_gradients, want_gradients, strict=True):
+    for name, a, b in zip(NAMES[: len(parts)], got_gradients, want_gradients, strict=True):
         error, size = (a.double() - b).abs().max().item(), max(b.abs().max().item(), 0.1)
         assert error <= 10 * tolerance * size, f"{name}: {error:.2e} beside {size:.2e}"
 
@@ -172,10 +174,35 @@ def test_fp64_runs_by_itself_and_bad_input_is_named():
         look_ahead(raw, mix, scale, following=following[:, :1])
 
 
+@pytest.fixture(params=[None, (2, 16)], ids=["one program", "walks of 2"])
+def walks(request, monkeypatch):
+    """Backward passes of the size that they have on a card, and in so many positions a walk and numbers at a time that short
+    texts are several programs'."""
+    from mmcore.kernels.look_ahead import triton
+
+    if request.param:
+        monkeypatch.setattr(triton, "WALK", request.param[0])
+        monkeypatch.setattr(triton, "WALKERS", request.param[1])
+    triton._backward.cache_clear()
+    yield
+    triton._backward.cache_clear()
+
+
 @needs_triton
-@pytest.mark.parametrize("T", [1, 2, 16, 17])
-def test_triton_values_and_gradients(T):
-    check("triton", problem(2, T, 2, 5, seed=T))
+@pytest.mark.parametrize("given", [3, 4], ids=["nothing follows", "something follows"])
+@pytest.mark.parametrize("T, D", [(1, 5), (2, 5), (7, 8), (8, 8), (9, 8), (20, 5), (33, 16)])
+def test_triton_values_and_gradients(walks, T, D, given):
+    check("triton", problem(2, T, 2, D, seed=T)[:given])
+
+
+@pytest.mark.parametrize("form", ["reference", "blocked", "cpu", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize("gamma", [0.0, 1.0])
+def test_a_value_that_nothing_is_mixed_into_beside_much_larger_ones(form, gamma):
+    raw, mix, scale, following = problem(1, 20, 2, 16)
+    raw[:, 1::2] *= 1e4
+    if form == "triton":
+        following *= 1e4
+    check(form, (raw, torch.full_like(mix, gamma), scale, following), tolerance=1e-6)
 
 
 @needs_triton

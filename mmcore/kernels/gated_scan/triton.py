@@ -43,7 +43,7 @@ STRETCH = {"forward": (4, 128), "backward": (4, 168)}
 H100 within 5 % of the best for many heads and for few."""
 GROUPS = (1, 4)  # stretches of a group where heads are as many as multiprocessors, and where they are fewer: 16 at most
 WIDE, FOLDED = 256, 8
-"""Numbers that a program finds log-maxima of at a time, a step of each segment and head, two for each thread; and blocks of
+"""Numbers that a program finds log-maxima of at a time, a step of each segment and head, two for each thread at most; and blocks of
 a segment where blocks are folded."""
 _LANES = 32
 
@@ -121,8 +121,8 @@ def _prepare(gates: Tensor, decays: Tensor, resets: Tensor | None, log_scale: Te
     forgets, inputs = torch.empty(batch, heads, padded + CHUNK, **fp32), torch.empty(batch, heads, padded, **fp32)
     last = torch.empty(batch, heads, **fp32)
     words = torch.empty(batch * heads * groups + 1, dtype=torch.int32, device=gates.device)
-    width = min(32, WIDE, triton.next_power_of_2(heads))
-    segments = WIDE // width
+    width = min(32, WIDE, triton.next_power_of_2(max(1, heads)))
+    segments = min(64, WIDE // width)  # of more the registers spill
     blocks = triton.cdiv(time, segments * CHUNK)
     grid = batch * blocks, triton.cdiv(heads, width)
     summaries = torch.empty(2, batch, blocks if blocks > 1 else 0, heads, **fp32)

@@ -20,20 +20,24 @@ def _after(sum_a, top_a, sum_b, top_b):
 
 
 @triton.jit
+def _heads_of(H: tl.constexpr, W: tl.constexpr):
+    """[1, W * H]: this program's heads, two neighbours for each thread where there are two."""
+    return (tl.program_id(1) * H + columns_of(H, 2 if H > 1 else 1, W))[None, :]
+
+
+@triton.jit
 def _logarithms(
     gates, decays, resets, b, block, length, heads, gate_row, gate_step, gate_head, decay_row, decay_step, decay_head,
     reset_row, reset_step, RESETS: tl.constexpr, C: tl.constexpr, W: tl.constexpr, H: tl.constexpr,
 ):  # fmt: skip
     """log_decay, -inf where a document starts, and log_gate of a block of W segments of C steps, [C, W, H] in fp32. Steps
     past the end add nothing and forget nothing."""
-    places, heads_at = places_of(C, W, H), (tl.program_id(1) * H + columns_of(H, 2, W))[None, :]
+    places, heads_at = places_of(C, W, H), _heads_of(H, W)
     first = block * tl.full((), W * C, tl.int64)
-    there = places < length - block * W * C
-    inside = there & (heads_at < heads)
-    gates += b * gate_row + first * gate_step
-    gate = tl.load(gates + places * gate_step + heads_at * gate_head, mask=inside, other=float("-inf"))
-    decays += b * decay_row + first * decay_step
-    decay = tl.load(decays + places * decay_step + heads_at * decay_head, mask=inside, other=0).to(tl.float32)
+    inside = (places < length - block * W * C) & (heads_at < heads)
+    at, wide = first + places, heads_at.to(tl.int64)
+    gate = tl.load(gates + b * gate_row + at * gate_step + wide * gate_head, mask=inside, other=float("-inf"))
+    decay = tl.load(decays + b * decay_row + at * decay_step + wide * decay_head, mask=inside, other=0).to(tl.float32)
     decay, gate = tl.reshape(decay, (C, W, H)), tl.reshape(gate.to(tl.float32), (C, W, H))
     if RESETS:
         each = places_of(C, W)
@@ -95,7 +99,7 @@ def _around(sums, tops, arriving, block, blocks, heads, F: tl.constexpr, W: tl.c
 
     Every program folds the blocks in one order, W * F at a time, so that what leaves one block is what enters the next.
     """
-    heads_at = (tl.program_id(1) * H + columns_of(H, 2, W))[None, :]
+    heads_at = _heads_of(H, W)
     entering, leaving = arriving, arriving
     for start in range(0, block + 1, W * F):
         which = start + places_of(F, W, H)

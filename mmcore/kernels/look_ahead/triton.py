@@ -1,8 +1,8 @@
 """Look-ahead values in Triton: one pass over memory each way.
 
 Forward, a program holds C positions of one head and reads the positions one step on from the cache that the first read has
-filled. Backward, W rows walk through CHUNK positions each: what a position has from the one before and from the one after
-is in registers then, and is neither read nor computed twice (as tiles it took 54 instructions a number, so it takes 26).
+filled. Backward, W rows walk through WALK positions each: what a position has from the one before and from the one after
+is in registers then, and is neither read nor computed twice (as tiles it took 54 instructions a number, so it takes 27).
 The sums over positions for the two numbers of a head leave each program as partial sums, so that their order is fixed.
 """
 
@@ -75,7 +75,7 @@ def _for_mixed(own, following, upstream, m, s):
     """Of one position of each walk: the gradient of vbar = m v~_t + (1 - m) v~_{t+1}, [W, D]; v~_t - v~_{t+1}; and how far
     the upstream gradient goes along vbar, [W]."""
     difference = own - following
-    mixed = following + m * difference
+    mixed = m * own + (1 - m) * following  # following + m * difference is inexact at m = 1
     inverse = _inverse(tl.sum(mixed * mixed, 1))
     along = tl.sum(upstream * mixed, 1) * inverse
     return (upstream - mixed * (along * inverse)[:, None]) * (inverse * s)[:, None], difference, along
@@ -113,7 +113,7 @@ def _backward_kernel(
     upstream = _tile(grad, positions, length, grad_step, size, D)
     for_mix, for_scale = tl.zeros([W, D], tl.float32), tl.zeros([W], tl.float32)
     for _ in tl.range(C, loop_unroll_factor=2):
-        # Asked for while this position is worked on; what the last one asks for is not there or in the cache.
+        # Asked for while this position is worked on; what the last one asks for is another walk's.
         beyond = _following(raw, positions + 1, length, raw_step, size, last, AFTER, D)
         next_upstream = _tile(grad, positions + 1, length, grad_step, size, D)
         for_mixed, difference, along = _for_mixed(own, following, upstream, m, s)
