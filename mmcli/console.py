@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shlex
 import sys
 import time
 from collections import deque
@@ -144,7 +145,8 @@ class LiveView(PlainView):
         if not self._stage.startswith("SIG"):
             self._stage = "training"
         self._step, self._step_at = event, time.monotonic()
-        self._losses.append(event.loss)
+        if event.trained_tokens:
+            self._losses.append(event.loss)
 
     def on_tokenizing(self, event: events.Tokenizing) -> None:
         self._stage = tokenizing_line(event)
@@ -204,7 +206,7 @@ class LiveView(PlainView):
         bits = validation.bits_per_byte if validation is not None else None
         left = max(0.0, step.seconds_left - (time.monotonic() - self._step_at))
         return [
-            ("loss", f"{step.loss:.4f}"),
+            ("loss", loss_of(step)),
             ("smoothed", f"{step.smoothed_loss:.4f}"),
             ("validation", f"{validation.loss:.4f}" if validation is not None else "-"),
             ("bits/byte", f"{bits:.4f}" if bits is not None else "-"),
@@ -281,10 +283,15 @@ def sparkline(values: list[float], width: int) -> str:
     return "".join(BARS[round((mean - low) * scale)] for mean in means)
 
 
+def loss_of(event: events.StepDone) -> str:
+    """The loss; of a step whose conversations had no word to learn there is none."""
+    return f"{event.loss:.4f}" if event.trained_tokens else "-"
+
+
 def step_line(event: events.StepDone) -> str:
     """One step in a line."""
     return (
-        f"step {event.step:,}/{event.total_steps:,}  loss {event.loss:.4f}  smoothed {event.smoothed_loss:.4f}  "
+        f"step {event.step:,}/{event.total_steps:,}  loss {loss_of(event)}  smoothed {event.smoothed_loss:.4f}  "
         f"lr {event.learning_rate:.2e}  gradient {event.gradient_norm:.2f}  {event.tokens_per_second:,.0f} tokens/s  "
         f"MFU {event.mfu:.1%}  memory {size(event.memory_bytes)}  left {seconds(event.seconds_left)}"
     )
@@ -347,7 +354,8 @@ def ending(event: events.Ended, run_folder: Path | None, go_on: str) -> list[str
     lines = [": ".join([summary, ", ".join(losses)]) if losses else summary]
     if event.checkpoint is not None:
         lines.append(f"checkpoint: {shown_path(event.checkpoint)}")
-    lines.append(f"next: mm eval {run_folder} --data FILE, or mm chat {run_folder}")
+    folder = shlex.quote(str(run_folder))
+    lines.append(f"next: mm eval {folder} --data FILE, or mm chat {folder}")
     return lines
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 ONLY = {
-    "of text": ("context", "stride", "longest", "max_tokens", "batch_size", "compressors"),
+    "of text": ("text_key", "context", "stride", "longest", "max_tokens", "batch_size", "compressors"),
     "of suites": ("limit", "tasks", "lengths", "shots", "seed", "ruler_exact", "online"),
     "of --inspect": ("token",),
 }
@@ -29,6 +29,9 @@ def evaluate(
         typer.Option("--data", metavar="FILE", help="Text to measure on (file or folder); may be repeated. "
                      "Without it: the documents that the first run held out. With --suite: folders and files of data."),
     ] = None,
+    text_key: Annotated[
+        str, typer.Option("--text-key", metavar="FIELD", help="The field that holds the text in jsonl and parquet.")
+    ] = "text",
     suite: Annotated[
         list[str] | None,
         typer.Option("--suite", metavar="SUITE", help="persistent, new-knowledge, in-context or all; may be repeated."),
@@ -42,7 +45,7 @@ def evaluate(
     without: Annotated[
         list[str] | None,
         typer.Option("--without", metavar="MEMORY", help="Read long_term, short_term, contextual (v1) or persistent as "
-                     "empty; may be repeated."),
+                     "empty, such as long_term,short_term; may be repeated."),
     ] = None,
     context: Annotated[
         int | None, typer.Option("--context", help="Tokens of a window. Default: the trained context.")
@@ -80,8 +83,9 @@ def evaluate(
         bool, typer.Option("--online", help="Persistent: let the harness load data that are not in --data.")
     ] = False,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Folder of the results. Default: eval-<time> in the run; for suites "
-                                  "eval-suite-<hash of what is asked>, where an interrupted one goes on.")
+        Path | None, typer.Option("--out", help="Folder of the results. Default: eval-<time> in the run, or here where a "
+                                  "checkpoint is a single file; for suites eval-suite-<hash of what is asked>, where an "
+                                  "interrupted one goes on.")
     ] = None,
     dtype: Annotated[str | None, typer.Option(
         metavar="FORMAT", help="Format of the weights: float32, bfloat16, float16, int8. Default: float32 on a CPU, "
@@ -109,7 +113,7 @@ def evaluate(
     from mmcore.errors import ConfigError
 
     given = _given(command)
-    removed = tuple(without or ())
+    removed = tuple(name.strip() for names in without or () for name in names.split(","))  # as mm chat takes them
     if inspect and (suite or data or len(checkpoints) > 1):
         raise ConfigError("--inspect looks at one text in one checkpoint: give it one, and no --suite or --data")
     if inspect:
@@ -131,7 +135,7 @@ def evaluate(
             "online": online, "without": removed, "device": device, "dtype": dtype, "tokenizer": tokenizer,
         }, out, as_json)
     else:
-        _measure_text(checkpoints, data or (), {
+        _measure_text(checkpoints, data or (), text_key, {
             "context": context, "stride": stride, "max_tokens": max_tokens or None, "batch_size": batch_size,
             "longest": longest, "without": removed, "compressors": compressors, "device": device, "tokenizer": tokenizer,
             "dtype": dtype,
@@ -155,7 +159,7 @@ def _refuse(given: Mapping[str, str], mine: str, where: str) -> None:
 
 
 def _measure_text(
-    checkpoints: list[Path], data: list[Path], options: dict[str, Any], out: Path | None, as_json: bool
+    checkpoints: list[Path], data: list[Path], text_key: str, options: dict[str, Any], out: Path | None, as_json: bool
 ) -> None:
     from mmcli.evaluate_console import show_report, text_progress
     from mmcore.evaluation import report as reports
@@ -165,7 +169,7 @@ def _measure_text(
 
     settings = Settings(**options)
     folder = reports.check_folder(out or reports.default_folder(checkpoints[0]))
-    text = read_files(data) if data else held_out_text(checkpoints[0])
+    text = read_files(data, text_key) if data else held_out_text(checkpoints[0])
     with text_progress() as progress:
         report = measure(checkpoints, text, settings, progress)
     reports.write_results(report, folder)

@@ -32,9 +32,13 @@ def table(title: str, header: list[str], rows: list[list[str]]):
     from rich.text import Text
 
     table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD)
+    longest = max((len(row[0]) for row in rows), default=0)
     for index, name in enumerate(header):
-        # Figures are never broken over two lines; a long name is.
-        table.add_column(Text(name), justify="right" if index else "left", no_wrap=index > 0, overflow="fold")
+        # Figures are never broken over two lines; a long name is, but none that a few columns hold.
+        least = min(12, longest) if index == 0 else None
+        table.add_column(
+            Text(name), justify="right" if index else "left", no_wrap=index > 0, overflow="fold", min_width=least
+        )
     for row in rows:
         table.add_row(*map(Text, row))
     return table

@@ -32,6 +32,7 @@ def run_inspection(
     where = runner.pick_device(device)
     model = mmcore.load_model(checkpoint, dtype=dtype and weight_format(dtype), device=str(where), without=without)
     words = mmcore.load_tokenizer(checkpoint, tokenizer)
+    words.check_fits(model.config.vocab_size)
     begin, _ = words.frame()
     ids = [begin, *words.encode(text)]
     reads = inspection.inspect(model, ids, token)

@@ -53,7 +53,7 @@ def iterate_whole(run_folder: str | Path, on_skip: Report | None = None, *, veri
         try:
             integrity.check(path, hashes=verify, messages=messages)
         except CheckpointError as error:
-            report(f"passed over {error}")
+            report(f"passed over a checkpoint: {error}")
         else:
             done.add(step)
             yield path

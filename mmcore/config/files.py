@@ -20,7 +20,12 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     Relative paths in data.sources, data.validation, tokenizer.path and training.init_from are taken from the
     folder the command runs in, as in a shell. Raises ConfigError, naming every fault found.
     """
-    return build_recipe(read_recipe(path, overrides), origin=str(path))
+    return build_recipe(read_recipe(path, overrides), origin(path, overrides))
+
+
+def origin(path: str | Path, overrides: list[str] | tuple[str, ...]) -> str:
+    """What a recipe's faults are found in."""
+    return f"{path} with --set" if overrides else str(path)
 
 
 def read_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mmcore.config.model import ModelConfig
 from mmcore.errors import ConfigError
+
+
+def _expand_home(section: Any, name: str) -> None:
+    """`~` in a path, which shells leave alone after `--set key=`, becomes the user's folder."""
+    path = getattr(section, name)
+    if path is not None:
+        object.__setattr__(section, name, os.path.expanduser(path))
 
 
 @dataclass(frozen=True)
@@ -21,6 +30,11 @@ class TokenizerConfig:
     """Size of the sentencepiece vocabulary to train; none means model.vocab_size."""
     train_megabytes: float = 20.0
     """At most so much text is read to train it."""
+
+    def __post_init__(self) -> None:
+        if self.train_megabytes <= 0:
+            raise ConfigError(f"tokenizer.train_megabytes is {self.train_megabytes}: it must be positive")
+        _expand_home(self, "path")
 
 
 @dataclass(frozen=True)
@@ -62,6 +76,8 @@ class DataConfig:
             raise ConfigError(f"data.kind is {self.kind!r}: choose text or conversations")
         if not 0 <= self.validation_fraction < 1:
             raise ConfigError(f"data.validation_fraction is {self.validation_fraction}: it must lie in [0, 1)")
+        if self.workers is not None and self.workers < 1:
+            raise ConfigError(f"data.workers is {self.workers}: it must be at least 1")
         given = [source.weight is not None for source in self.sources]
         if any(given) and not all(given):
             raise ConfigError("data.sources: give a weight to every source or to none")
@@ -153,31 +169,38 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         problems = []
-        for name in ("sequence_length", "batch_size", "log_every", "max_skipped_steps"):
+        for name in ("sequence_length", "batch_size", "log_every", "max_skipped_steps", "validation_tokens"):
             if getattr(self, name) < 1:
                 problems.append(f"training.{name} is {getattr(self, name)}: it must be at least 1")
+        for name in ("health_every", "warmup_steps", "weight_decay", "adam_eps", "validation_every"):
+            if getattr(self, name) < 0:
+                problems.append(f"training.{name} is {getattr(self, name)}: it must not be negative")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                problems.append(f"training.{name} is {getattr(self, name)}: it must lie in [0, 1)")
+        if not 0 <= self.final_learning_rate_ratio <= 1:
+            problems.append(
+                f"training.final_learning_rate_ratio is {self.final_learning_rate_ratio}: it must lie in [0, 1]"
+            )
         if self.micro_batch_size is not None and self.micro_batch_size < 1:
             problems.append(f"training.micro_batch_size is {self.micro_batch_size}: it must be at least 1")
         if self.steps is not None and self.tokens is not None:
             problems.append("training.steps and training.tokens are both given: keep one")
         if (self.steps is not None and self.steps < 1) or (self.tokens is not None and self.tokens < 1):
             problems.append("training.steps or training.tokens is below 1: it must be positive")
-        if self.learning_rate <= 0:
+        if not 0 < self.learning_rate < math.inf:
             problems.append(f"training.learning_rate is {self.learning_rate}: it must be positive")
         if self.schedule not in ("cosine", "constant"):
             problems.append(f"training.schedule is {self.schedule!r}: choose cosine or constant")
         if self.on_nonfinite not in ("stop", "skip"):
             problems.append(f"training.on_nonfinite is {self.on_nonfinite!r}: choose stop or skip")
-        if self.health_every < 0:
-            problems.append(f"training.health_every is {self.health_every}: it must not be negative")
         if self.precision not in ("auto", "fp32", "bf16", "fp8"):
             problems.append(f"training.precision is {self.precision!r}: choose auto, fp32, bf16 or fp8")
-        if not 0 <= self.warmup_steps:
-            problems.append(f"training.warmup_steps is {self.warmup_steps}: it must not be negative")
         if self.gradient_clip <= 0:
             problems.append(f"training.gradient_clip is {self.gradient_clip}: it must be positive")
         if problems:
             raise ConfigError("; ".join(problems))
+        _expand_home(self, "init_from")
 
     @property
     def tokens_per_step(self) -> int:
@@ -229,6 +252,7 @@ class CheckpointConfig:
             problems.append(f"checkpoint.final is {self.final!r}: choose full or model")
         if problems:
             raise ConfigError("; ".join(problems))
+        _expand_home(self, "folder")
 
 
 @dataclass(frozen=True)

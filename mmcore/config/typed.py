@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from typing import Any
@@ -63,6 +64,9 @@ def _convert(kind: Any, value: Any, name: str, problems: list[str]) -> Any:
         return float(value)
     if kind is int and isinstance(value, float) and value.is_integer():
         return int(value)
+    if isinstance(value, float) and math.isnan(value):
+        problems.append(f"{name} is {value!r}: it must be a number")
+        return None
     if isinstance(value, kind) and not (kind is not bool and isinstance(value, bool)):
         return value
     words = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}

@@ -109,7 +109,8 @@ class Source:
     def _row_text(self, row: dict[str, Any], where: str) -> str:
         if self._key not in row:
             keys = ", ".join(map(repr, row)) or "nothing"
-            remedy = "give rows with messages" if self.kind == "conversations" else "set text_key to one of these"
+            named = "name one of these as text_key (mm eval: --text-key)"
+            remedy = "give rows with messages" if self.kind == "conversations" else named
             raise DataError(f"{where} has no field {self._key!r}; it has {keys}: {remedy}")
         value = row[self._key]
         if self.kind == "conversations":
@@ -138,12 +139,14 @@ def open_source(config: SourceConfig, kind: str = "text") -> Source:
     else:
         root = Path(config.path).expanduser()
         if not root.exists():
-            raise DataError(f"there is no file or folder {root}: check data.sources")
+            raise DataError(f"there is no file or folder {root}: check the path")
         if root.is_dir():
             endings = ROW_ENDINGS if kind == "conversations" else TEXT_ENDINGS + ROW_ENDINGS
             _walk(source, root, endings, set())
         else:
             _single(source, root)
+        if not source.files and kind == "conversations":
+            raise DataError(f"{root} holds no conversations: give {' '.join(ROW_ENDINGS)} files with messages")
         if not source.files:
             raise DataError(f"{root} holds no text: it needs {' '.join(TEXT_ENDINGS + ROW_ENDINGS)} files")
     if kind == "conversations" and not all(file.name.endswith(ROW_ENDINGS) for file in source.files):

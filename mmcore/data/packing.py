@@ -16,7 +16,7 @@ import numpy as np
 
 from mmcore.data.order import Permutation, Schedule
 from mmcore.data.store import Stream, TokenStore
-from mmcore.errors import DataError
+from mmcore.errors import DataError, NothingToLearn
 
 
 class Sample(NamedTuple):
@@ -60,7 +60,8 @@ class TextWindows:
 class ConversationWindows:
     """Windows that hold whole conversations, first fit in order.
 
-    `cut` counts conversations longer than a window, whose end is left out.
+    `cut` counts conversations longer than a window, whose end is left out; `lost` those of them that keep no token to
+    learn.
     """
 
     def __init__(self, stream: Stream, sequence_length: int, end_id: int):
@@ -68,7 +69,10 @@ class ConversationWindows:
         lengths = stream.document_lengths()
         self._starts = np.cumsum(lengths) - lengths
         self._lengths = np.minimum(lengths, self._size)
-        self.cut = int((lengths > self._size).sum())
+        longer = np.flatnonzero(lengths > self._size)
+        self.cut = len(longer)
+        self.lost = sum(not stream.read_mask(int(self._starts[n]), self._size).any() for n in longer)
+        self.learnt = len(lengths) - self.lost
         self._windows = first_fit(self._lengths.tolist(), self._size)
 
     def __len__(self) -> int:
@@ -122,19 +126,26 @@ class Samples:
     `len(samples)` windows are an epoch. Without weights an epoch holds every window of every stream once, in an
     order of its own. With weights each stream is gone through in epochs of its own, and the schedule says which
     stream is next. `shuffle=False` (validation): windows in order, the same every time; with `limit`, only so many,
-    spread evenly over all. `cut` counts conversations longer than a window.
+    spread evenly over all. `cut` counts conversations longer than a window, `lost` those that keep nothing to learn.
+
+    Raises DataError where there is no text, or no conversation with a word to learn.
     """
 
     def __init__(self, store: TokenStore, sequence_length: int, seed: int = 0, *, shuffle: bool = True,
                  limit: int | None = None):
         self.store, self.sequence_length, self.seed = store, sequence_length, seed
         self._windows = [_windows(stream, store, sequence_length) for stream in store.streams]
-        self.cut = sum(getattr(windows, "cut", 0) for windows in self._windows)
+        self.cut, self.lost = (sum(getattr(windows, name, 0) for windows in self._windows) for name in ("cut", "lost"))
         sizes = [len(windows) for windows in self._windows]
         self._ends = list(itertools.accumulate(sizes))
         self._total = sum(sizes)
         if self._total == 0:
             raise DataError("the data holds no text to make a sample of: check data.sources and data.validation")
+        if not any(getattr(windows, "learnt", 1) for windows in self._windows):
+            raise NothingToLearn(
+                f"no conversation has a word of the assistant within its first {sequence_length} tokens, so there is "
+                f"nothing to learn: raise training.sequence_length, or shorten what comes before"
+            )
         self._shuffle = shuffle
         self._length = self._total if limit is None or shuffle else max(1, min(limit, self._total))
         weighted = store.weights is not None and shuffle and len(sizes) > 1

@@ -163,7 +163,10 @@ def _explain(message: str, vocab_size: int) -> str:
         return (f"a vocabulary of {vocab_size} cannot hold the bytes and characters of the text: make "
                 f"tokenizer.train_vocab_size at least {int(found[1]) + 1}")
     if "sentences" in message and "empty" in message:
-        return "there is no text to train a tokenizer on: check data.sources"
+        return "there is no text to train a tokenizer on: check data.sources and data.validation_fraction"
+    if "insert_id" in message:
+        return (f"a vocabulary of {vocab_size} has no room for 256 bytes and the control tokens: make "
+                f"tokenizer.train_vocab_size, or model.vocab_size, at least 300")
     return f"the tokenizer could not be trained: {message}"
 
 

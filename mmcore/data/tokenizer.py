@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mmcore.errors import DataError
+from mmcore.errors import ConfigError, DataError
 
 BEGIN_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>")
 END_NAMES = ("<|end_of_text|>", "</s>", "<eos>", "<|endoftext|>")
@@ -102,6 +102,14 @@ class Tokenizer:
     def special(self, name: str | None) -> int | None:
         """The id of the control token called `name`, or None."""
         return None if name is None else self.model.controls.get(name)
+
+    def check_fits(self, vocabulary: int) -> None:
+        """Raise ConfigError where a model with a vocabulary of so many tokens does not know all of these."""
+        if self.vocab_size > vocabulary:
+            raise ConfigError(
+                f"the tokenizer knows {self.vocab_size:,} tokens and the model {vocabulary:,}: use the tokenizer that the "
+                f"model was trained with"
+            )
 
     def frame(self) -> tuple[int, int]:
         """The ids that open and close a document; one token may do both. Raises DataError where there is none."""

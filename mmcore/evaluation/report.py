@@ -16,10 +16,11 @@ RESULTS = "results.json"
 
 
 def default_folder(checkpoint: str | Path) -> Path:
-    """A fresh `eval-<time>` in the run of a checkpoint, in the folder of an exported one, or beside a file."""
+    """A fresh `eval-<time>` in the run of a checkpoint or in the folder of an exported one; of a single file, which may lie
+    among others' data, in the working folder."""
     path = Path(checkpoint)
     if path.is_file():
-        path = path.parent
+        path = Path()
     elif path.parent.name == "checkpoints":  # a training checkpoint is sealed by its manifest
         path = path.parent.parent
     elif path.name == "checkpoints":

@@ -88,6 +88,7 @@ def evaluate(
             dtype = weight_format(settings.dtype)
         model = mmcore.load_model(path, dtype=dtype, device=str(device), without=settings.without)
         tokenizer = mmcore.load_tokenizer(path, settings.tokenizer)
+        tokenizer.check_fits(model.config.vocab_size)
         fingerprints.add(tokenizer.fingerprint)
         found = measure(model, tokenizer, text, part, settings, device, report_progress)
         notes += [f"{path}: {note}" for note in found.pop("notes")]

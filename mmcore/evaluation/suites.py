@@ -132,6 +132,7 @@ def run_suites(
         for number, (subject, without) in enumerate(variants):
             model = model_from(subject.checkpoint, dtype=weight_format(dtype), device=device, without=without)
             tokenizer = mmcore.load_tokenizer(subject.given, settings.tokenizer)
+            tokenizer.check_fits(model.config.vocab_size)
             identity = {"checkpoint": subject.sha256, "without": list(without), "dtype": dtype,
                         "tokenizer": tokenizer.fingerprint}
             reader = ModelReader(model, tokenizer)

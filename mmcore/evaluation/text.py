@@ -68,7 +68,7 @@ def held_out_text(checkpoint: str | Path) -> Text:
         raise ConfigError(f"{checkpoint} does not know which text was held out of its training: give --data FILE")
     data = load_recipe(saved).data
     if data.kind != "text":
-        raise ConfigError(f"{checkpoint} was trained on {data.kind}, which are no plain text: give --data FILE")
+        raise ConfigError(f"{checkpoint} was trained on {data.kind}, which are no plain text: give --data with plain text")
     tokenizer = load_tokenizer(folder)
     store = prepare(data, tokenizer).validation
     if store is None:

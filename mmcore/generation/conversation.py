@@ -104,11 +104,7 @@ class Conversation:
     """
 
     def __init__(self, model: LanguageModel, tokenizer: Tokenizer, system: str | None = None) -> None:
-        if tokenizer.vocab_size > model.config.vocab_size:
-            raise ConfigError(
-                f"the tokenizer knows {tokenizer.vocab_size:,} tokens and the model {model.config.vocab_size:,}: "
-                f"use the tokenizer that the model was trained with"
-            )
+        tokenizer.check_fits(model.config.vocab_size)
         self.tokenizer = tokenizer
         source = tokenizer.chat_template
         self.template = None if source is None else ChatTemplate(source, tokenizer)

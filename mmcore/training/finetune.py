@@ -10,6 +10,7 @@ from typing import Any
 from mmcore.checkpoint.formats import open_checkpoint
 from mmcore.checkpoint.resolve import iterate_whole
 from mmcore.config import ModelConfig, Recipe, build_recipe, read_recipe
+from mmcore.config.files import origin
 from mmcore.errors import ConfigError
 
 CONTEXT_KEYS = (
@@ -31,13 +32,13 @@ def load_finetune_recipe(path: str | Path, overrides: Sequence[str] = (), resume
     """
     values = read_recipe(path, tuple(overrides))
     given = values.pop("model", None) or {}
-    alone = build_recipe(values, origin=str(path))  # mistakes elsewhere are found before a checkpoint is opened
+    alone = build_recipe(values, origin(path, overrides))  # mistakes elsewhere are found before a checkpoint is opened
     if alone.training.init_from is None:
         raise ConfigError(f"{path} has no training.init_from: name the checkpoint to go on from")
     own = next(iterate_whole(alone.run_folder, lambda _: None, verify=False), None) if resume else None
     source = open_checkpoint(own or alone.training.init_from, verify=False)
     values["model"] = _overlay(source.config, given, source.path)
-    return build_recipe(values, origin=str(path))
+    return build_recipe(values, origin(path, overrides))
 
 
 def _overlay(base: ModelConfig, given: dict[str, Any], source: Path) -> dict[str, Any]:

@@ -15,11 +15,16 @@ from mmcore.errors import CheckpointError, DataError
 
 def check_goes_on(saved: TrainingState, checkpoint: Path, data_identity: str, total_steps: int) -> None:
     """Raise DataError where a checkpoint's run saw other data, CheckpointError where its moments were left out and steps
-    are still to come."""
+    are still to come, or where it is past the recipe's last step."""
     if saved.state["data_identity"] != data_identity:
         raise DataError(
             f"the data changed since {checkpoint} was written, so its position in them means nothing: restore the "
             f"files, or start a new run from it with `mm finetune` and training.init_from"
+        )
+    if saved.step > total_steps:
+        raise CheckpointError(
+            f"{checkpoint} is at step {saved.step:,} and the recipe ends at step {total_steps:,}: raise training.steps or "
+            f"training.tokens, or remove the checkpoints that are past it"
         )
     updated = saved.state["optimizer_steps"]["*"] > 0  # not where all steps so far were skipped
     if updated and not saved.optimizer and saved.step < total_steps:

@@ -30,7 +30,7 @@ from mmcore.distributed.messages import Messages
 from mmcore.distributed.parallelize import parallelize
 from mmcore.distributed.shards import local_rows
 from mmcore.distributed.together import all_or_none, in_turn, on_first
-from mmcore.errors import CheckpointError, ConfigError, DataError
+from mmcore.errors import CheckpointError, ConfigError, DataError, NothingToLearn
 from mmcore.kernels import dispatch
 from mmcore.kernels.allocator import keep_pages
 from mmcore.kernels.linear.cpu import multiplies_bf16
@@ -271,7 +271,8 @@ def _job(
     length = recipe.training.sequence_length
     samples = Samples(corpus.train, length, recipe.data.seed)
     if samples.cut:
-        tell(Notice(f"{samples.cut} conversations are longer than {length} tokens: their ends are left out"))
+        lost = f", and with them all that {samples.lost} of them had to learn" if samples.lost else ""
+        tell(Notice(f"{samples.cut} conversations are longer than {length} tokens: their ends are left out{lost}"))
     validation = _validation_batches(recipe, corpus, world.size, tell)
     return Job(
         recipe=recipe,
@@ -295,6 +296,13 @@ def _remark(recipe: Recipe, corpus: Corpus, device: torch.device, precision: str
     """Say what is allowed but may not be meant."""
     if device.type == "cpu" and (notice := dispatch.notice()):
         tell(Notice(notice))
+    training = recipe.training
+    if training.warmup_steps > training.total_steps:
+        share = training.total_steps / training.warmup_steps
+        tell(Notice(
+            f"the warm-up of {training.warmup_steps:,} steps is longer than the run of {training.total_steps:,}: the "
+            f"learning rate comes to {share:.1%} of its peak; lower training.warmup_steps"
+        ))  # fmt: skip
     if precision == "bf16" and device.type == "cpu" and dispatch.excluded("cpu") is None and not multiplies_bf16():
         tell(Notice("training.precision is bf16, which this CPU computes slower than fp32, up to 130 times"))
     for path, found in corpus.fingerprint["files"].items():
@@ -318,10 +326,18 @@ def _validation_batches(recipe: Recipe, corpus: Corpus, ranks: int, tell: Listen
         tell(Notice("no text is held out, so this run has no validation loss: see data.validation_fraction"))
         return ()
     count = max(1, int(training.validation_tokens // training.sequence_length))
-    samples = Samples(corpus.validation, training.sequence_length, shuffle=False, limit=count)
+    try:
+        samples = Samples(corpus.validation, training.sequence_length, shuffle=False, limit=count)
+    except NothingToLearn as error:
+        tell(Notice(f"this run has no validation loss: of what is held out, {error}"))
+        return ()
     size = min(training.micro_batch_size or training.batch_size, training.batch_size // ranks)
     starts = range(0, len(samples), size)
-    return [make_batch(samples, range(start, min(start + size, len(samples)))) for start in starts]
+    batches = [make_batch(samples, range(start, min(start + size, len(samples)))) for start in starts]
+    if not any((batch.labels != IGNORED).any() for batch in batches):
+        tell(Notice("this run has no validation loss: the windows of held-out text that were drawn hold no word to predict"))
+        return ()
+    return batches
 
 
 def bytes_per_label(batches: Sequence, tokenizer: Tokenizer) -> float | None:

@@ -243,8 +243,8 @@ class Trainer:
         return range(first, first + share)
 
     def _step_done(self, result: StepResult, rate: float, delay: int) -> events.StepDone:
-        self._last_loss = result.loss
         if result.trained_tokens:
+            self._last_loss = result.loss
             self.smoothed.update(result.loss)
         speed = self.meter.tokens_per_second
         return events.StepDone(

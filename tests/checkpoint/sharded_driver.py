@@ -315,7 +315,7 @@ def check_agreement_about_damage(folder: Path, digests: list[str]) -> None:
     answers = run_ranks(3, say_what_is_skipped, str(run))
     assert answers[0] == answers[1] == answers[2]
     found, heard, raised = answers[0]
-    assert found.endswith("step-000001") and heard == [f"passed over {raised}"]
+    assert found.endswith("step-000001") and heard == [f"passed over a checkpoint: {raised}"]
     assert raised.endswith("step-000002 is not whole: model-rank00002-of-00002.safetensors was altered")
 
 

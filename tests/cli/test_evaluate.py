@@ -157,10 +157,41 @@ def test_mistakes_are_answered_with_one_line(place, capsys, tokenizer):
     assert "there is no checkpoint" in complaint(capsys, "nowhere", "--data", "text.txt")
     assert "no memory 'episodic'" in complaint(capsys, "mosaic", "--data", "text.txt", "--without", "episodic")
     assert "give --data FILE" in complaint(capsys, "mosaic")
+    (place / "rows.jsonl").write_text('{"body": "some words"}\n')
+    assert "--text-key" in complaint(capsys, "mosaic", "--data", "rows.jsonl")
     assert "--context is 0" in complaint(capsys, "mosaic", "--data", "text.txt", "--context", "0")
     assert "--max-tokens" in complaint(capsys, "mosaic", "--data", "text.txt", "--max-tokens", "-5")
     assert "no earlier results" in complaint(capsys, "mosaic", "--data", "text.txt", "--out", ".")
     assert not list((place / "mosaic").glob("eval-*"))
+
+
+def test_text_of_another_field_and_a_tokenizer_of_another_model(place, capsys, tokenizer):
+    rows = "".join(json.dumps({"body": document}) + "\n" for document in DOCUMENTS)
+    (place / "rows.jsonl").write_text(rows)
+    from_rows = evaluated(capsys, "mosaic", "--data", "rows.jsonl", "--text-key", "body", "--longest", 0)["results"][0]
+    from_text = evaluated(capsys, "mosaic", "--data", "text.txt", "--longest", 0)["results"][0]
+    assert from_rows["tokens"] == from_text["tokens"]
+    (place / "large").mkdir()
+    train_sentencepiece(DOCUMENTS, 320).save(place / "large")
+    said = complaint(capsys, "mosaic", "--data", "text.txt", "--tokenizer", "large")
+    assert "the tokenizer knows 320 tokens and the model 300: use the tokenizer" in said
+
+
+def test_short_names_stand_in_one_line_of_a_narrow_terminal(place, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    assert run(["eval", "mosaic", "llama", "--data", "text.txt", "--longest", "0", "--compressors"]) == 0
+    shown = capsys.readouterr().out
+    assert all(any(line.split()[:1] == [name] for line in shown.splitlines()) for name in ("mosaic", "llama"))
+    assert "gzip -9" in shown
+
+
+def test_memories_may_be_named_together(place, capsys):
+    together, apart = (
+        evaluated(capsys, "mosaic", "--data", "text.txt", "--longest", 0, *words)["results"][0]
+        for words in (("--without", "long_term,short_term"), ("--without", "long_term", "--without", "short_term"))
+    )
+    together["seconds"] = apart["seconds"]
+    assert together == apart and set(together["without"]) == {"long_term", "short_term"}
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

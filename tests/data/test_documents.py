@@ -106,13 +106,13 @@ def test_python_library_is_there_and_has_no_tests():
 
 def test_faulty_sources_are_named(tmp_path):
     cases = {
-        "none": (tmp_path / "none.txt", r"there is no file or folder .*none\.txt: check data\.sources"),
+        "none": (tmp_path / "none.txt", r"there is no file or folder .*none\.txt: check the path"),
         "empty": (tmp_path / "empty.txt", r"empty\.txt is empty: give a source"),
         "unknown": (tmp_path / "x.docx", r"x\.docx is of an unknown sort: rename or convert"),
         "binary": (tmp_path / "binary.txt", r"binary\.txt is binary \(a zero byte at byte 3\)"),
         "latin": (tmp_path / "latin.txt", r"latin\.txt is not UTF-8 at byte 19: convert it"),
         "broken": (tmp_path / "broken.jsonl", r"broken\.jsonl, line 3 is not JSON \(.*\): correct or remove"),
-        "keyless": (tmp_path / "keyless.jsonl", r"line 2 has no field 'text'; it has 'body', 'id': set text_key"),
+        "keyless": (tmp_path / "keyless.jsonl", r"line 2 has no field 'text'; it has 'body', 'id': name one of these as text_key"),
         "list": (tmp_path / "list.jsonl", r"list\.jsonl, line 1 is no JSON object"),
         "number": (tmp_path / "number.jsonl", r"number\.jsonl, line 1: 'text' holds int, not text"),
         "half": (tmp_path / "half.jsonl", r"half\.jsonl, line 1 holds half of a surrogate pair"),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mmcore.data.packing import Samples, TextWindows, first_fit
 from mmcore.data.store import TokenStore
-from mmcore.errors import DataError
+from mmcore.errors import DataError, NothingToLearn
 
 BEGIN, END = 1, 2
 
@@ -104,6 +104,17 @@ def test_conversations_stay_whole(documents, length):
                 assert set(row) == {END} and not sample.trained[place].any()
     assert sorted(seen) == list(range(len(documents)))
     assert samples.cut == sum(len(d) + 2 > length + 1 for d in documents)
+    rows = [[BEGIN, *d, END] for d in documents]
+    assert samples.lost == sum(len(row) > length + 1 and all(i % 3 == 0 for i in row[:length + 1]) for row in rows)
+
+
+def test_conversations_that_keep_no_word_to_learn_are_counted_and_refused_where_they_are_all():
+    silent, heard = [3, 6, 9, 12, 15, 4], [3, 4, 6]  # what 3 divides is not learnt
+    stream = MemoryStream([silent, heard], begin=0, end=60)
+    samples = Samples(store(stream, kind="conversations", begin=0, end=60), 4)
+    assert (samples.cut, samples.lost) == (1, 1)
+    with pytest.raises(NothingToLearn, match="no conversation has a word of the assistant within its first 4 tokens"):
+        Samples(store(MemoryStream([silent] * 3, begin=0, end=60), kind="conversations", begin=0, end=60), 4)
 
 
 def test_an_epoch_holds_every_window_once_and_epochs_differ():

@@ -74,6 +74,10 @@ def test_the_recipes_model_must_compute_what_the_weights_did(base, tmp_path):
         prepare_trainer(recipe, start=Start(resume=True))
     assert "model.short_term_window is 8 in the recipe and 16 there" in str(caught.value)
     assert "model.rms_norm_eps is 1e-06 in the recipe and 1e-05 there" in str(caught.value)
+    with pytest.raises(CheckpointError) as caught:
+        prepare_trainer(recipe_for(base, tmp_path / "run", {"model_type": "llama"}), start=Start(resume=True))
+    assert "model.model_type is 'llama' in the recipe and 'memory_mosaics_v2' there" in str(caught.value)
+    assert "window" not in str(caught.value), "what is equal is no difference"
 
 
 def test_finetune_begins_from_any_format_with_its_tokenizer(base, tmp_path):

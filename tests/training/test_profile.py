@@ -37,6 +37,14 @@ def test_steps_are_traced_and_the_files_can_be_read(tmp_path):
         prepare_trainer(build_recipe(tiny_values(tmp_path, steps=8)), start=Start(resume=True), profile=(2, 3)).fit()
 
 
+def test_steps_that_do_not_come_are_said(tmp_path):
+    heard = []
+    recipe = build_recipe(tiny_values(tmp_path, steps=2))
+    assert prepare_trainer(recipe, listeners=[heard.append], profile=(5, 6)).fit().status == "done"
+    (text,) = [event.text for event in heard if isinstance(event, events.Notice) and "profiled" in event.text]
+    assert text == "steps 5 to 6 are not profiled: the run ended before"
+
+
 def test_allocations_add_up():
     def memory(at, size, device=0):
         return {"name": "[memory]", "ts": at, "args": {"Bytes": size, "Device Type": device}}

@@ -1,6 +1,7 @@
 """Every mistake that can be known before the first step: one sentence, and nothing written."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from mmcore.config import build_recipe
 from mmcore.errors import CheckpointError, ConfigError, DataError, HardwareError, MMError
 from mmcore.training import checks
+from mmcore.training.events import Notice
 from mmcore.training.setup import Start, prepare_trainer
 from mmcore.training.step import IGNORED
 from tests.helpers.tiny_run import tiny_values
@@ -37,6 +39,75 @@ def refusal(folder, kind, **keys):
 def test_a_recipe_without_length_or_data(tmp_path):
     assert "neither training.steps nor training.tokens" in refusal(tmp_path, ConfigError, training__steps=None)
     assert "data.sources is empty" in refusal(tmp_path, ConfigError, data__sources=[])
+
+
+@pytest.mark.parametrize("key, value, words", [
+    ("learning_rate", float("nan"), "it must be a number"), ("learning_rate", float("inf"), "must be positive"),
+    ("beta1", 2, r"must lie in \[0, 1\)"), ("beta2", -0.1, r"must lie in \[0, 1\)"), ("adam_eps", -1, "must not be negative"),
+    ("weight_decay", -1, "must not be negative"), ("final_learning_rate_ratio", -3, r"must lie in \[0, 1\]"),
+    ("validation_every", -3, "must not be negative"), ("validation_tokens", 0, "must be at least 1"),
+    ("gradient_clip", float("nan"), "it must be a number"), ("warmup_steps", -1, "must not be negative"),
+])  # fmt: skip
+def test_settings_out_of_range(tmp_path, key, value, words):
+    with pytest.raises(ConfigError, match=f"training.{key} is .*{words}"):
+        changed(tmp_path, **{f"training__{key}": value})
+
+
+def test_other_sections_out_of_range(tmp_path):
+    with pytest.raises(ConfigError, match="data.workers is 0: it must be at least 1"):
+        changed(tmp_path, data__workers=0)
+    with pytest.raises(ConfigError, match="tokenizer.train_megabytes is -1.0: it must be positive"):
+        changed(tmp_path, tokenizer__train_megabytes=-1)
+
+
+def test_the_users_folder_is_found_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    recipe = changed(tmp_path, checkpoint__folder="~/run", tokenizer__path="~/tokens", training__init_from="~/base")
+    found = recipe.run_folder, recipe.tokenizer.path, recipe.training.init_from
+    assert [str(path) for path in found] == [str(tmp_path / "home" / name) for name in ("run", "tokens", "base")]
+
+
+def test_a_warm_up_longer_than_the_run_is_said(tmp_path):
+    heard = []
+    prepare_trainer(changed(tmp_path, training__warmup_steps=80), listeners=[heard.append])
+    (text,) = [event.text for event in heard if isinstance(event, Notice)]
+    assert text.startswith("the warm-up of 80 steps is longer than the run of 8: the learning rate comes to 10.0% of its peak")
+
+
+def test_fewer_steps_than_are_done_change_nothing(tmp_path):
+    recipe = changed(tmp_path)
+    prepare_trainer(recipe).fit()
+    before = (recipe.run_folder / "recipe.yaml").read_text()
+    with pytest.raises(CheckpointError, match="step-000008 is at step 8 and the recipe ends at step 5: raise training.steps"):
+        prepare_trainer(changed(tmp_path, training__steps=5), start=Start(resume=True))
+    assert (recipe.run_folder / "recipe.yaml").read_text() == before
+
+
+def write_conversations(path, lengths):
+    """Rows of a question of so many words and a short answer."""
+    rows = [{"messages": [{"role": "user", "content": "word " * n}, {"role": "assistant", "content": f"yes {n}"}]} for n in lengths]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [{"path": str(path)}]
+
+
+def test_conversations_whose_answers_lie_past_the_window(tmp_path):
+    """Held out, there is no validation, and training goes on; to learn from, they are refused."""
+    short, long = (write_conversations(tmp_path / name, range(a, a + 40)) for name, a in (("short.jsonl", 1), ("long.jsonl", 300)))
+    heard = []
+    common = {"data__kind": "conversations", "checkpoint__every": 2, "data__validation_fraction": 0.0, "model__vocab_size": 280}
+    recipe = changed(tmp_path, data__sources=short, data__validation=long, **common)
+    assert prepare_trainer(recipe, listeners=[heard.append]).fit().status == "done"
+    assert (recipe.run_folder / "checkpoints" / "step-000008").is_dir()
+    said = [event.text for event in heard if isinstance(event, Notice)]
+    assert any("no validation loss" in text and "within its first 64 tokens" in text for text in said)
+    recipe = changed(tmp_path, data__sources=long, checkpoint__folder=str(tmp_path / "other"), **common)
+    with pytest.raises(DataError, match="nothing to learn: raise training.sequence_length"):
+        prepare_trainer(recipe)
+    recipe = changed(tmp_path, data__sources=short + long, checkpoint__folder=str(tmp_path / "both"), **common)
+    heard.clear()
+    prepare_trainer(recipe, listeners=[heard.append])
+    said = [event.text for event in heard if isinstance(event, Notice)]
+    assert any(re.search(r"ends are left out, and with them all that \d+ of them had to learn", text) for text in said)
 
 
 def test_a_context_longer_than_the_model_is_made_for(tmp_path):

@@ -43,8 +43,8 @@ STRETCH = {"forward": (4, 128), "backward": (4, 168)}
 H100 within 5 % of the best for many heads and for few."""
 GROUPS = (1, 4)  # stretches of a group where heads are as many as multiprocessors, and where they are fewer: 16 at most
 WIDE, FOLDED = 256, 8
-"""Numbers that a program finds log-maxima of at a time, a step of each segment and head, two for each thread at most; and blocks of
-a segment where blocks are folded."""
+"""Numbers that a program finds log-maxima of at a time, a step of each segment and head, two for each thread at most; and
+blocks of a segment where blocks are folded."""
 _LANES = 32
 
 
