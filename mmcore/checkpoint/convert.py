@@ -27,6 +27,8 @@ from mmcore.checkpoint.resumable import staging_key
 from mmcore.checkpoint.tensorfile import LazyTensors, TensorSpec, dtype_name
 from mmcore.errors import CheckpointError, ConfigError, DataError
 
+NO_TOKENIZER = "the source has no tokenizer: put one beside the weights to use the result with text"
+
 Progress = Callable[[str, int, int], None]
 """Hears of what is being done, the bytes of it that are done, and all of its bytes."""
 
@@ -275,14 +277,15 @@ def _notes(source: Checkpoint, to: str, optimizer: str | None, finite: bool) -> 
     if optimizer == "fresh":
         notes.append("the source has no optimizer: training begins at step 1 with fresh moments")
     if source.tokenizer_path is None and not source.files:
-        notes.append("the source has no tokenizer: put one beside the weights to use the result with text")
+        notes.append(NO_TOKENIZER)
     return notes
 
 
 def next_command(made: Certificate) -> str:
     """What a user may run next with a result."""
     if made.result_format != "train":
-        return shlex.join(["mm", "chat", made.result])
+        missing = ["--tokenizer", "FILE"] if NO_TOKENIZER in made.notes else []
+        return shlex.join(["mm", "chat", made.result, *missing])
     if made.optimizer == "kept":
         recipe = next(iter(sorted(Path(made.result).glob("checkpoints/*/recipe.yaml"))), "RECIPE")
         return shlex.join(["mm", "pretrain", str(recipe), "--resume", "--set", f"checkpoint.folder={made.result}"])

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from mmcore.checkpoint.convert import convert_checkpoint
+from mmcore.checkpoint.convert import convert_checkpoint, next_command
 from mmcore.checkpoint.formats import open_checkpoint
 from mmcore.checkpoint.load import load_model, load_tokenizer
 from mmcore.config import build_recipe
@@ -96,6 +96,8 @@ def test_weights_without_a_tokenizer_need_one_by_name(base, tmp_path):
     recipe = recipe_for(base, tmp_path / "run", init_from=str(tmp_path / "m.pt"), steps=1)
     with pytest.raises(ConfigError, match="m.pt has no tokenizer: name its own with --set tokenizer.path="):
         prepare_trainer(recipe, stage="finetune")
+    made = convert_checkpoint(tmp_path / "m.pt", tmp_path / "out")
+    assert next_command(made) == f"mm chat {tmp_path / 'out'} --tokenizer FILE"
     values = recipe.as_dict()
     values["tokenizer"]["path"] = str(base / "run/tokenizer")
     assert prepare_trainer(build_recipe(values), stage="finetune").fit().step == 1
