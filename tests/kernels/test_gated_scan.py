@@ -340,8 +340,13 @@ def stretches_of(triton, monkeypatch, pieces):
 
 @needs_triton
 @pytest.mark.parametrize("stateful", [False, True])
-@pytest.mark.parametrize(("B", "T", "H"), [(2, 1, 2), (1, 15, 3), (2, 300, 2), (1, 500, 3), (1, 40, 33), (1, 1200, 1)])
-@pytest.mark.parametrize("small, how", [(False, "joined"), (True, "joined"), (True, "heads first")])
+@pytest.mark.parametrize(("B", "T", "H"), [
+    (2, 1, 2), (1, 15, 3), (2, 300, 2), (1, 40, 33),
+    *(pytest.param(*shape, marks=pytest.mark.slow) for shape in ((1, 500, 3), (1, 1200, 1))),
+])  # fmt: skip
+@pytest.mark.parametrize("small, how", [
+    (False, "joined"), (True, "joined"), pytest.param(True, "heads first", marks=pytest.mark.slow),
+])  # fmt: skip
 def test_triton_log_maxima(monkeypatch, small, how, B, T, H, stateful):
     """The factors of all steps against the recurrence in float64, and the unit of the state: one and the same on both sides
     of each step, though programs find it in blocks. It is some hundreds, whose last bits are 3e-5 of a state."""
@@ -400,7 +405,8 @@ def test_triton_keys_and_gradients(small_chunks, monkeypatch, T, way):
 
 @needs_triton
 @pytest.mark.parametrize("pieces, T, way", [
-    (1, 50, "chain"), (1, 50, "groups"), (4, 130, "groups"), (8, 127, "chain"), (8, 130, "groups"),
+    (1, 50, "chain"), (1, 50, "groups"), (8, 127, "chain"),
+    *(pytest.param(pieces, 130, "groups", marks=pytest.mark.slow) for pieces in (4, 8)),
 ])  # fmt: skip
 def test_triton_pieces_side_by_side(small_chunks, monkeypatch, pieces, T, way):
     stretches_of(small_chunks, monkeypatch, pieces)
@@ -426,6 +432,7 @@ def test_triton_chain_of_many_stretches(small_chunks, monkeypatch, group):
 
 
 @needs_triton
+@pytest.mark.slow
 def test_triton_gradients_of_a_document_have_the_same_bits_behind_any_other(small_chunks, monkeypatch):
     """What a document before is makes no difference, not even to sums over a chunk that both lie in."""
     go(small_chunks, monkeypatch, "groups")
