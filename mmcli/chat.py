@@ -101,7 +101,7 @@ def _open(
     chosen = None if dtype is None else weight_format(dtype)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    memories = tuple(name.strip() for name in without.split(",")) if without else ()
+    memories = tuple(name.strip() for name in (without or "").split(",") if name.strip())
     model = mmcore.load_model(checkpoint, dtype=chosen, device=device, without=memories)
     if device == "cpu":
         keep_pages()

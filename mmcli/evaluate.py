@@ -113,7 +113,9 @@ def evaluate(
     from mmcore.errors import ConfigError
 
     given = _given(command)
-    removed = tuple(name.strip() for names in without or () for name in names.split(","))  # as mm chat takes them
+    removed = tuple(name.strip() for names in without or () for name in names.split(",") if name.strip())
+    if "text_key" in given and not data:
+        raise ConfigError("--text-key names a field of --data, and there is none: give --data FILE or leave it out")
     if inspect and (suite or data or len(checkpoints) > 1):
         raise ConfigError("--inspect looks at one text in one checkpoint: give it one, and no --suite or --data")
     if inspect:

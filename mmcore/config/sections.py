@@ -32,8 +32,6 @@ class TokenizerConfig:
     """At most so much text is read to train it."""
 
     def __post_init__(self) -> None:
-        if self.train_megabytes <= 0:
-            raise ConfigError(f"tokenizer.train_megabytes is {self.train_megabytes}: it must be positive")
         _expand_home(self, "path")
 
 
@@ -76,8 +74,6 @@ class DataConfig:
             raise ConfigError(f"data.kind is {self.kind!r}: choose text or conversations")
         if not 0 <= self.validation_fraction < 1:
             raise ConfigError(f"data.validation_fraction is {self.validation_fraction}: it must lie in [0, 1)")
-        if self.workers is not None and self.workers < 1:
-            raise ConfigError(f"data.workers is {self.workers}: it must be at least 1")
         given = [source.weight is not None for source in self.sources]
         if any(given) and not all(given):
             raise ConfigError("data.sources: give a weight to every source or to none")
@@ -169,19 +165,18 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         problems = []
-        for name in ("sequence_length", "batch_size", "log_every", "max_skipped_steps", "validation_tokens"):
+        for name in ("sequence_length", "batch_size", "log_every", "max_skipped_steps"):
             if getattr(self, name) < 1:
                 problems.append(f"training.{name} is {getattr(self, name)}: it must be at least 1")
-        for name in ("health_every", "warmup_steps", "weight_decay", "adam_eps", "validation_every"):
+        for name in ("health_every", "warmup_steps", "weight_decay", "adam_eps"):
             if getattr(self, name) < 0:
                 problems.append(f"training.{name} is {getattr(self, name)}: it must not be negative")
+        for name in ("tokens", "validation_tokens", "weight_decay", "adam_eps"):
+            if getattr(self, name) == math.inf:
+                problems.append(f"training.{name} is infinite: it must be a number")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 problems.append(f"training.{name} is {getattr(self, name)}: it must lie in [0, 1)")
-        if not 0 <= self.final_learning_rate_ratio <= 1:
-            problems.append(
-                f"training.final_learning_rate_ratio is {self.final_learning_rate_ratio}: it must lie in [0, 1]"
-            )
         if self.micro_batch_size is not None and self.micro_batch_size < 1:
             problems.append(f"training.micro_batch_size is {self.micro_batch_size}: it must be at least 1")
         if self.steps is not None and self.tokens is not None:

@@ -109,8 +109,7 @@ class Source:
     def _row_text(self, row: dict[str, Any], where: str) -> str:
         if self._key not in row:
             keys = ", ".join(map(repr, row)) or "nothing"
-            named = "name one of these as text_key (mm eval: --text-key)"
-            remedy = "give rows with messages" if self.kind == "conversations" else named
+            remedy = "give rows with messages" if self.kind == "conversations" else _NAME_ONE
             raise DataError(f"{where} has no field {self._key!r}; it has {keys}: {remedy}")
         value = row[self._key]
         if self.kind == "conversations":
@@ -123,6 +122,9 @@ class Source:
             except UnicodeEncodeError:
                 raise DataError(f"{where} holds half of a surrogate pair, which is no text: correct the row") from None
         return value
+
+
+_NAME_ONE = "name one of these as text_key (mm eval: --text-key)"
 
 
 def open_source(config: SourceConfig, kind: str = "text") -> Source:
@@ -282,7 +284,7 @@ def _parquet_rows(file: SourceFile, key: str) -> Iterator[tuple[int, dict[str, A
         table = pyarrow.parquet.ParquetFile(file.path)
         names = table.schema_arrow.names
         if key not in names:
-            raise DataError(f"{file.path} has no column {key!r}; it has {', '.join(map(repr, names))}: set text_key")
+            raise DataError(f"{file.path} has no column {key!r}; it has {', '.join(map(repr, names))}: {_NAME_ONE}")
         rows, number = max(1, table.metadata.num_rows), 0
         for batch in table.iter_batches(batch_size=1024, columns=[key]):
             for value in batch.column(0).to_pylist():

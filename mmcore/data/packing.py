@@ -152,6 +152,13 @@ class Samples:
         if weighted and 0 in sizes:
             empty = store.streams[sizes.index(0)].name
             raise DataError(f"{empty} has a weight but no text left to train on: remove it from data.sources")
+        silent = [stream.name for stream, windows in zip(store.streams, self._windows, strict=True)
+                  if not getattr(windows, "learnt", 1)]  # fmt: skip
+        if weighted and silent:
+            raise NothingToLearn(
+                f"{silent[0]} has a weight, and no conversation there has a word of the assistant within its first "
+                f"{sequence_length} tokens: raise training.sequence_length, or remove it from data.sources"
+            )
         self._schedule = Schedule(store.weights) if weighted and store.weights else None
         self._order: dict[tuple[int, int], Permutation] = {}
 

@@ -14,8 +14,10 @@ static inline void widen(float *out, const char *w, int64_t count, int format) {
     if (format == FP32 || format == ROUNDED) {
         memcpy(out, w, count * sizeof *out);
     } else if (format == BF16) {
-        uint32_t *bits = (uint32_t *)out;
-        for (int64_t i = 0; i < count; i++) bits[i] = (uint32_t)((const uint16_t *)w)[i] << 16;
+        for (int64_t i = 0; i < count; i++) {
+            uint32_t bits = (uint32_t)((const uint16_t *)w)[i] << 16;
+            memcpy(out + i, &bits, sizeof bits);
+        }
     } else {
         for (int64_t i = 0; i < count; i++) out[i] = ((const int8_t *)w)[i];
     }

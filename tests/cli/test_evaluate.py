@@ -159,6 +159,7 @@ def test_mistakes_are_answered_with_one_line(place, capsys, tokenizer):
     assert "give --data FILE" in complaint(capsys, "mosaic")
     (place / "rows.jsonl").write_text('{"body": "some words"}\n')
     assert "--text-key" in complaint(capsys, "mosaic", "--data", "rows.jsonl")
+    assert "there is none: give --data" in complaint(capsys, "mosaic", "--text-key", "body")
     assert "--context is 0" in complaint(capsys, "mosaic", "--data", "text.txt", "--context", "0")
     assert "--max-tokens" in complaint(capsys, "mosaic", "--data", "text.txt", "--max-tokens", "-5")
     assert "no earlier results" in complaint(capsys, "mosaic", "--data", "text.txt", "--out", ".")

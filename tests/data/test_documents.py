@@ -68,7 +68,7 @@ def test_parquet_rows(tmp_path):
     rows = [f"text {n} 日" for n in range(3000)]
     parquet.write_table(pyarrow.table({"text": rows, "other": list(range(3000))}), tmp_path / "a.parquet")
     assert texts(tmp_path / "a.parquet") == rows
-    with pytest.raises(DataError, match=r"a\.parquet has no column 'body'; it has 'text', 'other': set text_key"):
+    with pytest.raises(DataError, match=r"a\.parquet has no column 'body'; it has 'text', 'other': name one of these as text_key"):
         texts(tmp_path / "a.parquet", text_key="body")
     with pytest.raises(DataError, match="row 1: 'other' holds int, not text"):
         texts(tmp_path / "a.parquet", text_key="other")

@@ -115,6 +115,10 @@ def test_conversations_that_keep_no_word_to_learn_are_counted_and_refused_where_
     assert (samples.cut, samples.lost) == (1, 1)
     with pytest.raises(NothingToLearn, match="no conversation has a word of the assistant within its first 4 tokens"):
         Samples(store(MemoryStream([silent] * 3, begin=0, end=60), kind="conversations", begin=0, end=60), 4)
+    streams = MemoryStream([silent], begin=0, end=60, name="mute"), MemoryStream([heard], begin=0, end=60)
+    assert len(Samples(store(*streams, kind="conversations", begin=0, end=60), 4)) == 2
+    with pytest.raises(NothingToLearn, match="mute has a weight, and no conversation there has a word"):
+        Samples(store(*streams, weights=(3.0, 1.0), kind="conversations", begin=0, end=60), 4)
 
 
 def test_an_epoch_holds_every_window_once_and_epochs_differ():

@@ -44,20 +44,30 @@ def test_a_recipe_without_length_or_data(tmp_path):
 @pytest.mark.parametrize("key, value, words", [
     ("learning_rate", float("nan"), "it must be a number"), ("learning_rate", float("inf"), "must be positive"),
     ("beta1", 2, r"must lie in \[0, 1\)"), ("beta2", -0.1, r"must lie in \[0, 1\)"), ("adam_eps", -1, "must not be negative"),
-    ("weight_decay", -1, "must not be negative"), ("final_learning_rate_ratio", -3, r"must lie in \[0, 1\]"),
+    ("weight_decay", -1, "must not be negative"), ("final_learning_rate_ratio", -3, "must not be negative"),
+    ("tokens", float("inf"), "must be a number"), ("validation_tokens", float("inf"), "must be a number"),
     ("validation_every", -3, "must not be negative"), ("validation_tokens", 0, "must be at least 1"),
     ("gradient_clip", float("nan"), "it must be a number"), ("warmup_steps", -1, "must not be negative"),
 ])  # fmt: skip
 def test_settings_out_of_range(tmp_path, key, value, words):
     with pytest.raises(ConfigError, match=f"training.{key} is .*{words}"):
-        changed(tmp_path, **{f"training__{key}": value})
+        checks.check_recipe(changed(tmp_path, **{f"training__{key}": value, "training__steps": None if key == "tokens" else 8}))
 
 
 def test_other_sections_out_of_range(tmp_path):
-    with pytest.raises(ConfigError, match="data.workers is 0: it must be at least 1"):
-        changed(tmp_path, data__workers=0)
+    with pytest.raises(ConfigError, match="data.workers is -1: it must not be negative"):
+        checks.check_recipe(changed(tmp_path, data__workers=-1))
     with pytest.raises(ConfigError, match="tokenizer.train_megabytes is -1.0: it must be positive"):
-        changed(tmp_path, tokenizer__train_megabytes=-1)
+        checks.check_recipe(changed(tmp_path, tokenizer__train_megabytes=-1))
+
+
+def test_recipes_that_had_a_meaning_are_still_read(tmp_path):
+    """Those that runs of earlier versions lie with: they may be evaluated, and resumed with other values."""
+    keys = {"data__workers": 0, "training__validation_tokens": 0, "training__validation_every": -1,
+            "tokenizer__train_megabytes": 0, "training__final_learning_rate_ratio": 1.5}  # fmt: skip
+    assert changed(tmp_path, **keys).training.validation_tokens == 0
+    checks.check_recipe(changed(tmp_path, data__workers=0, training__final_learning_rate_ratio=1.5,
+                                tokenizer__path="t", tokenizer__train_megabytes=0))  # fmt: skip
 
 
 def test_the_users_folder_is_found_in_every_path(tmp_path, monkeypatch):
