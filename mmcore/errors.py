@@ -19,10 +19,6 @@ class DataError(MMError):
     """A text, token or tokenizer file cannot be used."""
 
 
-class NothingToLearn(DataError):
-    """Conversations hold no word that the loss would count."""
-
-
 class CheckpointError(MMError):
     """A checkpoint is missing, cut short, altered, or does not fit the model it is loaded into."""
 

@@ -147,11 +147,10 @@ def open_source(config: SourceConfig, kind: str = "text") -> Source:
             _walk(source, root, endings, set())
         else:
             _single(source, root)
-        if not source.files and kind == "conversations":
-            raise DataError(f"{root} holds no conversations: give {' '.join(ROW_ENDINGS)} files with messages")
-        if not source.files:
+        if not source.files and kind != "conversations":
             raise DataError(f"{root} holds no text: it needs {' '.join(TEXT_ENDINGS + ROW_ENDINGS)} files")
-    if kind == "conversations" and not all(file.name.endswith(ROW_ENDINGS) for file in source.files):
+    rows = [file.name.endswith(ROW_ENDINGS) for file in source.files]
+    if kind == "conversations" and not (rows and all(rows)):
         raise DataError(f"{root} holds no conversations: give {' '.join(ROW_ENDINGS)} files with messages")
     if source.total_bytes == 0:
         raise DataError(f"{root} is empty: give a source that holds text")

@@ -16,7 +16,7 @@ import numpy as np
 
 from mmcore.data.order import Permutation, Schedule
 from mmcore.data.store import Stream, TokenStore
-from mmcore.errors import DataError, NothingToLearn
+from mmcore.errors import DataError
 
 
 class Sample(NamedTuple):
@@ -128,7 +128,7 @@ class Samples:
     stream is next. `shuffle=False` (validation): windows in order, the same every time; with `limit`, only so many,
     spread evenly over all. `cut` counts conversations longer than a window, `lost` those that keep nothing to learn.
 
-    Raises DataError where there is no text, or no conversation with a word to learn.
+    Raises DataError where there is no text, or (`shuffle`: to train on) no conversation with a word to learn.
     """
 
     def __init__(self, store: TokenStore, sequence_length: int, seed: int = 0, *, shuffle: bool = True,
@@ -141,8 +141,9 @@ class Samples:
         self._total = sum(sizes)
         if self._total == 0:
             raise DataError("the data holds no text to make a sample of: check data.sources and data.validation")
-        if not any(getattr(windows, "learnt", 1) for windows in self._windows):
-            raise NothingToLearn(
+        learnt = [getattr(windows, "learnt", 1) for windows in self._windows]
+        if shuffle and not any(learnt):
+            raise DataError(
                 f"no conversation has a word of the assistant within its first {sequence_length} tokens, so there is "
                 f"nothing to learn: raise training.sequence_length, or shorten what comes before"
             )
@@ -152,11 +153,10 @@ class Samples:
         if weighted and 0 in sizes:
             empty = store.streams[sizes.index(0)].name
             raise DataError(f"{empty} has a weight but no text left to train on: remove it from data.sources")
-        silent = [stream.name for stream, windows in zip(store.streams, self._windows, strict=True)
-                  if not getattr(windows, "learnt", 1)]  # fmt: skip
-        if weighted and silent:
-            raise NothingToLearn(
-                f"{silent[0]} has a weight, and no conversation there has a word of the assistant within its first "
+        if weighted and 0 in learnt:
+            silent = store.streams[learnt.index(0)].name
+            raise DataError(
+                f"{silent} has a weight, and no conversation there has a word of the assistant within its first "
                 f"{sequence_length} tokens: raise training.sequence_length, or remove it from data.sources"
             )
         self._schedule = Schedule(store.weights) if weighted and store.weights else None

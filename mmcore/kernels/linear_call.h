@@ -39,10 +39,6 @@ struct call {
     block *block, *block_by_depth;
 };
 
-/* Bytes of a number, and `x` moved on by some. */
-static whole item(int halves) { return halves ? 2 : 4; }
-static const char *number(const char *x, whole n, int halves) { return x + n * item(halves); }
-
 static whole outputs_of(const struct matrix *list, whole count) {
     whole total = 0;
     for (whole i = 0; i < count; i++) total += list[i].out;

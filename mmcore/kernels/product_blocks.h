@@ -72,7 +72,11 @@ static void fill_up(uint16_t *row, whole depth, int format) {
     memset(row + depth, 0, (2 * laid_words(depth, format) - depth) * sizeof *row);
 }
 
-/* `count` numbers at x, bf16 or not, as bf16. */
+/* Bytes of a number, bf16 or not, and `x` moved on by some. */
+static whole item(int halves) { return halves ? 2 : 4; }
+static const char *number(const char *x, whole n, int halves) { return x + n * item(halves); }
+
+/* `count` numbers at x as bf16. */
 static void as_bf16(uint16_t *to, const char *x, whole count, int halves) {
     if (halves)
         memcpy(to, x, count * sizeof *to);
@@ -86,7 +90,7 @@ static void round_into(float *tile, whole r, whole k, const char *x, whole count
         as_bf16((uint16_t *)(tile + r * TILE_ROW) + k, x, count, halves);
         return;
     }
-    for (whole part; count > 0; k += part, x += part * (halves ? 2 : 4), count -= part) {
+    for (whole part; count > 0; k += part, x = number(x, part, halves), count -= part) {
         part = least(count, 2 * TILE_SIDE - k % (2 * TILE_SIDE));
         float *row = tile + k / (2 * TILE_SIDE) * MATRIX_STEP + r * TILE_SIDE;
         as_bf16((uint16_t *)row + k % (2 * TILE_SIDE), x, part, halves);
@@ -309,7 +313,7 @@ INLINE vec some_numbers(const char *x, whole i, whole count, const int halves) {
     if (!halves) return load_part((const float *)x + i, count - i);
     uint16_t from[LANES] = {0};
     nvec bits;
-    x += 2 * i;
+    x = number(x, i, halves);
     if (count - i >= LANES)
         memcpy(from, x, sizeof from);
     else if (count > i)

@@ -32,13 +32,11 @@ def read_converted(checkpoint: Path, model: ModelConfig) -> bool:
     saved = load_state(checkpoint)
     if not is_converted(saved.state):
         return False
-    names = [f.name for f in dataclasses.fields(ModelConfig)]
-    if model.model_type != saved.config.model_type:  # whose settings mean nothing to one another
-        names = [name for name in names if getattr(model, name) != getattr(saved.config, name)]
     differing = [
-        f"model.{name} is {getattr(model, name)!r} in the recipe and {getattr(saved.config, name)!r} there"
-        for name in names
-        if _meaning(model, name) != _meaning(saved.config, name)
+        f"model.{f.name} is {getattr(model, f.name)!r} in the recipe and {getattr(saved.config, f.name)!r} there"
+        for f in dataclasses.fields(ModelConfig)
+        if _meaning(model, f.name) != _meaning(saved.config, f.name)
+        and getattr(model, f.name) != getattr(saved.config, f.name)  # else it means another thing by what differs elsewhere
     ]
     if differing:
         raise CheckpointError(

@@ -34,13 +34,13 @@ class Profile:
         self.folder, self.first, self.last = folder, first, last
         self._world, self._device, self._tell = world, device, tell
         self._profile: profile | None = None
-        self._written = False
+        self._told = False  # what became of the steps
 
     def __call__(self, event: Event) -> None:
         if self._world.rank != self._world.local_rank:
             return
         if isinstance(event, Started) and event.step >= self.first:
-            self._written = True  # as far as it goes
+            self._told = True
             raise ConfigError(
                 f"--profile {self.first}:{self.last}: the run is at step {event.step} already, choose later steps"
             )
@@ -55,7 +55,7 @@ class Profile:
         if self._profile is not None:
             self._profile.stop()
             self._profile = None
-        if not self._written and self._world.rank == 0:
+        if not self._told and self._world.rank == 0:
             self._tell(Notice(f"steps {self.first} to {self.last} are not profiled: the run ended before"))
 
     def _begin(self) -> None:
@@ -67,7 +67,7 @@ class Profile:
         self._profile.start()
 
     def _finish(self) -> None:
-        recorded, self._profile, self._written = self._profile, None, True
+        recorded, self._profile, self._told = self._profile, None, True
         recorded.stop()
         end = f"rank-{self._world.rank:05d}"
         with disk_errors(self.folder):

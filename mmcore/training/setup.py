@@ -30,7 +30,7 @@ from mmcore.distributed.messages import Messages
 from mmcore.distributed.parallelize import parallelize
 from mmcore.distributed.shards import local_rows
 from mmcore.distributed.together import all_or_none, in_turn, on_first
-from mmcore.errors import CheckpointError, ConfigError, DataError, NothingToLearn
+from mmcore.errors import CheckpointError, ConfigError, DataError
 from mmcore.kernels import dispatch
 from mmcore.kernels.allocator import keep_pages
 from mmcore.kernels.linear.cpu import multiplies_bf16
@@ -326,16 +326,15 @@ def _validation_batches(recipe: Recipe, corpus: Corpus, ranks: int, tell: Listen
         tell(Notice("no text is held out, so this run has no validation loss: see data.validation_fraction"))
         return ()
     count = max(1, int(training.validation_tokens // training.sequence_length))
-    try:
-        samples = Samples(corpus.validation, training.sequence_length, shuffle=False, limit=count)
-    except NothingToLearn as error:
-        tell(Notice(f"this run has no validation loss: of what is held out, {error}"))
-        return ()
+    samples = Samples(corpus.validation, training.sequence_length, shuffle=False, limit=count)
     size = min(training.micro_batch_size or training.batch_size, training.batch_size // ranks)
     starts = range(0, len(samples), size)
     batches = [make_batch(samples, range(start, min(start + size, len(samples)))) for start in starts]
     if not any((batch.labels != IGNORED).any() for batch in batches):
-        tell(Notice("this run has no validation loss: the windows of held-out text that were drawn hold no word to predict"))
+        tell(Notice(
+            f"this run has no validation loss: none of the held-out conversations that are read has a word of the assistant "
+            f"within its first {training.sequence_length} tokens"
+        ))  # fmt: skip
         return ()
     return batches
 
