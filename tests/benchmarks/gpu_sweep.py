@@ -89,6 +89,37 @@ def read_backward(place: Place, report: dict[str, Any]) -> None:
                 "ms": 1e3 * seconds(place, lambda: kernel.run_backward(*arguments))
             })  # fmt: skip
     kernel._gatherer = before
+    five_products(place, report)
+
+
+FIVE = "128 64 8 2 3\n128 64 8 2 1\n128 64 8 2 0\n128 64 8 3 3\n128 32 8 3 3\n64 64 4 2 3\n64 64 4 2 0"
+"""Keys R, queries, warps, stages, and the sums that gradients of bandwidths are made of."""
+
+
+def five_products(place: Place, report: dict[str, Any]) -> None:
+    """The same pass in the form of gpu_candidates, which adds to memory; in ms, and how far it is off ours (of the norm)."""
+    from mmcore.kernels.memory_read import triton as forward
+    from mmcore.kernels.memory_read.triton_backward import run_backward
+    from tests.benchmarks import gpu_candidates
+
+    for line in mine(place, place.pick(FIVE, "32 16 4 1 3").split("\n")):
+        lengths, sums = line.rsplit(" ", 1)
+        gather = gpu_candidates.columns(*forward.configs("R QB", lengths))
+        for name, (window, delay) in READS.items():
+
+            def times(gather=gather, sums=int(sums), window=window, delay=delay) -> dict[str, float]:
+                keys, values, scalars, upstream = _read_inputs(place)
+                kept = forward._run(keys, values, *scalars, None, None, window, delay, 0)
+                given = gather, upstream, keys, values, scalars, window, delay, *kept, sums
+                found = {"ms": 1e3 * seconds(place, lambda: gpu_candidates.run_backward(*given))}
+                *ours, bandwidths, _ = run_backward(upstream, keys, values, *scalars, None, None, window, delay, 0, *kept)
+                *theirs, betas = gpu_candidates.run_backward(*given)
+                if sums == 3:  # of three bandwidths the base's is the sum
+                    ours, theirs = [*ours, bandwidths[0]], [*theirs, betas.sum((0, 2))]
+                off = [(a.float() - b.float()).norm() / a.float().norm() for a, b in zip(ours, theirs, strict=True)]
+                return found | {"off": [round(float(x), 7) for x in off]}
+
+            attempt(report, f"{name}, five products: {line}", times)
 
 
 PRODUCTS = {
