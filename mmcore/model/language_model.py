@@ -152,12 +152,21 @@ class LanguageModel(nn.Module):
         ours = ("auto", "triton") if self.lm_head.weight.is_cuda else ("auto", "cpu")
         return block.whole_step(self) if hasattr(block, "whole_step") and self.kernels in ours else False
 
-    @torch.no_grad()
     def advance(self, tokens: Tensor, state: DecodingState, last_only: bool = True) -> Tensor:
         """Feed the next tokens int64 [B, T] of each row: logits [B, V] after the last, or [B, T, V] after each.
 
         `state` goes on. Equal to the full forward pass over all that was fed, whatever the sizes of the pieces.
         """
+        step = state.whole_step
+        if step and step.takes_ids and tokens.shape[1] == 1 and tokens.dtype is torch.int64 and not self.knocked_out:
+            # As little of Python and PyTorch as may be: every line costs microseconds with caches that hold weights.
+            logits = step(tokens, tuple(state.memories.values()), state.length, state.padding, last_only)
+            state.length += 1
+            return logits
+        return self._advance(tokens, state, last_only)
+
+    @torch.no_grad()
+    def _advance(self, tokens: Tensor, state: DecodingState, last_only: bool) -> Tensor:
         T = tokens.shape[1]
         one = T == 1 and state.length > 0
         if (one or (T and tokens.is_cpu)) and not self.knocked_out:

@@ -143,7 +143,8 @@ class MosaicBlock(TwoMemoryBlock):
         if mosaic_step.why_not(layers, classifier):
             return False
         return mosaic_step.mosaic_step(
-            layers, model.model.norm.weight, classifier, config.num_attention_heads, config.rms_norm_eps
+            layers, model.model.norm.weight, classifier, config.num_attention_heads, config.rms_norm_eps,
+            model.model.embed_tokens.weight,
         )
 
 

@@ -316,3 +316,33 @@ def test_a_state_goes_when_nobody_needs_it(kind):
         assert not any(store() for store in stores)
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("bad", [-1, 61, 1 << 40])
+def test_an_id_that_is_none_changes_nothing(bad):
+    model, tokens = tiny(), random_tokens(2, 12)
+    assert model.config.vocab_size == 61
+    state, other = model.new_state(2), model.new_state(2)
+    for one in (state, other):
+        model.advance(tokens[:, :10], one)
+    wrong = tokens[:, 10:11].clone()
+    wrong[1] = bad
+    with pytest.raises(IndexError):
+        model.advance(wrong, state)
+    assert state.length == 10
+    for t in (10, 11):
+        logits = [model.advance(tokens[:, t : t + 1], one) for one in (state, other)]
+        assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("embedding", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 3, 18])
+def test_single_tokens_find_their_embeddings(embedding, rows):
+    """Whatever the embedding is kept in, of more rows than the step takes at once, in ids of any integer type."""
+    model, tokens = tiny().quantize(), random_tokens(rows, 20)
+    model.model.embed_tokens.to(embedding)
+    state, other = model.new_state(rows), model.new_state(rows)
+    other.whole_step = False
+    for piece in (tokens[:, :15], tokens[:, 15:16], *tokens[:, 16:].to(torch.int32).split(1, 1)):
+        assert torch.allclose(model.advance(piece, state), model.advance(piece, other), atol=2e-3)
+    assert not state.whole_step or state.whole_step.takes_ids is (embedding is not torch.float16)

@@ -84,12 +84,13 @@ def _matrices(layers: Sequence[LayerWeights], classifier: Matrix) -> list[Matrix
 
 
 def mosaic_step(
-    layers: Sequence[LayerWeights], norm: Tensor, classifier: Matrix, heads: int, eps: float
+    layers: Sequence[LayerWeights], norm: Tensor, classifier: Matrix, heads: int, eps: float, embedding: Tensor | None = None
 ) -> Step | GraphedStep:
     """Prepare the compiled step: a function `step(x, memories, position, padding, last_only) -> logits`.
 
     x is the tokens' embeddings [B, T, d], of any number of rows; on a CPU fp32 and of any number of tokens (`pieces`), on a
-    GPU of one. `memories` are the states of the layers' memories, short-term and long-term in turn, which have `scan`,
+    GPU of one. Where the step `takes_ids`, which a CPU's does that is given the `embedding` [V, d] in fp32 or bf16, one
+    token's x may be ids, int64 [B, 1]; it raises IndexError for one that is none. `memories` are the states of the layers' memories, short-term and long-term in turn, which have `scan`,
     `pending_key`, `pending_raw` and `store`, on a CPU `begin` too (mmcore.model.state), and go on by these tokens;
     `position` counts the tokens before them; `padding`, int64 [B] or None, those that fill each row on the left. Returns
     fp32 logits [B, V] after the last token, or without `last_only` [B, T, V]. Equal to the layers run one by one, with sums
@@ -102,7 +103,7 @@ def mosaic_step(
     if reason:
         raise HardwareError(f"mosaic_step cannot run: {reason}")
     if not classifier.weight.is_cuda:
-        return Step(layers, norm, classifier, heads, eps)
+        return Step(layers, norm, classifier, heads, eps, embedding)
     from mmcore.kernels.mosaic_step import triton
 
     return GraphedStep(triton.Step(layers, norm, classifier, heads, eps))

@@ -151,46 +151,56 @@ INLINE void add_pair(float *sums, const float *weights, const char *values, int6
     for (; h < heads; h++) add_values(sums + h * size, weights + h * BLOCK, values, at + h * size, size, 1, narrow);
 }
 
-/* Equation (4) over one thread's run of a row's pairs, all heads: largest score, sum of weights, weighted sum of
-   values. keys and values [., H, D]. */
-INLINE void read_pairs(const float *query, const char *keys, const char *values, int64_t from, int64_t to,
-                       const float *bandwidth, int64_t heads, int64_t size, float *most, float *total, float *sums,
-                       const int narrow) {
-    int64_t width = heads * size, waiting = 0; /* pairs of the block before, whose values are still to be added */
+/* One thread's run of a row's pairs in one memory: `count` of them, keys and values [., H, D] from the first on; what they
+   are read with; and equation (4) over them, all heads: largest score, sum of weights, weighted sum of values. */
+struct run {
+    const float *query, *bandwidth;
+    const char *keys, *values;
+    int64_t count;
+    float *most, *total, *sums;
+};
+
+/* Reads runs one after the other without a stop: while a block is scored, the values of the block before are added, be it
+   of the run before, and keys of the block behind are called for, be it of the next run. */
+INLINE void read_each(const struct run *runs, int64_t count, int64_t heads, int64_t size, const int narrow) {
+    const int64_t width = heads * size;
     float room[2][heads * BLOCK];
-    for (int64_t h = 0; h < heads; h++) most[h] = -INFINITY, total[h] = 0;
-    memset(sums, 0, width * sizeof *sums);
-    for (int64_t start = from, turn = 0; start < to || waiting; start += BLOCK, turn ^= 1) {
+    const struct run *run = runs, *end = runs + count, *waiting = NULL; /* whose block before is still to be added */
+    int64_t start = 0, before = 0, left = 0;                            /* its first pair and its pairs */
+    for (int turn = 0; run < end || waiting; turn ^= 1) {
         float *scores = room[turn], *weights = room[turn ^ 1];
-        int64_t count = larger(0, smaller(BLOCK, to - start));
+        const int64_t pairs = run < end ? smaller(BLOCK, run->count - start) : 0;
+        const struct run *next = run;
+        int64_t behind = start + pairs;
+        if (run < end && behind == run->count) next++, behind = 0;
+        const int64_t ahead = next < end ? smaller(BLOCK, next->count - behind) : 0;
         for (int64_t j = 0; j < BLOCK; j++) {
-            int64_t at = (start + j) * width;
-            if (j < to - BLOCK - start) fetch(keys, at + BLOCK * width, width, narrow);
-            if (j < count) fetch(values, at, width, narrow), score_pair(scores + j, query, keys, at, heads, size, narrow);
-            if (j < waiting) add_pair(sums, weights + j, values, at - BLOCK * width, heads, size, narrow);
+            if (j < ahead) fetch(next->keys, (behind + j) * width, width, narrow);
+            if (j < pairs) {
+                fetch(run->values, (start + j) * width, width, narrow);
+                score_pair(scores + j, run->query, run->keys, (start + j) * width, heads, size, narrow);
+            }
+            if (j < left) add_pair(waiting->sums, weights + j, waiting->values, (before + j) * width, heads, size, narrow);
         }
-        for (int64_t h = 0; count && h < heads; h++)
-            weigh(scores + h * BLOCK, count, bandwidth[h], &most[h], &total[h], sums + h * size, size);
-        waiting = count;
+        for (int64_t h = 0; pairs && h < heads; h++)
+            weigh(scores + h * BLOCK, pairs, run->bandwidth[h], &run->most[h], &run->total[h], run->sums + h * size, size);
+        waiting = pairs ? run : NULL, before = start, left = pairs;
+        run = next, start = behind;
     }
 }
 
 /* The usual heads' sizes as constants, which unrolls their loops: 73 GB/s for 56 where pairs lie in the caches. */
-static void read_run(const float *query, const struct memory *m, int64_t base, int64_t from, int64_t to,
-                     const float *bandwidth, int64_t heads, int64_t size, float *most, float *total, float *sums) {
-    const char *keys = m->keys + base * (m->narrow ? 2 : 4), *values = m->values + base * (m->narrow ? 2 : 4);
-#define READ(size, narrow) read_pairs(query, keys, values, from, to, bandwidth, heads, size, most, total, sums, narrow)
-    if (size == 64 && m->narrow)
-        READ(64, 1);
-    else if (size == 128 && m->narrow)
-        READ(128, 1);
-    else if (m->narrow)
-        READ(size, 1);
+static void read_runs(const struct run *runs, int64_t count, int64_t heads, int64_t size, int64_t narrow) {
+    if (size == 64 && narrow)
+        read_each(runs, count, heads, 64, 1);
+    else if (size == 128 && narrow)
+        read_each(runs, count, heads, 128, 1);
+    else if (narrow)
+        read_each(runs, count, heads, size, 1);
     else if (size == 64)
-        READ(64, 0);
+        read_each(runs, count, heads, 64, 0);
     else
-        READ(size, 0);
-#undef READ
+        read_each(runs, count, heads, size, 0);
 }
 
 /* The slots that a row's query reads: [*low, *high). */
@@ -202,16 +212,33 @@ static void reach(const struct call *c, const struct memory *m, int64_t row, int
     *high = larger(*high, *low);
 }
 
-/* Equations (6) and (4): this thread's share of what one row reads of one memory. `place` counts in rows. */
-static void read_share(struct call *c, const struct memory *m, int64_t row, int thread, int threads, int64_t place) {
-    int64_t low, high, heads = c->shape->heads, width = c->shape->width, base = row * m->apart;
-    float bandwidth[heads];
-    reach(c, m, row, &low, &high);
-    for (int64_t h = 0; h < heads; h++)
-        bandwidth[h] = m->slope[h] * powf((float)(high - low), m->exponent[h]) + m->base[h];
-    int64_t share = (high - low + threads - 1) / threads, from = low + thread * share;
-    read_run(m->pending_key + row * width, m, base, from, smaller(from + share, high), bandwidth, heads, width / heads,
-             c->most + place * heads, c->total + place * heads, c->sums + place * width);
+/* Equations (6) and (4): this thread's share of what all rows read of some memories. Those of memory k lie in parts
+   (k * threads + thread) * B and on. */
+static void read_shares(struct call *c, const struct memory *memories, int first, int count, int thread, int threads) {
+    const int64_t heads = c->shape->heads, width = c->shape->width, B = c->rows;
+    struct run runs[count * B];
+    float bandwidths[count * B][heads];
+    int64_t used = 0;
+    for (int k = first; k < first + count; k++) {
+        const struct memory *m = &memories[k];
+        for (int64_t row = 0; row < B; row++) {
+            int64_t low, high, place = (k * threads + thread) * B + row;
+            reach(c, m, row, &low, &high);
+            const int64_t share = (high - low + threads - 1) / threads, from = low + thread * share;
+            const int64_t at = (row * m->apart + from * width) * (m->narrow ? 2 : 4);
+            float *bandwidth = bandwidths[used];
+            struct run run = {m->pending_key + row * width, bandwidth, m->keys + at, m->values + at,
+                              smaller(share, high - from), c->most + place * heads, c->total + place * heads,
+                              c->sums + place * width};
+            for (int64_t h = 0; h < heads; h++) run.most[h] = -INFINITY, run.total[h] = 0;
+            memset(run.sums, 0, width * sizeof *run.sums);
+            if (run.count <= 0) continue;
+            for (int64_t h = 0; h < heads; h++)
+                bandwidth[h] = m->slope[h] * powf((float)(high - low), m->exponent[h]) + m->base[h];
+            runs[used++] = run;
+        }
+    }
+    read_runs(runs, used, heads, width / heads, memories[first].narrow);
 }
 
 /* Joins what the threads read of one row of one memory; nothing read is zero. `place` is the first thread's. */
@@ -244,9 +271,11 @@ static void read_memories(struct call *c, struct layer *l, int threads) {
         int64_t k = i / (B * H);
         remember_token(c, &l->memories[k], c->projected[k], i / H % B, i % H);
     }
-    for (int64_t k = 0; k < 2; k++)
-        for (int64_t row = 0; row < B; row++)
-            read_share(c, &l->memories[k], row, thread, threads, (k * threads + thread) * B + row);
+    if (l->memories[0].narrow == l->memories[1].narrow) {
+        read_shares(c, l->memories, 0, 2, thread, threads);
+    } else {
+        for (int k = 0; k < 2; k++) read_shares(c, l->memories, k, 1, thread, threads);
+    }
 #pragma omp barrier
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < 2 * B; i++) join(c, c->input + (i % B * 2 + i / B) * d, i / B * threads * B + i % B, threads);
@@ -310,13 +339,22 @@ int64_t mm_mosaic_step_scratch(const struct shape *s, int64_t rows, int threads)
     return lay_out(&c, (float *)sizeof(float), threads); /* only counted */
 }
 
-/* x [B, d], the tokens' embeddings -> logits [B, V]. The memories' states go on by one token, `used` excepted. */
+/* Whether each of `rows` ids is one of `words`. */
+int mm_are_words(const int64_t *ids, int64_t rows, int64_t words) {
+    for (int64_t r = 0; r < rows; r++)
+        if (ids[r] < 0 || ids[r] >= words) return 0;
+    return 1;
+}
+
+/* Tokens -> logits [B, V]. A row's embedding is row ids[r] of `table` [., d], kept in `format`; of ids NULL row r. The
+   memories' states go on by one token, `used` excepted. */
 void mm_mosaic_step(const struct shape *s, struct layer *layers, const float *final_norm, struct weights classifier,
-                    const float *x, float *logits, float *scratch, int64_t rows, int64_t position,
-                    const int64_t *padding, int threads) {
+                    const char *table, int format, const int64_t *ids, float *logits, float *scratch, int64_t rows,
+                    int64_t position, const int64_t *padding, int threads) {
     struct call call = {.shape = s, .rows = rows, .position = position, .padding = padding}, *c = &call;
     lay_out(c, scratch, threads);
-    memcpy(c->x, x, rows * s->width * sizeof *x);
+    for (int64_t r = 0; r < rows; r++)
+        widen(c->x + r * s->width, table + (ids ? ids[r] : r) * s->width * bytes_of(format), s->width, format);
 #pragma omp parallel num_threads(threads)
     {
         /* The team may be smaller than asked for; the shares must cover every pair all the same. */

@@ -7,7 +7,7 @@ import ctypes
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,7 +53,8 @@ _Functions = _structure(
 
 _C = native.functions(
     Path(__file__).with_name("cpu.c"),
-    mm_mosaic_step=[_ADDRESS] * 3 + [_Weights] + [_ADDRESS] * 3 + [_INT] * 2 + [_ADDRESS, ctypes.c_int],
+    mm_mosaic_step=[_ADDRESS] * 3 + [_Weights, _ADDRESS, ctypes.c_int] + [_ADDRESS] * 3 + [_INT] * 2 + [_ADDRESS, ctypes.c_int],
+    mm_are_words=(ctypes.c_int, [_ADDRESS, _INT, _INT]),
     mm_mosaic_step_scratch=(_INT, [_ADDRESS, _INT, ctypes.c_int]),
 )
 _C_PIECE = native.functions(
@@ -76,12 +77,29 @@ def _functions() -> ctypes.Structure:
     return _Functions(*addresses, MOST_ROWS, memory_read.FEW, linear._FLOPS_OF_A_THREAD)
 
 
+class _Bound(NamedTuple):
+    """What the step knows of a memory: while it is the same, so are all addresses."""
+
+    store: Any
+    pending_key: Tensor | None
+    scan: tuple[Tensor, Tensor] | None
+    keys: Tensor | None
+    room: int
+    """Pairs that `keys` has room for."""
+
+
+_UNBOUND = _Bound(None, None, None, None, 0)
+
+
 class Step:
     """`step(x, memories, position, padding, last_only) -> logits`; see `mosaic_step`."""
 
     pieces = True  # it takes any number of tokens, and the first ones, too
 
-    def __init__(self, layers: Sequence[LayerWeights], norm: Tensor, classifier: Matrix, heads: int, eps: float) -> None:
+    def __init__(
+        self, layers: Sequence[LayerWeights], norm: Tensor, classifier: Matrix, heads: int, eps: float,
+        embedding: Tensor | None = None,
+    ) -> None:
         self._kept: list[Tensor] = []  # what the addresses point to must live as long as they
         self._norm = self._exact(norm)
         self._classifier = self._matrix(classifier)
@@ -89,6 +107,12 @@ class Step:
         inner = layers[0].gate.weight.shape[0]
         self._shape = _Shape(len(layers), width, heads, inner, vocabulary, eps, FORMATS[classifier.weight.dtype])
         self._layers = (_Layer * len(layers))(*map(self._layer, layers))
+        self.takes_ids = embedding is not None and embedding.dtype in FORMATS and embedding.is_contiguous()
+        """Whether it finds the embeddings of single tokens by itself: what Python and PyTorch do between two tokens is done
+        with caches that hold weights, 35 us for an embedding."""
+        if self.takes_ids:
+            self._embedding = embedding.detach()
+            self._table = self._address(self._embedding), FORMATS[embedding.dtype]
         self._take_no_state()
 
     def for_another_state(self) -> Step:
@@ -100,37 +124,46 @@ class Step:
 
     def _take_no_state(self) -> None:
         self._memories = [memory for layer in self._layers for memory in layer.memories]
-        self._bound: list[tuple[Tensor | None, ...]] = [(None,) * 6] * len(self._memories)  # whose addresses are in place
+        self._bound = [_UNBOUND] * len(self._memories)  # whose addresses are in place
         self._scratch: dict[tuple[int, int], Tensor] = {}  # of tokens, by rows and threads
         self._work: Tensor | None = None  # of pieces, from one to the next
 
     def __call__(
         self, x: Tensor, memories: Sequence[Any], position: int, padding: Tensor | None = None, last_only: bool = True
     ) -> Tensor:
-        rows, count, _ = x.shape
-        one = count == 1 and rows <= MOST_ROWS and all(memory.pending_key is not None for memory in memories)
-        self._take(memories, count, rows)
+        rows, count = x.shape[:2]
         padding = None if padding is None else padding.data_ptr()
         x = x.contiguous()
-        if one:
+        if x.dtype is torch.int64:
+            self._require_words(x)
+        fresh = self._take(memories, count, rows)
+        if count == 1 and rows <= MOST_ROWS and not fresh:
             logits = self._token(x, position, padding)
-        else:
-            logits = self._piece(x, position, padding, 1 if last_only else count)
+            return logits if last_only else logits[:, None]
+        if x.dtype is torch.int64:
+            x = torch.nn.functional.embedding(x, self._embedding).float()
+        logits = self._piece(x, position, padding, 1 if last_only else count)
         return logits[:, 0] if last_only else logits
 
     def _token(self, x: Tensor, position: int, padding: int | None) -> Tensor:
-        """One token of each of a few rows; x [B, 1, d] -> [B, 1, V]."""
+        """One token of each of a few rows; its id, or its embedding [B, 1, d], -> [B, V]."""
         self._work = None  # 20 MB at d = 512 for a piece of 512 tokens: not to be held while nothing is read
         rows, threads = len(x), torch.get_num_threads()
         if (rows, threads) not in self._scratch:
             size = _C.mm_mosaic_step_scratch(ctypes.byref(self._shape), rows, threads)
             self._scratch[rows, threads] = torch.empty(size)
-        logits = torch.empty(rows, 1, self._shape.vocabulary)
+        logits = torch.empty(rows, self._shape.vocabulary)
+        table, ids = (self._table, x.data_ptr()) if x.dtype is torch.int64 else ((x.data_ptr(), 0), None)
         _C.mm_mosaic_step(
-            ctypes.byref(self._shape), self._layers, self._norm, self._classifier, x.data_ptr(), logits.data_ptr(),
+            ctypes.byref(self._shape), self._layers, self._norm, self._classifier, *table, ids, logits.data_ptr(),
             self._scratch[rows, threads].data_ptr(), rows, position, padding, threads,
         )
         return logits
+
+    def _require_words(self, ids: Tensor) -> None:
+        """Raises IndexError as looking embeddings up does, before anything has changed."""
+        if not _C.mm_are_words(ids.data_ptr(), ids.numel(), self._shape.vocabulary):
+            raise IndexError(f"a token id is not one of {self._shape.vocabulary:,}: {ids.flatten().tolist()}")
 
     def _piece(self, x: Tensor, position: int, padding: int | None, wanted: int) -> Tensor:
         """Any number of tokens; x [B, T, d] -> [B, wanted, V]."""
@@ -148,29 +181,38 @@ class Step:
         )
         return logits
 
-    def _take(self, memories: Sequence[Any], count: int, rows: int) -> None:
-        """Make room for `count` tokens in every memory and take its addresses. Its counters are those after them."""
-        for number, (memory, fields) in enumerate(zip(memories, self._memories, strict=True)):
-            store, fields.fresh = memory.store, memory.pending_key is None
-            if fields.fresh:
-                memory.begin(rows, self._shape.heads, self._shape.width // self._shape.heads)
-            store.reserve(count, memory.pending_key)
-            tensors = (*memory.scan, memory.pending_key, memory.pending_raw, store.keys, store.values)
-            if any(new is not old for new, old in zip(tensors, self._bound[number], strict=True)):
-                self._bind(number, tensors)
-            fields.used, fields.first, fields.lent = store.used, store.first, store.lent
+    def _take(self, memories: Sequence[Any], count: int, rows: int) -> bool:
+        """Make room for `count` tokens in every memory and take its addresses; its counters are those after them. Whether
+        one of them has read nothing yet."""
+        fresh = False
+        for number, (memory, fields, bound) in enumerate(zip(memories, self._memories, self._bound, strict=True)):
+            store = memory.store
+            if (
+                store is not bound.store or memory.pending_key is not bound.pending_key or memory.scan is not bound.scan
+                or store.keys is not bound.keys or store.used + count > bound.room
+            ):  # fmt: skip
+                fresh |= self._bind(number, memory, count, rows)
+            fields.used, fields.first = store.used, store.first
             if not store.lent:
                 store.used += count - fields.fresh
+        return fresh
 
-    def _bind(self, number: int, tensors: tuple[Tensor, ...]) -> None:
+    def _bind(self, number: int, memory: Any, count: int, rows: int) -> bool:
         """Take the addresses of a memory's tensors, which stay where they are from token to token, but for a growth of the
-        store or a rewind."""
-        self._bound[number], fields = tensors, self._memories[number]
+        store or a rewind. Whether it has read nothing yet."""
+        store, fields, fresh = memory.store, self._memories[number], memory.pending_key is None
+        if fresh:
+            memory.begin(rows, self._shape.heads, self._shape.width // self._shape.heads)
+        store.reserve(count, memory.pending_key)
+        tensors = (*memory.scan, memory.pending_key, memory.pending_raw, store.keys, store.values)
         fields.vector, fields.log_scale, fields.pending_key, fields.pending_raw, fields.keys, fields.values = (
             tensor.data_ptr() for tensor in tensors
         )
-        keys = tensors[4]
-        fields.narrow, fields.apart = keys.dtype is torch.float16, keys.stride(0)
+        fields.narrow, fields.apart = store.keys.dtype is torch.float16, store.keys.stride(0)
+        fields.lent, fields.fresh = store.lent, fresh
+        room = 0 if fresh else 1 << 62 if store.lent else store.keys.shape[1]  # a fresh one is bound once more
+        self._bound[number] = _Bound(store, memory.pending_key, memory.scan, store.keys, room)
+        return fresh
 
     def _layer(self, layer: LayerWeights) -> ctypes.Structure:
         memories = (_Memory * 2)(self._memory(layer.short_term), self._memory(layer.long_term))

@@ -86,6 +86,7 @@ class GraphedStep:
     one state."""
 
     pieces = False  # one token of each row at a time
+    takes_ids = False
 
     def __init__(self, step: Step) -> None:
         self._step = step
