@@ -90,12 +90,12 @@ def mosaic_step(
 
     x is the tokens' embeddings [B, T, d], of any number of rows; on a CPU fp32 and of any number of tokens (`pieces`), on a
     GPU of one. Where the step `takes_ids`, which a CPU's does that is given the `embedding` [V, d] in fp32 or bf16, one
-    token's x may be ids, int64 [B, 1]; it raises IndexError for one that is none. `memories` are the states of the layers' memories, short-term and long-term in turn, which have `scan`,
-    `pending_key`, `pending_raw` and `store`, on a CPU `begin` too (mmcore.model.state), and go on by these tokens;
-    `position` counts the tokens before them; `padding`, int64 [B] or None, those that fill each row on the left. Returns
-    fp32 logits [B, V] after the last token, or without `last_only` [B, T, V]. Equal to the layers run one by one, with sums
-    in another order. The weights are looked at now: build a new step when they change. A step belongs to one state; a
-    CPU's makes one for another (`for_another_state()`).
+    token's x may be ids, int64 [B, 1]; it raises IndexError for one that is none. `memories` are the states of the layers'
+    memories, short-term and long-term in turn, which have `scan`, `pending_key`, `pending_raw` and `store`, on a CPU `begin`
+    too (mmcore.model.state), and go on by these tokens; `position` counts the tokens before them; `padding`, int64 [B] or
+    None, those that fill each row on the left. Returns fp32 logits [B, V] after the last token, or without `last_only`
+    [B, T, V]. Equal to the layers run one by one, with sums in another order. The weights are looked at now: build a new step
+    when they change. A step belongs to one state; a CPU's makes one for another (`for_another_state()`).
 
     Raises HardwareError where `why_not` has a reason.
     """

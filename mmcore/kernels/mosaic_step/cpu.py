@@ -53,7 +53,8 @@ _Functions = _structure(
 
 _C = native.functions(
     Path(__file__).with_name("cpu.c"),
-    mm_mosaic_step=[_ADDRESS] * 3 + [_Weights, _ADDRESS, ctypes.c_int] + [_ADDRESS] * 3 + [_INT] * 2 + [_ADDRESS, ctypes.c_int],
+    mm_mosaic_step=[_ADDRESS] * 3 + [_Weights, _ADDRESS, ctypes.c_int] + [_ADDRESS] * 3 + [_INT] * 2
+    + [_ADDRESS, ctypes.c_int],
     mm_are_words=(ctypes.c_int, [_ADDRESS, _INT, _INT]),
     mm_mosaic_step_scratch=(_INT, [_ADDRESS, _INT, ctypes.c_int]),
 )
