@@ -164,16 +164,18 @@ def _measure_text(
     checkpoints: list[Path], data: list[Path], text_key: str, options: dict[str, Any], out: Path | None, as_json: bool
 ) -> None:
     from mmcli.evaluate_console import show_report, text_progress
+    from mmcore.evaluation import folders
     from mmcore.evaluation import report as reports
     from mmcore.evaluation.runner import Settings
     from mmcore.evaluation.runner import evaluate as measure
     from mmcore.evaluation.text import held_out_text, read_files
 
     settings = Settings(**options)
-    folder = reports.check_folder(out or reports.default_folder(checkpoints[0]))
+    folder = reports.check_folder(out or folders.default_folder(checkpoints[0]))
     text = read_files(data, text_key) if data else held_out_text(checkpoints[0])
     with text_progress() as progress:
         report = measure(checkpoints, text, settings, progress)
+    folder = out or folders.claim(folder)
     reports.write_results(report, folder)
     if as_json:
         print(json.dumps(report | {"folder": str(folder)}, indent=2))

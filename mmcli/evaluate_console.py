@@ -22,7 +22,7 @@ def show_report(report: dict[str, Any]) -> None:
     header, rows = reports.position_rows(report)
     if rows:
         console.print(table("Loss by position, nats a token", header, rows))
-    for sentence in (*reports.policy(report["results"][0]), *(f"Note: {note}." for note in report["notes"])):
+    for sentence in (*reports.policy(report), *(f"Note: {note}." for note in report["notes"])):
         console.print(sentence, soft_wrap=True)
 
 

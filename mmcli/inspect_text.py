@@ -23,7 +23,7 @@ def run_inspection(
     import mmcore
     from mmcore.checkpoint.load import weight_format
     from mmcore.errors import DataError
-    from mmcore.evaluation import inspection, report, runner, suite_report
+    from mmcore.evaluation import folders, inspection, runner
 
     try:
         text = file.read_text(encoding="utf-8")
@@ -38,11 +38,11 @@ def run_inspection(
     reads = inspection.inspect(model, ids, token)
     place = token + len(ids) if token < 0 else token
     pieces = [_piece(words, one) for one in ids]
-    folder = out or report.default_folder(checkpoint)
+    folder = out or folders.claim(folders.default_folder(checkpoint))
     title = f"{checkpoint}: what is read at token {place:,} ({pieces[place]!r}) of {file.name}"
     values = {"checkpoint": str(checkpoint), "file": str(file), "token": place, "text": pieces[place],
               "without": sorted(model.knocked_out), "reads": inspection.as_json(reads, place, pieces, STRONGEST)}
-    with suite_report.drafted(folder, last="inspection.json") as draft:
+    with folders.drafted(folder, last="inspection.json") as draft:
         inspection.plot(reads, place, title, [draft / f"inspection.{ending}" for ending in ("png", "svg")])
         written = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
         (draft / "inspection.json").write_text(written, encoding="utf-8")

@@ -1,74 +1,59 @@
-"""Results as files: results.json, results.md, by-position.png and .svg, in a folder that is whole or absent."""
+"""Results as files: results.json, results.md, by-position.png and .svg."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mmcore.errors import ConfigError, HardwareError
+from mmcore.errors import ConfigError
+from mmcore.evaluation.folders import drafted, require_writable
 
 COLOURS = ("#1f6fb4", "#c8452f", "#2f8a57", "#8458b3", "#b8860b", "#555555")
 RESULTS = "results.json"
-
-
-def default_folder(checkpoint: str | Path) -> Path:
-    """A fresh `eval-<time>` in the run of a checkpoint or in the folder of an exported one; of a single file, which may lie
-    among others' data, in the working folder."""
-    path = Path(checkpoint)
-    if path.is_file():
-        path = Path()
-    elif path.parent.name == "checkpoints":  # a training checkpoint is sealed by its manifest
-        path = path.parent.parent
-    elif path.name == "checkpoints":
-        path = path.parent
-    stem = time.strftime("eval-%Y%m%d-%H%M%S")
-    folder, count = path / stem, 1
-    while folder.exists():
-        count += 1
-        folder = path / f"{stem}-{count}"
-    return folder
+PICTURES = ("by-position.png", "by-position.svg")
+FILES = (RESULTS, "results.md", *PICTURES)
 
 
 def check_folder(folder: str | Path) -> Path:
-    """The folder, if results may be written there. Raises ConfigError where something else is in it, HardwareError
-    where it cannot be written; better before the measurement than after it."""
+    """The folder, if a report may be written there: none yet, an empty one, or one of an earlier report and nothing else.
+
+    Raises ConfigError where something else is in it, HardwareError where it cannot be written; better before the measurement
+    than after it.
+    """
     folder = Path(folder)
-    if folder.exists() and not (folder / RESULTS).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder} exists and holds no earlier results: give --out a new folder")
-    parent = next(path for path in folder.absolute().parents if path.exists())
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise HardwareError(f"{folder} cannot be written (no permission in {parent}): give --out another folder")
+    if folder.exists() and not (folder.is_dir() and _holds_own_files(folder)):
+        raise ConfigError(f"{folder} exists and holds other things than an earlier report: give --out a new folder")
+    require_writable(folder)
     return folder
 
 
-def write_results(report: dict[str, Any], folder: str | Path) -> list[Path]:
-    """Write a report's files, replacing earlier results of the same folder as a whole. Returns their paths.
+def _holds_own_files(folder: Path) -> bool:
+    found = {path.name for path in folder.iterdir()}
+    if RESULTS not in found:
+        return not found
+    try:
+        values = json.loads((folder / RESULTS).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return found <= set(FILES) and isinstance(values, dict) and {"text", "results", "notes"} <= values.keys()
 
-    Raises HardwareError where the disk refuses; nothing is left half-written.
+
+def write_results(report: dict[str, Any], folder: str | Path) -> list[Path]:
+    """Write a report's files, in place of those of an earlier one. Returns their paths.
+
+    Raises ConfigError as check_folder does, HardwareError where the disk refuses; nothing is left half-written.
     """
     folder = check_folder(folder)
-    draft = folder.parent / f".{folder.name}.tmp-{os.getpid()}"
-    try:
-        draft.mkdir(parents=True)
+    with drafted(folder, last=RESULTS) as draft:
         (draft / RESULTS).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         (draft / "results.md").write_text(markdown(report), encoding="utf-8")
         if any(result.get("by_position") for result in report["results"]):
-            plot(report, [draft / "by-position.png", draft / "by-position.svg"])
+            plot(report, [draft / name for name in PICTURES])
         names = sorted(path.name for path in draft.iterdir())
-        if folder.exists():
-            old = folder.parent / f".{folder.name}.old-{os.getpid()}"
-            folder.rename(old)
-            draft.rename(folder)
-            shutil.rmtree(old)
-        else:
-            draft.rename(folder)
-    except OSError as error:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise HardwareError(f"{folder} cannot be written ({error.strerror}): give --out another folder") from error
+        for name in set(PICTURES) - set(names):
+            (folder / name).unlink(missing_ok=True)
     return [folder / name for name in names]
 
 
@@ -125,7 +110,7 @@ def markdown(report: dict[str, Any]) -> str:
     text = report["text"]
     lines = [f"# Evaluation on {text['name']}", "", f"{text['documents']:,} documents, {text['bytes']:,} bytes.", ""]
     lines += _markdown_table(*summary_rows(report))
-    lines += ["", *(sentence for result in report["results"][:1] for sentence in policy(result))]
+    lines += ["", *policy(report)]
     header, rows = position_rows(report)
     if rows:
         lines += ["", "## Loss by position (nats a token)", "", *_markdown_table(header, rows), "",
@@ -135,19 +120,33 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def policy(result: dict[str, Any]) -> list[str]:
-    """How the figures of a result came about, in sentences."""
-    windows = f"windows of {result['context']:,} tokens that advance by {result['stride']:,}"
-    seen = f"{result['context'] - result['stride'] + 1:,} to {result['context']:,} tokens"
-    lines = [f"Every token is scored once, in {windows}: past a document's first window it is predicted from {seen}."]
-    found = result.get("by_position")
-    if found:
-        what = "joined documents" if found["concatenated"] else "documents long enough"
-        lines.append(
-            f"By position: {found['sequences']:,} sequences of {found['longest']:,} tokens from {what}, each read "
-            f"whole from an empty memory."
-        )
-    return lines
+def policy(report: dict[str, Any]) -> list[str]:
+    """How the figures of a report came about, in sentences; of each result where they differ."""
+    results = report["results"]
+    lines = _alike(report, [(result["context"], result["stride"]) for result in results], _windows)
+    if len({result["context"] for result in results}) > 1:
+        least = min(result["context"] for result in results)
+        lines.append(f"What is predicted from less text has a higher loss: --context {least} reads all in windows alike.")
+    positions = [result.get("by_position") for result in results]
+    return lines + _alike(report, [found and (found["sequences"], found["longest"], found["concatenated"])
+                                   for found in positions], _sequences)  # fmt: skip
+
+
+def _alike(report: dict[str, Any], facts: list[Any], say: Callable[..., str]) -> list[str]:
+    """What `say` says of facts, once where all have the same; None has nothing to say."""
+    if len(set(facts)) == 1:
+        return [say(*facts[0])] if facts[0] else []
+    return [f"{name}: {say(*fact)}" for name, fact in zip(names(report), facts, strict=True) if fact]
+
+
+def _windows(context: int, stride: int) -> str:
+    return (f"Every token is scored once, in windows of {context:,} tokens that advance by {stride:,}: past a document's "
+            f"first window it is predicted from {context - stride + 1:,} to {context:,} tokens.")  # fmt: skip
+
+
+def _sequences(count: int, longest: int, joined: bool) -> str:
+    what = "joined documents" if joined else "documents long enough"
+    return f"By position: {count:,} sequences of {longest:,} tokens from {what}, each read whole from an empty memory."
 
 
 def _markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:

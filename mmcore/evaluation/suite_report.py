@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import json
-import os
 import shlex
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mmcore.errors import HardwareError
 from mmcore.evaluation import suite_plots
+from mmcore.evaluation.folders import drafted
 from mmcore.evaluation.journal import NAME as ITEMS
 from mmcore.evaluation.suite_plots import Picture
 from mmcore.evaluation.suite_tables import TITLES, Cell, Table, labels, tables
@@ -56,23 +52,6 @@ def write(report: dict[str, Any], folder: str | Path) -> list[Path]:
         (draft / "results.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         names = sorted(path.name for path in draft.iterdir())
     return [Path(folder) / name for name in (*names, ITEMS)]
-
-
-@contextlib.contextmanager
-def drafted(folder: str | Path, last: str) -> Iterator[Path]:
-    """A folder for files that move into `folder` when the block ends well, each in one step, `last` after all others.
-
-    Raises HardwareError where the disk refuses.
-    """
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".draft-") as name:
-            yield Path(name)
-            for path in sorted(Path(name).iterdir(), key=lambda path: (path.name == last, path.name)):
-                os.replace(path, folder / path.name)
-    except OSError as error:
-        raise HardwareError(f"{folder} cannot be written ({error.strerror}): give --out another folder") from error
 
 
 def summary(report: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ from mmcore.checkpoint.disk import hash_file
 from mmcore.checkpoint.formats import Checkpoint, open_checkpoint
 from mmcore.checkpoint.load import model_from, weight_format
 from mmcore.errors import ConfigError
-from mmcore.evaluation import suite_data
+from mmcore.evaluation import folders, suite_data
 from mmcore.evaluation.in_context import suite as in_context
 from mmcore.evaluation.in_context.datasets import prefixes
 from mmcore.evaluation.in_context.prompts import KINDS, draw_shots
@@ -220,11 +220,9 @@ def open_subject(path: str | Path) -> Subject:
 def default_folder(checkpoints: Sequence[str | Path], settings: SuiteSettings, data: Sequence[str | Path]) -> Path:
     """`eval-suite-<hash of what is asked>` in the first checkpoint's run or folder, so that the same command finds
     what an interrupted one left."""
-    from mmcore.evaluation.report import default_folder as fresh
-
     asked = key_of([str(Path(path).absolute()) for path in checkpoints], dataclasses.asdict(settings),
                    [str(Path(path).absolute()) for path in data])
-    return fresh(checkpoints[0]).parent / f"eval-suite-{asked[:12]}"
+    return folders.default_folder(checkpoints[0]).parent / f"eval-suite-{asked[:12]}"
 
 
 def describe(subject: Subject, without: Sequence[str], tokenizer: Any) -> dict[str, Any]:

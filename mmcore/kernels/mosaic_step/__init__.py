@@ -94,8 +94,8 @@ def mosaic_step(
     memories, short-term and long-term in turn, which have `scan`, `pending_key`, `pending_raw` and `store`, on a CPU `begin`
     too (mmcore.model.state), and go on by these tokens; `position` counts the tokens before them; `padding`, int64 [B] or
     None, those that fill each row on the left. Returns fp32 logits [B, V] after the last token, or without `last_only`
-    [B, T, V]. Equal to the layers run one by one, with sums in another order. The weights are looked at now: build a new step
-    when they change. A step belongs to one state; a CPU's makes one for another (`for_another_state()`).
+    [B, T, V]. Equal to the layers run one by one, with sums in another order. The weights are looked at now: build a new
+    step when they change. A step belongs to one state; a CPU's makes one for another (`for_another_state()`).
 
     Raises HardwareError where `why_not` has a reason.
     """
