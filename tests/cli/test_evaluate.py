@@ -56,12 +56,12 @@ def place(tmp_path, tokenizer, monkeypatch):
     return tmp_path
 
 
-def make_run(place, tokenizer, **data):
-    """A run folder with one checkpoint, whose recipe says what was held out."""
+def make_run(place, tokenizer, state=None, **data):
+    """A run folder with one checkpoint, whose recipe says what was held out, and `state` what it was trained on."""
     model = tiny()
     values = {"model": {"vocab_size": 300}, "data": {"sources": [{"path": str(place / "text.txt")}], **data}}
     save_checkpoint(
-        place / "run", 1, model={name: p.detach() for name, p in model.named_parameters()}, optimizer={}, state={},
+        place / "run", 1, model={name: p.detach() for name, p in model.named_parameters()}, optimizer={}, state=state or {},
         config=config_json(model.config, torch.float32, tokenizer.bos_id, tokenizer.eos_id),
         files={"recipe.yaml": yaml.safe_dump(values).encode(), **tokenizer.files()},
     )
@@ -129,6 +129,17 @@ def test_held_out_documents_are_the_default(place, capsys, tokenizer):
     assert report["folder"].startswith(str(folder / "eval-"))
     everything = evaluated(capsys, folder, "--data", "text.txt")
     assert everything["text"]["bytes"] > report["text"]["bytes"]
+
+
+def test_other_data_than_were_trained_on_hold_nothing_out(place, capsys, tokenizer):
+    """A document that is gone moves others from training to what is held out, or the path means other files here."""
+    config = DataConfig(sources=[SourceConfig(path=str(place / "text.txt"))], validation_fraction=0.3)
+    identity = prepare(config, tokenizer).fingerprint["identity"]
+    folder = make_run(place, tokenizer, {"data_identity": identity}, validation_fraction=0.3)
+    assert "held out" in evaluated(capsys, folder, "--longest", "0")["text"]["name"]
+    (place / "text.txt").write_text("\n<|endoftext|>\n".join(DOCUMENTS[1:]))
+    assert "not those it was trained on" in complaint(capsys, folder, "--longest", "0")
+    assert evaluated(capsys, folder, "--data", "text.txt", "--longest", "0")["results"]
 
 
 def test_a_longer_context_is_said(place, capsys):

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from mmcore.errors import ConfigError, HardwareError
+from mmcore.evaluation import folders
 from mmcore.evaluation import report as reports
 
 
@@ -61,9 +62,53 @@ def test_earlier_results_are_replaced_as_a_whole(tmp_path):
 
 def test_other_folders_are_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(ConfigError, match="holds no earlier results"):
+    with pytest.raises(ConfigError, match="other things than an earlier report"):
         reports.check_folder(tmp_path)
     assert os.listdir(tmp_path) == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("others", [
+    {"results.json": '{"mine": 1}'}, {"results.json": "no JSON"}, {"results.json": '{"mine": 1}', "code.py": "x"},
+    {"results.json": json.dumps(report(result("runs/a"))), "thesis.tex": "years"},
+    {"results.json": json.dumps(report(result("runs/a"))), "items.jsonl": "{}", "report.html": "of suites"},
+])  # fmt: skip
+def test_files_of_others_are_left_alone(tmp_path, others):
+    """Also beside results, and where they are called as ours are."""
+    for name, text in others.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match="other things than an earlier report"):
+        reports.write_results(report(result("runs/b")), tmp_path)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == others
+
+
+def test_the_working_folder_and_a_link(tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    reports.write_results(report(result("runs/a")), tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "empty" / "results.json").is_file()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    reports.write_results(report(result("runs/a")), ".")
+    assert sorted(os.listdir(tmp_path)) == ["empty", "here", "link"]
+    assert "results.json" in os.listdir(tmp_path / "here")
+
+
+def test_two_results_of_one_second(tmp_path):
+    """Both asked for a folder before either had written."""
+    wanted = [folders.default_folder(tmp_path) for _ in range(2)]
+    for folder, name in zip(wanted, "ab", strict=True):
+        reports.write_results(report(result(f"runs/{name}")), folders.claim(folder))
+    found = [json.loads((folder / "results.json").read_text())["results"][0]["checkpoint"] for folder in tmp_path.iterdir()]
+    assert sorted(found) == ["runs/a", "runs/b"]
+
+
+def test_unequal_windows_are_said():
+    one, other = result("runs/a"), result("runs/b") | {"context": 64, "stride": 32}
+    (alike,) = {*reports.policy(report(one, one))[:1]}
+    assert alike.startswith("Every token is scored once, in windows of 32 tokens that advance by 16:")
+    said = reports.policy(report(one, other))
+    assert said[0].startswith("a: ") and "windows of 32 tokens" in said[0]
+    assert said[1].startswith("b: ") and "windows of 64 tokens" in said[1] and "--context 32" in said[2]
 
 
 def test_nothing_half_written(tmp_path, monkeypatch):
@@ -99,7 +144,7 @@ def test_the_same_checkpoint_twice():
 def test_default_folder_is_in_the_run(tmp_path):
     for given, parent in (("run", "run"), ("run/checkpoints/step-000010", "run"), ("exported", "exported")):
         (tmp_path / given).mkdir(parents=True, exist_ok=True)
-        assert reports.default_folder(tmp_path / given).parent == tmp_path / parent
+        assert folders.default_folder(tmp_path / given).parent == tmp_path / parent
     model = tmp_path / "model.bin"
     model.touch()
-    assert reports.default_folder(model).parent == Path(), "others' data lie beside a file"
+    assert folders.default_folder(model).parent == Path(), "others' data lie beside a file"
