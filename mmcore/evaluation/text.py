@@ -59,7 +59,7 @@ def held_out_text(checkpoint: str | Path) -> Text:
     Raises ConfigError where the checkpoint does not know its run (an exported one) or has learnt conversations, and DataError
     where the data are not those that it was trained on: what is held out of others may have been learnt.
     """
-    from mmcore.checkpoint import load_state
+    from mmcore.checkpoint.store import load_state
     from mmcore.checkpoint.resolve import resolve_checkpoint
     from mmcore.data import prepare
     from mmcore.data.tokenizer_files import load_tokenizer

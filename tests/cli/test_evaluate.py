@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from mmcli.app import run
 from mmcore.checkpoint.formats.modelconfig import config_json
 from mmcore.checkpoint.store import save_checkpoint
-from mmcore.config import ModelConfig
-from mmcore.data import train_sentencepiece
+from mmcore.config import DataConfig, ModelConfig, SourceConfig
+from mmcore.data import prepare, train_sentencepiece
 from mmcore.model import build_model
 
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards hum and the cat sleeps".split()
@@ -173,7 +173,7 @@ def test_mistakes_are_answered_with_one_line(place, capsys, tokenizer):
     assert "there is none: give --data" in complaint(capsys, "mosaic", "--text-key", "body")
     assert "--context is 0" in complaint(capsys, "mosaic", "--data", "text.txt", "--context", "0")
     assert "--max-tokens" in complaint(capsys, "mosaic", "--data", "text.txt", "--max-tokens", "-5")
-    assert "no earlier results" in complaint(capsys, "mosaic", "--data", "text.txt", "--out", ".")
+    assert "other things than an earlier report" in complaint(capsys, "mosaic", "--data", "text.txt", "--out", ".")
     assert not list((place / "mosaic").glob("eval-*"))
 
 
