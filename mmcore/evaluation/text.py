@@ -56,11 +56,11 @@ def read_files(paths: Sequence[str | Path], text_key: str = "text") -> Text:
 def held_out_text(checkpoint: str | Path) -> Text:
     """The documents that a checkpoint's run held out of its training, as text.
 
-    Raises ConfigError where the checkpoint does not know its run (an exported one) or has learnt conversations, and DataError
-    where the data are not those that it was trained on: what is held out of others may have been learnt.
+    Raises ConfigError where the checkpoint does not know its run (an exported one) or has learnt conversations, and
+    DataError where the data are not those that it was trained on: what is held out of others may have been learnt.
     """
-    from mmcore.checkpoint.store import load_state
     from mmcore.checkpoint.resolve import resolve_checkpoint
+    from mmcore.checkpoint.store import load_state
     from mmcore.data import prepare
     from mmcore.data.tokenizer_files import load_tokenizer
 
@@ -75,8 +75,8 @@ def held_out_text(checkpoint: str | Path) -> Text:
     corpus = prepare(data, tokenizer)
     if load_state(folder).state.get("data_identity", corpus.fingerprint["identity"]) != corpus.fingerprint["identity"]:
         raise DataError(
-            f"the data that the recipe of {checkpoint} names are not those it was trained on (they changed, or lie elsewhere "
-            f"seen from this folder), so what they hold out now may have been learnt: restore them, or give --data FILE"
+            f"the data that the recipe of {checkpoint} names are not those it was trained on (they changed, or lie elsewhere"
+            f" seen from this folder), so what they hold out now may have been learnt: restore them, or give --data FILE"
         )
     store = corpus.validation
     if store is None:

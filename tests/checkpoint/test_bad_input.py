@@ -199,6 +199,19 @@ def test_force_never_removes_what_conversion_did_not_write(tmp_path, source, ref
     assert (tmp_path / "model.pt").read_text() == "my own notes"
 
 
+@pytest.mark.parametrize("config, others", [(True, ["train.py"]), (True, ["README.md", "NOTES.txt"]), (False, ["config.json"])])
+def test_force_keeps_folders_with_files_of_others(tmp_path, source, refused, config, others):
+    """Beside an export, and in a folder that merely has a config.json of its own."""
+    if config:
+        assert run(["convert", str(source), str(tmp_path / "out")]) == 0
+    (tmp_path / "out").mkdir(exist_ok=True)
+    for name in others:
+        (tmp_path / "out" / name).write_text("{}")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert "exported checkpoint" in refused(source, "--force")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
 def test_a_run_that_went_on_from_a_conversion_is_not_replaced(tmp_path, source, refused):
     assert run(["convert", str(source), str(tmp_path / "run"), "--to", "train"]) == 0
     save(tmp_path / "run", 5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,6 +25,11 @@ from mmcore.errors import CheckpointError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
                    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja")  # fmt: skip
+_EXPORTED = re.compile(
+    r"config\.json|generation_config\.json|certificate\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+    rf"|[a-z]+_memory_mosaics\.py|{'|'.join(map(re.escape, TOKENIZER_FILES))}"
+)
+"""The names of files that an export consists of: where there are others, the folder is not ours to replace."""
 _EXPORT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -171,6 +177,8 @@ def may_replace(folder: Path, force: bool) -> None:
         return
     if not force:
         raise CheckpointError(f"{folder} is there already: choose another name, or replace it with --force")
-    exported = (folder / "config.json").is_file() and not (folder / manifest.NAME).exists()
-    if not exported or any(not entry.is_file() for entry in entries):
-        raise CheckpointError(f"{folder} holds more than an exported checkpoint: choose another name")
+    found = {entry.name for entry in entries}
+    more = sorted(entry.name for entry in entries if not (entry.is_file() and _EXPORTED.fullmatch(entry.name)))
+    if more or "config.json" not in found or not any(name.startswith("model") for name in found):
+        what = f"holds more than an exported checkpoint ({shown(more[0])})" if more else "is no exported checkpoint"
+        raise CheckpointError(f"{folder} {what}: choose another name")
