@@ -43,7 +43,8 @@ def load_model(
     inference (LanguageModel.quantize), and the rest as in the file. without: memories that read as empty, such as
     ("long_term",). kernels: the implementation of every kernel. Peak memory is the model plus one tensor, and for int8
     the model in the file's dtype. Raises CheckpointError for a checkpoint that is damaged or does not fit,
-    HardwareError for a device that is not there, ConfigError for a memory that the model does not have.
+    HardwareError for a device that is not there, ConfigError for a memory or a kernel that the model does not have, or a
+    dtype that no weights have.
     """
     return model_from(open_checkpoint(path), dtype=dtype, device=device, without=without, kernels=kernels)
 
@@ -59,6 +60,8 @@ def model_from(
     from mmcore.kernels.allocator import move_to_huge_pages
     from mmcore.model import build_model  # here, so that opening a checkpoint does not load the kernels
 
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype is torch.int8)):
+        raise ConfigError(f"dtype is {dtype!r}: give a torch.dtype of floats, such as torch.bfloat16, or torch.int8")
     where = _device(device)
     with torch.device("meta"):
         model = build_model(checkpoint.config, kernels)
@@ -66,7 +69,7 @@ def model_from(
     if dtype is torch.int8:
         model.quantize()
     move_to_huge_pages(model)
-    model.without(tuple(without))
+    model.without((without,) if isinstance(without, str) else tuple(without))
     ends = checkpoint.config_json.get("eos_token_id")
     model.stop_ids = frozenset() if ends is None else frozenset([ends] if isinstance(ends, int) else ends)
     return model.eval()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmcore.errors import ConfigError
 from mmcore.generation import sampling as drawing
-from mmcore.generation.engine import check_length, checked_ids, chunk_of, default_stop_ids
+from mmcore.generation.engine import check_length, checked_ids, chunk_of, default_stop_ids, drawable
 from mmcore.generation.sampling import Draw, Sampling, uniform
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def generate_batch(
     check_length(max_new_tokens)
     sampling = Sampling(temperature, top_k, top_p, seed)
     size = model.config.vocab_size
+    words = drawable(vocab_size, size)
     rows = [checked_ids(prompt, size) for prompt in prompts]
     if not rows or not all(rows):
         raise ConfigError("a prompt is empty: give each at least one token, such as the tokenizer's bos_id")
@@ -55,7 +56,7 @@ def generate_batch(
 
     def draw(logits_BV: Tensor, count: int) -> Draw:
         points = [uniform(seed + i, len(row) + count) if temperature else 0.0 for i, row in enumerate(rows)]
-        return Draw(logits_BV[:, : vocab_size or size], sampling, points)
+        return Draw(logits_BV[:, :words], sampling, points)
 
     return draw_rows(model, state, logits_BV, draw, stops, max_new_tokens)
 

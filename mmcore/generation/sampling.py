@@ -8,6 +8,7 @@ state has to be kept, and the CPU and a GPU draw the same numbers.
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,8 @@ ASYNCHRONOUS = ("cuda",)
 """Devices that work while the host does other things: a draw asks them once, and sessions read ahead there."""
 _PART = 1024  # logits of a part, or what divides both it and all of them, if that is a sixteenth of it at least
 _NOT_FINITE, _FURTHER = -1, -2
+_COLDEST = torch.finfo(torch.float32).tiny
+"""Temperatures below it would be 0 in fp32, and 0 / 0 the best token's weight; at it all others have none."""
 _DAMAGED = "the model's logits are not finite: the weights are damaged, or too large for this dtype (try float32)"
 
 
@@ -44,14 +47,17 @@ class Sampling:
         problems = []
         if not _is_number(self.temperature) or not 0 <= self.temperature < math.inf:
             problems.append(f"temperature is {self.temperature!r}: it must be a number, 0 (greedy) or above")
-        if self.top_k is not None and (not _is_whole(self.top_k) or self.top_k < 1):
+        if self.top_k is not None and (not is_whole(self.top_k) or self.top_k < 1):
             problems.append(f"top_k is {self.top_k!r}: it must be a whole number of at least 1, or none for all")
         if self.top_p is not None and (not _is_number(self.top_p) or not 0 < self.top_p <= 1):
             problems.append(f"top_p is {self.top_p!r}: it must lie above 0 and at most at 1, or be none for all")
-        if not _is_whole(self.seed) or not 0 <= self.seed <= _MASK:
+        if not is_whole(self.seed) or not 0 <= self.seed <= _MASK:
             problems.append(f"seed is {self.seed!r}: it must be a whole number from 0 to 2^64 - 1")
         if problems:
             raise ConfigError("; ".join(problems))
+        for name, kind in (("temperature", float), ("top_k", int), ("top_p", float), ("seed", int)):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, kind(getattr(self, name)))  # NumPy's numbers count as others do, but overflow
 
 
 def uniform(seed: int, position: int) -> float:
@@ -178,7 +184,7 @@ def _candidates(
     logits = logits if logits.dtype == torch.float64 else logits.float()
 
     def weigh(values: Tensor) -> Tensor:
-        return (values - best).div_(sampling.temperature).exp_()
+        return (values - best).div_(max(sampling.temperature, _COLDEST)).exp_()
 
     keep = size if sampling.top_k is None else min(sampling.top_k, size)
     if sampling.top_p is None or sampling.top_p == 1:
@@ -222,8 +228,9 @@ def _require_finite(best: Tensor) -> None:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def is_whole(value: object) -> bool:
+    """Whether a value is an integer, Python's or NumPy's, and no bool."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)

@@ -18,6 +18,7 @@ import torch
 from mmcore.errors import ConfigError, HardwareError
 from mmcore.kernels import native
 
+NAMES = ("auto", "reference", "blocked", "cpu", "triton")
 _FORCED = os.environ.get("MM_KERNELS", "auto")
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _NO_COMPILER = native.why_not() if _FORCED in ("auto", "cpu") else None

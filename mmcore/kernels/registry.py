@@ -21,7 +21,6 @@ from typing import Any
 import torch
 import torch.compiler.config
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 _LIBRARY = torch.library.Library("mm", "DEF")
 _DEVICES = ("CPU", "CUDA")
@@ -66,13 +65,31 @@ def operator(
             ctx.set_materialize_grads(False)
             keep(ctx, inputs, output)
 
-        @once_differentiable
         def gradients(ctx, *given):
-            return (None,) * len(ctx.needs_input_grad) if all(g is None for g in given) else backward(ctx, *given)
+            if all(g is None for g in given):
+                return (None,) * len(ctx.needs_input_grad)
+            with torch.no_grad():
+                found = backward(ctx, *given)
+            if torch.is_grad_enabled():  # create_graph: PyTorch's once_differentiable takes what we saved for constants
+                found = tuple(g if g is None else _Last.apply(g, name, torch.empty(0, requires_grad=True)) for g in found)
+            return found
 
         torch.library.register_autograd(f"mm::{name}", gradients, setup_context=setup, lib=_LIBRARY)
         _DIFFERENTIABLE[name] = made
     return made
+
+
+class _Last(torch.autograd.Function):
+    """A gradient that has none itself."""
+
+    @staticmethod
+    def forward(ctx, gradient, name, _):
+        ctx.name = name
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(f"mm::{ctx.name} has no second derivatives: build or load the model with kernels='reference'")
 
 
 def operators(*kernels: str) -> tuple[Any, ...]:

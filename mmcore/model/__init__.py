@@ -16,12 +16,16 @@ if TYPE_CHECKING:
 def build_model(config: ModelConfig, kernels: str = "auto") -> LanguageModel:
     """The model that `config.model_type` names, with unset weights on torch's default device (meta works).
 
-    `kernels` is the implementation given to every kernel: auto, or one by name.
+    `kernels` is the implementation given to every kernel: auto, or one by name. Raises ConfigError for a name that is none.
     """
+    from mmcore.errors import ConfigError
+    from mmcore.kernels.dispatch import NAMES
     from mmcore.model.mosaic import build_mosaic
     from mmcore.model.transformer import build_transformer
     from mmcore.model.v1 import build_v1
 
+    if kernels not in NAMES:
+        raise ConfigError(f"kernels is {kernels!r}: choose one of {', '.join(NAMES)}")
     builders = {"memory_mosaics_v2": build_mosaic, "memory_mosaics_v1": build_v1}
     return builders.get(config.model_type, build_transformer)(config, kernels)
 

@@ -11,7 +11,7 @@ from mmcore.config import ModelConfig
 from mmcore.errors import ConfigError
 from mmcore.kernels.linear_cross_entropy import linear_cross_entropy
 from mmcore.model.documents import packing
-from mmcore.model.layers import Linear, RMSNorm, draw_normal, fan_in_sigma
+from mmcore.model.layers import Linear, RMSNorm, advanced, draw_normal, fan_in_sigma
 from mmcore.model.state import DecodingState
 
 
@@ -108,8 +108,12 @@ class LanguageModel(nn.Module):
     def hidden(self, tokens: Tensor, documents: Tensor | None = None, delay: int | None = None) -> Tensor:
         """Activations after the last norm, [B, T, d], for tokens int64 [B, T] and document ids int [B, T].
 
-        `delay` is m of the long-term memories; None takes the configuration's, which is for inference.
+        `delay` is m of the long-term memories; None takes the configuration's, which is for inference. Raises ConfigError
+        for other shapes.
         """
+        if tokens.ndim != 2 or (documents is not None and documents.shape != tokens.shape):
+            shapes = " and ".join(str(list(x.shape)) for x in (tokens, documents) if x is not None)
+            raise ConfigError(f"tokens, and documents where they are given, must be [rows, tokens], and are {shapes}")
         delay = self.config.long_term_delay if delay is None else delay
         where = packing(documents)
         x = self.embed(tokens)
@@ -183,7 +187,7 @@ class LanguageModel(nn.Module):
             states = {name: state.memories[f"layers.{depth}.{name}"] for name in layer.READS}
             # The last layer need not finish positions that nobody asks for: 9 % of a prefill at 8 layers.
             wanted = 1 if last_only and depth == last else T
-            x = layer.advance(x, states, self.config.long_term_delay, self.knocked_out, wanted)
+            x = advanced(layer, x, states, self.config.long_term_delay, self.knocked_out, wanted)
         state.length += T
         logits = self.lm_head(self.model.norm(x))
         return logits[:, -1] if last_only else logits

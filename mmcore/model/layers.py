@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,15 @@ class Linear(nn.Linear):
         self.register_buffer("rounded", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return project(x, self)[0]
+        return _products(x, [self])[0]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear:
+        """Whatever dtype a model is taken to, scales stay fp32, as kernels read them."""
+        scale = self.scale
+        super()._apply(fn, recurse)
+        if scale is not None and not scale.is_meta and self.scale.dtype is not scale.dtype:
+            self.scale = scale.to(self.scale.device)
+        return self
 
     def matrix(self) -> Matrix:
         """The weight as kernels take it."""
@@ -67,11 +76,46 @@ class Linear(nn.Linear):
         """Left unset: `init_weights` draws every parameter, also after a build on the meta device."""
 
 
+def hooked(module: nn.Module) -> bool:
+    """Whether something is to be called with the module: pruning, steering, whoever looks at activations."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def advanced(module: nn.Module, *arguments: Any) -> Tensor:
+    """module.advance(*arguments), called as the module itself is: with its forward hooks."""
+    if not hooked(module):
+        return module.advance(*arguments)
+    for number, hook in module._forward_pre_hooks.items():
+        more = ({},) if number in module._forward_pre_hooks_with_kwargs else ()
+        changed = hook(module, arguments, *more)
+        if changed is not None:
+            changed = changed[0] if more else changed
+            arguments = (*changed, *arguments[len(changed) :]) if isinstance(changed, tuple) else (changed, *arguments[1:])
+    result = module.advance(*arguments)
+    for number, hook in module._forward_hooks.items():
+        more = ({},) if number in module._forward_hooks_with_kwargs else ()
+        changed = hook(module, arguments, *more, result)
+        result = result if changed is None else changed
+    return result
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a layer does what Linear does and nothing else, so that its weight is all there is to know."""
+    return isinstance(layer, Linear) and type(layer).forward is Linear.forward and not hooked(layer)
+
+
 def project(x: Tensor, *layers: nn.Module, narrow: bool = False) -> list[Tensor]:
-    """Several projections of one input, as one product where they are Linear: [..., in] -> [..., out] each. What has
-    taken a Linear's place (float8) is called as it is. `narrow`: they are wanted in the dtype of autocast on a CPU too."""
-    if not all(isinstance(layer, Linear) for layer in layers):
+    """Several projections of one input, as one product where they are plain: [..., in] -> [..., out] each. What has taken
+    a Linear's place (float8, an adapter) is called as it is. `narrow`: they are wanted in the dtype of autocast on a CPU
+    too."""
+    if not all(map(is_plain, layers)):
         return [layer(x) for layer in layers]
+    return _products(x, layers, narrow)
+
+
+def _products(x: Tensor, layers: Sequence[Linear], narrow: bool = False) -> list[Tensor]:
     few = x.numel() <= MOST_ROWS * x.shape[-1]
     if few and x.is_cpu and not torch.is_grad_enabled():
         return [thin_linear(x, layer.weight, layer.scale) for layer in layers]

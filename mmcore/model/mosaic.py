@@ -18,7 +18,17 @@ from mmcore.kernels.mosaic_step import LayerWeights
 from mmcore.kernels.recompute import cheap
 from mmcore.model.documents import Packing
 from mmcore.model.language_model import LanguageModel
-from mmcore.model.layers import Linear, PersistentMemory, RMSNorm, draw_normal, fan_in_sigma, project
+from mmcore.model.layers import (
+    Linear,
+    PersistentMemory,
+    RMSNorm,
+    advanced,
+    draw_normal,
+    fan_in_sigma,
+    hooked,
+    is_plain,
+    project,
+)  # fmt: skip
 from mmcore.model.memories import ContextualMemory
 from mmcore.model.state import AttentionState, DecodingState, MemoryState
 
@@ -60,7 +70,7 @@ class TwoMemoryBlock(nn.Module):
         def read(name: str, delay: int) -> Tensor:
             if name in without:
                 return torch.zeros_like(y)
-            return getattr(self, name)(y, packing, delay, projected=projected.pop(name))
+            return getattr(self, name)(y, packing, delay, projected=projected.pop(name, None))
 
         return self._finish(x_BTd, read("short_term", self.SHORT_DELAY), read("long_term", delay), without)
 
@@ -74,14 +84,21 @@ class TwoMemoryBlock(nn.Module):
         def read(name: str, delay: int) -> Tensor:
             if name in without:
                 return torch.zeros_like(x)
-            return getattr(self, name).advance(y, states[name], delay, wanted, projected.pop(name))
+            return advanced(getattr(self, name), y, states[name], delay, wanted, projected.pop(name, None))
 
         return self._finish(x, read("short_term", self.SHORT_DELAY), read("long_term", delay), without)
 
+    def all_projections(self) -> list[nn.Module]:
+        """Every layer with a matrix."""
+        persistent = self.persistent
+        return [*self.short_term.projections(), *self.long_term.projections(), self.out_proj,
+                persistent.gate_proj, persistent.up_proj, persistent.down_proj]
+
     def _projected(self, y_BTd: Tensor, without: frozenset[str]) -> dict[str, list[Tensor]]:
         """All projections of y as one call: gates and decays of both memories are one product on a GPU, and on a CPU y is
-        read once and its gradient summed once."""
-        parts = {name: getattr(self, name).projections() for name in self.READS if name not in without}
+        read once and its gradient summed once. A memory whose hooks may change what it is given makes its own."""
+        memories = {name: getattr(self, name) for name in self.READS if name not in without}
+        parts = {name: memory.projections() for name, memory in memories.items() if not hooked(memory)}
         results = iter(project(y_BTd, *(layer for part in parts.values() for layer in part)) if parts else ())
         return {name: [next(results) for _ in part] for name, part in parts.items()}
 
@@ -136,8 +153,11 @@ class MosaicBlock(TwoMemoryBlock):
     def whole_step(model: LanguageModel) -> Callable | bool:
         """The compiled step of a whole mosaic, or False where it cannot run."""
         config = model.config
-        if not config.gated_keys or not all(hasattr(layer.out_proj, "matrix") for layer in model.model.layers):
-            return False  # float8 has taken the place of Linear
+        projections = [projection for layer in model.model.layers for projection in layer.all_projections()]
+        if not config.gated_keys or not all(map(is_plain, (*projections, model.lm_head))):
+            return False  # something else (float8, an adapter) has taken the place of a Linear
+        if any(hooked(module) for module in model.modules() if module is not model):
+            return False  # the step calls no module
         layers = [layer.step_weights(config.long_term_delay) for layer in model.model.layers]
         classifier = model.lm_head.matrix()
         if mosaic_step.why_not(layers, classifier):

@@ -15,7 +15,7 @@ from mmcore.config import ModelConfig
 from mmcore.kernels.memory_read import memory_read
 from mmcore.model.documents import Packing
 from mmcore.model.language_model import LanguageModel
-from mmcore.model.layers import Linear, PersistentMemory, RMSNorm, draw_normal, fan_in_sigma, project
+from mmcore.model.layers import Linear, PersistentMemory, RMSNorm, advanced, draw_normal, fan_in_sigma, project
 from mmcore.model.mosaic import TwoMemoryBlock
 from mmcore.model.state import AttentionState, DecodingState
 
@@ -130,7 +130,7 @@ class LlamaBlock(nn.Module):
     ) -> Tensor:
         x = x_BTd[:, -wanted:]
         if "attention" not in without:
-            x = x + self.self_attn.advance(self.input_layernorm(x_BTd), states["attention"], 0, wanted)
+            x = x + advanced(self.self_attn, self.input_layernorm(x_BTd), states["attention"], 0, wanted)
         return self._finish(x, without)
 
     def _finish(self, x_BTd: Tensor, without: frozenset[str]) -> Tensor:

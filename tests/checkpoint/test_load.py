@@ -113,3 +113,22 @@ def test_a_checkpoint_without_a_tokenizer(tmp_path):
     path = write_exported(tmp_path / "out", MOSAIC, weights())
     with pytest.raises(CheckpointError, match="has no tokenizer: put its tokenizer.json or tokenizer.model there"):
         mmcore.load_tokenizer(path)
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"dtype": "float32"}, "dtype is 'float32': give a torch.dtype"), ({"dtype": torch.int32}, "dtype is torch.int32"),
+    ({"kernels": "x"}, "kernels is 'x': choose one of auto, reference"), ({"without": "short"}, "no memory 'short'"),
+])  # fmt: skip
+def test_settings_that_a_model_cannot_have(tmp_path, settings, message):
+    path = write_exported(tmp_path / "out", MOSAIC, weights())
+    with pytest.raises(ConfigError, match=message):
+        mmcore.load_model(path, **settings)
+    assert mmcore.load_model(path, without="long_term").knocked_out == {"long_term"}
+
+
+@pytest.mark.parametrize("tokens, documents", [([7], None), ([2, 7], [7]), ([2, 7], [2, 6]), ([1, 2, 7], None)])
+def test_shapes_that_are_no_batch(tmp_path, tokens, documents):
+    model = mmcore.load_model(write_exported(tmp_path / "out", MOSAIC, weights()))
+    given = [torch.zeros(shape, dtype=torch.int64) for shape in (tokens, documents) if shape is not None]
+    with pytest.raises(ConfigError, match=r"must be \[rows, tokens\]"):
+        model(*given)

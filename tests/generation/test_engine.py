@@ -4,6 +4,7 @@ import json
 import os
 import stat
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -229,8 +230,13 @@ def test_generate_goes_on_from_a_state():
         assert state.length == len(PROMPT) + count  # whatever the device: every id but the last one given out
 
 
-def test_prompts_may_be_tensors():
-    assert list(generate(FakeModel(), torch.tensor(PROMPT), max_new_tokens=5)) == greedy(FakeModel(), PROMPT, 5)
+@pytest.mark.parametrize("prompt", [
+    torch.tensor(PROMPT), torch.tensor([PROMPT]), np.array(PROMPT), np.array([PROMPT], dtype=np.int32),
+    list(np.array(PROMPT)),
+], ids=range(5))  # fmt: skip
+def test_prompts_may_be_tensors_and_arrays(prompt):
+    found = list(generate(FakeModel(), prompt, max_new_tokens=np.int64(5), seed=np.uint64(3), top_k=np.int32(7)))
+    assert found == greedy(FakeModel(), PROMPT, 5) and all(type(token) is int for token in found)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 100])
@@ -273,7 +279,11 @@ def test_rows_without_a_token_are_never_drawn():
     (lambda m: generate_batch(m, [], max_new_tokens=3), "a prompt is empty"),
     (lambda m: generate_batch(m, [[1], []], max_new_tokens=3), "a prompt is empty"),
     (lambda m: Session(m, chunk=0), "chunk is 0"),
-], ids=range(9))
+    (lambda m: generate(m, [True], max_new_tokens=3), "token id True is not one"),
+    (lambda m: generate(m, torch.tensor([PROMPT, PROMPT]), max_new_tokens=3), "are several texts: give one, or all of them to mmcore.generate_batch"),
+    (lambda m: generate(m, PROMPT, max_new_tokens=3, vocab_size=0), "vocab_size is 0"),
+    (lambda m: generate_batch(m, [PROMPT], max_new_tokens=3, vocab_size=-5), "vocab_size is -5"),
+], ids=range(13))
 def test_bad_calls_are_refused_before_the_model_runs(action, message):
     model = FakeModel()
     with pytest.raises(ConfigError, match=message):

@@ -1,7 +1,10 @@
 """The choice of a token against exact probabilities in float64 loops, and where its numbers come from."""
 
+import dataclasses
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -149,8 +152,15 @@ def test_logits_in_parts_equal_whole_rows(monkeypatch, size):
 
 def test_tiny_top_p_and_one_best_are_greedy():
     logits = torch.tensor([[0.0, 3.0, 2.9]])
-    for sampling in (Sampling(1.0, top_p=1e-12), Sampling(1.0, top_k=1), Sampling(1e-8)):
-        assert choose(logits, sampling, [0.99]) == [1]
+    cold = [Sampling(temperature, *limits) for temperature in (1e-8, 1e-40, 1e-46, 5e-324)
+            for limits in ((), (2,), (None, 0.9))]  # fmt: skip
+    for sampling in (Sampling(1.0, top_p=1e-12), Sampling(1.0, top_k=1), *cold):
+        assert choose(logits, sampling, [0.99]) == [1], sampling
+
+
+def test_numbers_of_numpy_are_numbers():
+    given = Sampling(np.float32(0.5), np.int64(3), np.float64(0.9), np.uint64(2**64 - 1))
+    assert given == Sampling(0.5, 3, 0.9, 2**64 - 1) and json.dumps(dataclasses.asdict(given))
 
 
 def test_rows_are_drawn_apart(blind):

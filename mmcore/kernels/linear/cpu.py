@@ -53,6 +53,8 @@ def why_not(x: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor] | Non
         return f"x is {x.dtype} and a weight {kind}; it takes torch.float32 and weights of one of its formats"
     if (scales is not None) != (kind is torch.int8):
         return "int8 weights, and no others, have scales"
+    if scales is not None and any(s.dtype is not torch.float32 or not s.is_contiguous() for s in scales):
+        return "the scales are no contiguous fp32 tensors"
     if kind is not torch.float32 and (torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad)):
         return f"gradients and traced calls want weights of torch.float32, and these are {kind}"
     if torch.is_autocast_enabled("cpu") and not (rounding() and kind is torch.float32):

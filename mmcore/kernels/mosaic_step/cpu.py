@@ -137,6 +137,8 @@ class Step:
         x = x.contiguous()
         if x.dtype is torch.int64:
             self._require_words(x)
+        elif x.dtype is not torch.float32:
+            x = x.float()  # of an embedding in fp64
         fresh = self._take(memories, count, rows)
         if count == 1 and rows <= MOST_ROWS and not fresh:
             logits = self._token(x, position, padding)
@@ -233,6 +235,7 @@ class Step:
         return _Weights(self._address(matrix.weight), None if matrix.scale is None else self._exact(matrix.scale))
 
     def _address(self, tensor: Tensor) -> int:
+        tensor = tensor.detach()  # a parameter may be given other memory (.data, .to), and the address is of this
         self._kept.append(tensor)
         return tensor.data_ptr()
 

@@ -1,0 +1,128 @@
+"""What users hang on a model or put in a layer's place is seen by forward passes and decoding alike."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import prune
+
+from tests.helpers.models import random_tokens, tiny
+
+TYPES = ["memory_mosaics_v2", "llama", "long_short_transformer"]
+
+
+class Adapter(nn.Module):
+    """A projection with a low-rank addition, as LoRA has."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+        generator = torch.Generator().manual_seed(3)
+        self.down = nn.Parameter(torch.randn(4, base.in_features, generator=generator) / 8)
+        self.up = nn.Parameter(torch.randn(base.out_features, 4, generator=generator) / 8)
+
+    @property
+    def weight(self):
+        return self.base.weight
+
+    def forward(self, x):
+        return self.base(x) + x @ self.down.T @ self.up.T
+
+
+def both_ways(model, tokens):
+    """Logits [B, T, V] of one forward pass, and of single tokens after a piece."""
+    with torch.no_grad():
+        whole = model(tokens)
+    state = model.new_state(len(tokens))
+    pieces = [model.advance(piece, state, last_only=False) for piece in tokens.split([3] + [1] * 9, dim=1)]
+    return whole, torch.cat(pieces, 1)
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize("name", ["model.embed_tokens", "model.layers.0", "memory", "projection", "model.norm", "lm_head"])
+@pytest.mark.parametrize("kind", ["pre", "post"])
+def test_hooks_act_on_forward_passes_and_on_decoding(model_type, name, kind):
+    """Each moves what goes in or out; what it hangs on is called with it."""
+    model, tokens = tiny(model_type), random_tokens(2, 12)
+    plain = both_ways(model, tokens)[0]
+    memory = "self_attn" if model_type == "llama" else "long_term"
+    inner = {"llama": "q_proj", "long_short_transformer": "q_proj"}.get(model_type, "key_proj")
+    name = {"memory": f"model.layers.1.{memory}", "projection": f"model.layers.1.{memory}.{inner}"}.get(name, name)
+    module = model.get_submodule(name)
+    if kind == "post":
+        handle = module.register_forward_hook(lambda module, given, result: result + torch.linspace(-1, 1, result.shape[-1]))
+    elif name == "model.embed_tokens":
+        handle = module.register_forward_pre_hook(lambda module, given: ((given[0] + 1) % 61,))
+    else:
+        handle = module.register_forward_pre_hook(
+            lambda module, given, named: ((given[0] + torch.linspace(-1, 1, given[0].shape[-1]), *given[1:]), named),
+            with_kwargs=True,
+        )
+    whole, pieces = both_ways(model, tokens)
+    assert torch.allclose(whole, pieces, atol=3e-5)
+    if name != "model.norm" or kind == "pre":
+        assert (whole - plain).abs().max() > 1e-3
+    handle.remove()
+    assert torch.allclose(both_ways(model, tokens)[1], plain, atol=3e-5)
+
+
+@pytest.mark.parametrize("names", [
+    ["long_term.key_proj", "short_term.value_proj"], ["out_proj"], ["persistent.gate_proj", "persistent.down_proj"],
+])  # fmt: skip
+def test_adapters_in_the_place_of_projections(names):
+    model, tokens = tiny(), random_tokens(2, 12)
+    plain = both_ways(model, tokens)[0]
+    for name in names:
+        owner, leaf = name.rsplit(".", 1) if "." in name else ("", name)
+        block = model.model.layers[0].get_submodule(owner)
+        setattr(block, leaf, Adapter(getattr(block, leaf)))
+    whole, pieces = both_ways(model, tokens)
+    assert torch.allclose(whole, pieces, atol=3e-5) and (whole - plain).abs().max() > 1e-3
+
+
+def test_pruned_weights_are_made_anew_in_every_pass():
+    model, tokens = tiny(), random_tokens(2, 12)
+    layer = model.model.layers[0].short_term.key_proj
+    prune.random_unstructured(layer, "weight", amount=0.5)
+    before = both_ways(model, tokens)
+    with torch.no_grad():
+        layer.weight_orig[:5] = 0
+    after = both_ways(model, tokens)
+    assert torch.allclose(*before, atol=3e-5) and torch.allclose(*after, atol=3e-5)
+    assert (before[0] - after[0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scales_of_int8_stay_as_they_are(dtype):
+    """Of 40 tokens the products in C; a scale in two bytes was read as four, and beyond its end."""
+    model, tokens = tiny().quantize(), random_tokens(2, 40)
+    scale = model.lm_head.scale.clone()
+    with torch.no_grad():
+        before = model(tokens)
+        after = model.to(dtype)(tokens)
+    assert torch.equal(model.lm_head.scale, scale)
+    assert (after - before).abs().mean() < 0.02 * before.abs().mean()  # the embedding and the norms are rounded
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+def test_an_embedding_in_float64(quantized):
+    model, tokens = tiny(), random_tokens(2, 12)
+    model = model.quantize() if quantized else model
+    plain = both_ways(model, tokens)[1]
+    model.model.embed_tokens.double()
+    state = model.new_state(2)
+    found = [model.advance(piece, state, last_only=False) for piece in tokens.split([3] + [1] * 9, dim=1)]
+    assert torch.allclose(torch.cat(found, 1).float(), plain, atol=1e-3)
+
+
+def test_a_state_keeps_the_weights_it_began_with():
+    """A step has their addresses: memory that a parameter has left must not be anybody else's meanwhile."""
+    model, tokens = tiny(), random_tokens(1, 12)
+    want = both_ways(model, tokens)[1]
+    state = model.new_state(1)
+    found = [model.advance(tokens[:, :3], state, last_only=False)]
+    for parameter in model.parameters():
+        parameter.data = torch.full_like(parameter, float("nan"))
+    others = [torch.full_like(parameter, float("nan")) for parameter in model.parameters() for _ in range(3)]
+    found += [model.advance(tokens[:, t : t + 1], state, last_only=False) for t in range(3, 12)]
+    if state.whole_step:
+        assert torch.equal(torch.cat(found, 1), want) and others
