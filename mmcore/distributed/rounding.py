@@ -45,8 +45,10 @@ def round_once_a_step(block: nn.Module) -> None:
     # Looked for once: each time it took 0.15 ms of a host, which asks for a layer in less than one. A copy of the block has
     # the hooks with the copies of its Linears.
     linears = [module for module in block.modules() if isinstance(module, Linear)]
-    block.register_forward_pre_hook(functools.partial(_show, linears))
-    block.register_forward_hook(functools.partial(_hide, linears), always_call=True)
+    show, hide = functools.partial(_show, linears), functools.partial(_hide, linears)
+    show.training_only = hide.training_only = True  # of no concern to the compiled step of decoding
+    block.register_forward_pre_hook(show)
+    block.register_forward_hook(hide, always_call=True)
 
 
 def _show(linears: list[Linear], _block: nn.Module, _inputs: Any) -> None:

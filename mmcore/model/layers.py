@@ -77,10 +77,10 @@ class Linear(nn.Linear):
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether something is to be called with the module: pruning, steering, whoever looks at activations."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    """Whether something is to be called with the module: pruning, steering, whoever looks at activations. Not what says of
+    itself that it is `training_only`."""
+    kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(kinds) and any(not getattr(hook, "training_only", False) for kind in kinds for hook in kind.values())
 
 
 def advanced(module: nn.Module, *arguments: Any) -> Tensor:

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
+from mmcore.distributed.rounding import round_once_a_step
 from tests.helpers.models import random_tokens, tiny
 
 TYPES = ["memory_mosaics_v2", "llama", "long_short_transformer"]
@@ -89,6 +90,19 @@ def test_pruned_weights_are_made_anew_in_every_pass():
     after = both_ways(model, tokens)
     assert torch.allclose(*before, atol=3e-5) and torch.allclose(*after, atol=3e-5)
     assert (before[0] - after[0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("training_only", [True, False])
+def test_the_compiled_step_gives_way_to_hooks_but_for_those_of_training(training_only):
+    model, tokens, seen = tiny(), random_tokens(1, 4), []
+    plain = model.new_state(1)
+    model.advance(tokens, plain)
+    round_once_a_step(model.model.layers[0])
+    if not training_only:
+        model.model.layers[1].register_forward_hook(lambda *_: seen.append(1))
+    state = model.new_state(1)
+    model.advance(tokens, state)
+    assert bool(state.whole_step) is (bool(plain.whole_step) and training_only) and bool(seen) is not training_only
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
