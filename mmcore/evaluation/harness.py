@@ -151,22 +151,13 @@ class HarnessModel(_TemplateLM or object):
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:
         """What the model writes after each context, up to the first of the texts it is to stop at."""
-        from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
-
         found = []
         for request in requests:
             context, settings = request.args
-            settings = normalize_gen_kwargs(settings, DEFAULT_ANSWER_TOKENS)
-            until = [stop for stop in handle_stop_sequences(settings.get("until"), eos=None) if stop]
-            most = int(settings["max_gen_toks"])
-            if most >= self.max_length:  # no room for a question: a small model is not asked for so long an answer
-                most = self.max_length // 2
+            until, most, sampling = writing(settings, self.max_length)
             ids = self.tok_encode(context)
             self.shortened += len(ids) > self.max_length - most
             ids = ids[-(self.max_length - most):]
-            sampling = Sampling()
-            if settings.get("do_sample") and settings.get("temperature"):
-                sampling = Sampling(float(settings["temperature"]), settings.get("top_k"), settings.get("top_p"))
             key = self._key("generate", ids, [until, most, vars(sampling)])
             if not self._known(key):
                 self._keep(key, {"prompt": shorten(context), "prediction": self._write(ids, until, most, sampling)})
@@ -216,6 +207,29 @@ class HarnessModel(_TemplateLM or object):
             self._tick(self._done)
 
 
+def writing(settings: dict[str, Any], max_length: int) -> tuple[list[str], int, Sampling]:
+    """Where an answer stops, how many tokens it may have, and how they are drawn, from a task's generation_kwargs."""
+    from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
+
+    settings = normalize_gen_kwargs(settings, DEFAULT_ANSWER_TOKENS)
+    until = [stop for stop in handle_stop_sequences(settings.get("until"), eos=None) if stop]
+    most = int(settings["max_gen_toks"])
+    if most >= max_length:  # no room for a question: a small model is not asked for so long an answer
+        most = max_length // 2
+    if settings.get("do_sample") and settings.get("temperature"):
+        return until, most, Sampling(float(settings["temperature"]), settings.get("top_k"), settings.get("top_p"))
+    return until, most, Sampling()
+
+
+class _Items(list):
+    """As much of a data set as the harness asks of one. A table of Arrow's would fill fields that an item lacks with None,
+    and refuse values of two kinds in one field."""
+
+    @property
+    def features(self) -> dict[str, None]:
+        return {name: None for item in self for name in item}
+
+
 def measure(
     tasks: Tasks, model: Any, tokenizer: Any, journal: Journal, identity: Any, limit: int | None = None,
     tick: Callable[[float], None] | None = None,
@@ -241,11 +255,9 @@ def measure(
 
 def run_local(task: LocalTask, lm: Any, limit: int | None = None) -> dict[str, Any]:
     """Measure a task whose items are at hand; nothing is loaded from anywhere."""
-    import datasets
-
     settings = dict(task.settings) | {
         "task": task.name, "test_split": "test", "fewshot_split": "test",
-        "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(task.rows)},
+        "custom_dataset": lambda **_: {"test": _Items(task.rows)},
     }
     with _offline(), _sandboxed():
         found = _evaluate([settings], lm, limit, include_defaults=False)

@@ -24,6 +24,7 @@ from mmcore.evaluation.in_context import suite as in_context
 from mmcore.evaluation.in_context.datasets import prefixes
 from mmcore.evaluation.in_context.prompts import KINDS, draw_shots
 from mmcore.evaluation.journal import Journal, key_of
+from mmcore.evaluation.persistent.local import OWN
 from mmcore.evaluation.reading import ModelReader, Reader
 from mmcore.evaluation.ruler import suite as new_knowledge
 from mmcore.evaluation.runner import pick_device
@@ -300,8 +301,12 @@ def _persistent_tasks(settings: SuiteSettings, data: Sequence[str | Path]) -> An
     tasks = benchmarks.gather(data, settings.tasks, settings.online)
     if tasks is not None:
         from mmcore.evaluation import harness  # slow to import, and not needed without benchmarks
+        from mmcore.evaluation.persistent.rehearsal import rehearse
 
         harness.require()
+        for task in tasks.local:
+            if task.group == OWN:
+                rehearse(task)
     return tasks
 
 

@@ -203,6 +203,11 @@ def _local(name: str, path: Path) -> LocalTask:
         rows = LOCAL[name].read(path)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{path} departs from {name}'s layout ({type(error).__name__}: {error}): get it anew") from None
+    for number, row in enumerate(rows, start=1):
+        gold, choices = row.get("gold", 0), row.get("choices", [""])
+        if not 0 <= gold < len(choices):
+            raise DataError(f"the answer to item {number} of {path} is number {gold} (from 0) of {len(choices)} choices: get "
+                            f"{name} anew")
     return LocalTask(name, GROUPS[name], LOCAL[name].settings, rows, str(path), _hash(path))
 
 
