@@ -10,6 +10,7 @@ import contextlib
 import functools
 import importlib.metadata
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -47,6 +48,10 @@ def require() -> None:
         raise ConfigError(f"lm-evaluation-harness {found} is installed and {VERSION} needed: pip install 'mm[harness]'")
 
 
+class Unscorable(DataError):
+    """An item of a task is out of this model's reach, whatever the other items and other models are."""
+
+
 class HarnessModel(_TemplateLM or object):
     """A language model and its tokenizer as the harness asks for them.
 
@@ -68,6 +73,8 @@ class HarnessModel(_TemplateLM or object):
         self._device = model.classifier_weight.device
         self._journal, self._identity, self._tick, self._task = journal, identity, tick, task
         self._done = 0
+        self._items: list[int] = []
+        """Of the requests at hand, which items they belong to."""
         self.shortened = 0
         """Requests that lost their beginning."""
 
@@ -98,16 +105,23 @@ class HarnessModel(_TemplateLM or object):
         )
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        return super().loglikelihood(requests, disable_tqdm=True)
+        self._items = [request.doc_id for request in requests]
+        try:
+            return super().loglikelihood(requests, disable_tqdm=True)
+        finally:
+            self._items = []
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
-        """(log-likelihood, whether greedy decoding gives it) of each (texts, context ids, continuation ids)."""
+        """(log-likelihood, whether greedy decoding gives it) of each (texts, context ids, continuation ids). Raises
+        Unscorable, before any is scored, where a continuation has no tokens or more than the model reads."""
         groups: dict[tuple[int, ...], list[int]] = {}
         continuations = []
         for place, (_, context, continuation) in enumerate(requests):
             if not continuation or len(continuation) > self.max_length:
-                raise DataError(
-                    f"an answer of {len(continuation)} tokens cannot be scored: the model reads 1 to {self.max_length:,}"
+                item = f"{self._task}, item {self._items[place] + 1}: " if self._items else ""
+                raise Unscorable(
+                    f"{item}an answer of {len(continuation)} tokens cannot be scored, as this model reads 1 to "
+                    f"{self.max_length:,}; shorten it, or leave the task out with --tasks"
                 )
             whole = list(context) + list(continuation)
             kept = whole[-(self.max_length + 1):]
@@ -232,10 +246,11 @@ class _Items(list):
 
 def measure(
     tasks: Tasks, model: Any, tokenizer: Any, journal: Journal, identity: Any, limit: int | None = None,
-    tick: Callable[[float], None] | None = None,
+    tick: Callable[[float], None] | None = None, passed_over: list[str] | None = None,
 ) -> list[dict[str, Any]]:
     """A row of plain values for each task: `score` by its main metric, in percent where `percent` says so (a perplexity
-    is not), and all metrics."""
+    is not), and all metrics. A task that this model cannot score gets no row, and a sentence in `passed_over`; without
+    that list it raises Unscorable."""
     require()
     rows: list[dict[str, Any]] = []
     names = [*tasks.local, *tasks.online]
@@ -248,7 +263,13 @@ def measure(
 
         name = task.name if isinstance(task, LocalTask) else task
         lm = HarnessModel(model, tokenizer, journal, identity, report, task=name)
-        row = run_local(task, lm, limit) if isinstance(task, LocalTask) else run_online(task, lm, limit)
+        try:
+            row = run_local(task, lm, limit) if isinstance(task, LocalTask) else run_online(task, lm, limit)
+        except Unscorable as error:
+            if passed_over is None:
+                raise
+            passed_over.append(str(error))
+            continue
         rows.append(row | {"shortened": lm.shortened})
     return rows
 
@@ -306,9 +327,23 @@ def _evaluate(tasks: list[Any], lm: Any, limit: int | None, include_defaults: bo
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
+        task.aggregation().update({name: _unbounded(one) for name, one in task.aggregation().items()})
     allowed = os.environ.get("HF_ALLOW_CODE_EVAL") == "1"
     with _quiet():
         return evaluate(lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=0, confirm_run_unsafe_code=allowed)
+
+
+def _unbounded(aggregate: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """An aggregation that is infinite where a perplexity goes beyond what a float holds, as a page of one long word has."""
+
+    @functools.wraps(aggregate)
+    def bounded(items: Any) -> Any:
+        try:
+            return aggregate(items)
+        except OverflowError:
+            return math.inf
+
+    return bounded
 
 
 def _row(name: str, group: str, results: dict[str, Any], items: int) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import mmcore
 from mmcore.checkpoint.disk import hash_file
 from mmcore.checkpoint.formats import Checkpoint, open_checkpoint
 from mmcore.checkpoint.load import model_from, weight_format
-from mmcore.errors import ConfigError
+from mmcore.errors import ConfigError, DataError
 from mmcore.evaluation import suite_data
 from mmcore.evaluation.in_context import suite as in_context
 from mmcore.evaluation.in_context.datasets import prefixes
@@ -76,7 +76,7 @@ class SuiteSettings:
         for suite in self.suites:
             if suite not in suite_data.SUITES:
                 raise ConfigError(f"there is no suite {suite!r}: choose from {', '.join(suite_data.SUITES)}, all")
-        for name, values, least in (("--limit", [self.limit or 1], 1), ("--shots", self.shots, 0)):
+        for name, values, least in (("--limit", [1 if self.limit is None else self.limit], 1), ("--shots", self.shots, 0)):
             if not values or min(values) < least:
                 raise ConfigError(f"{name} is {min(values, default='empty')}: it must be at least {least}")
         for length in self.lengths:
@@ -128,6 +128,7 @@ def run_suites(
     variants = [(subject, without) for subject in subjects for without in _variants(subject, settings.without)]
     notes = _notes(subjects, settings, lengths, material) + list(persistent.notes if persistent else ())
     results: list[dict[str, Any]] = []
+    passed_over: dict[str, list[str]] = {}
     begun = time.perf_counter()
     with Journal(folder) as journal:
         for number, (subject, without) in enumerate(variants):
@@ -139,7 +140,8 @@ def run_suites(
             reader = ModelReader(model, tokenizer)
             jobs = make_jobs(material, lengths, shown, settings, reader, journal, identity)
             if persistent:
-                jobs.append(_persistent_job(persistent, model, tokenizer, journal, identity, settings))
+                jobs.append(_persistent_job(persistent, model, tokenizer, journal, identity, settings,
+                                            passed_over.setdefault(subject.given, [])))
             rows = run_jobs(jobs, f"{Path(subject.given).name}{_suffix(without)}", (number, len(variants)), progress)
             results.append(describe(subject, without, tokenizer) | rows)
             del model, reader, jobs
@@ -149,7 +151,7 @@ def run_suites(
                 "the checkpoints have different tokenizers: a length in tokens holds different amounts of text for each, "
                 "and their prompts of new knowledge differ; compare them with care"
             )
-        notes += _shortened(results)
+        notes += _shortened(results) + _passed_over(passed_over, results)
         resumed = journal.found
     return {
         "suites": suites,
@@ -294,6 +296,14 @@ def _shortened(results: Sequence[dict[str, Any]]) -> list[str]:
             for result in results if result["variant"] == WHOLE for row in result.get("persistent", []) if row["shortened"]]
 
 
+def _passed_over(found: dict[str, list[str]], results: Sequence[dict[str, Any]]) -> list[str]:
+    """Which tasks a checkpoint could not be measured on, and why. Raises DataError where nothing at all was measured."""
+    notes = [f"passed over with {given}: {why}" for given, reasons in found.items() for why in dict.fromkeys(reasons)]
+    if notes and not any(result.get(suite.replace("-", "_")) for result in results for suite in suite_data.SUITES):
+        raise DataError(f"nothing was measured: {'; '.join(notes)}")
+    return notes
+
+
 def _persistent_tasks(settings: SuiteSettings, data: Sequence[str | Path]) -> Any:
     """The benchmarks, or None where the tasks that are asked for are all of other suites."""
     from mmcore.evaluation.persistent import benchmarks
@@ -311,11 +321,13 @@ def _persistent_tasks(settings: SuiteSettings, data: Sequence[str | Path]) -> An
 
 
 def _persistent_job(
-    tasks: Any, model: Any, tokenizer: Any, journal: Journal, identity: Any, settings: SuiteSettings
+    tasks: Any, model: Any, tokenizer: Any, journal: Journal, identity: Any, settings: SuiteSettings,
+    passed_over: list[str],
 ) -> Job:
+    """`passed_over` takes the reasons of tasks that this model cannot score."""
     from mmcore.evaluation import harness
 
     def run(tick: Tick) -> list[dict[str, Any]]:
-        return harness.measure(tasks, model, tokenizer, journal, identity, settings.limit, tick)
+        return harness.measure(tasks, model, tokenizer, journal, identity, settings.limit, tick, passed_over)
 
     return Job("persistent", "benchmarks", tasks.cost(settings.limit), run)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import random
 import socket
 
@@ -150,6 +151,47 @@ def test_answers_too_long_to_score():
     with pytest.raises(DataError, match="an answer of 9 tokens cannot be scored"):
         lm._loglikelihood_tokens([(("", ""), [1], [2] * 9)])
     assert lm.apply_chat_template is not None and lm.tokenizer_name == "bytes"
+
+
+@needs_harness
+def test_a_task_with_an_answer_too_long_is_passed_over(tmp_path):
+    """It is named with its item, nothing of it is scored in vain, and the other tasks have their rows."""
+    settings = benchmarks.LOCAL["piqa"].settings
+    rows = [{"query": f"{n}?", "choices": ["yes", "no" * n], "gold": 0} for n in (1, 2, 20)]
+    tasks = benchmarks.Tasks((LocalTask("long", "own", settings, rows, "", ""), LocalTask("short", "own", settings, rows[:2], "", "")))
+    model, passed_over = tiny(vocab_size=258, max_position_embeddings=24), []
+    with Journal(tmp_path) as journal:
+        (row,) = harness.measure(tasks, model, Bytes(), journal, "m", passed_over=passed_over)
+        assert row["task"] == "short" and row["items"] == 2
+        assert {record["task"] for record in journal.records.values()} == {"short"}
+        (reason,) = passed_over
+        assert reason.startswith("long, item 3: an answer of 41 tokens cannot be scored, as this model reads 1 to 24")
+        with pytest.raises(harness.Unscorable, match="long, item 3"):
+            harness.measure(tasks, model, Bytes(), journal, "m")
+
+
+@needs_harness
+@pytest.mark.parametrize(("output", "metric", "aggregation"), [
+    ("loglikelihood_rolling", "word_perplexity", "weighted_perplexity"), ("loglikelihood", "perplexity", "perplexity")])
+def test_a_perplexity_beyond_floats_is_infinite(output, metric, aggregation):
+    """Of one word e^700 is the last power of e that a float holds in hundreds."""
+    settings = {"output_type": output, "doc_to_text": "", "doc_to_target": "{{page}}",
+                "metric_list": [{"metric": metric, "aggregation": aggregation, "higher_is_better": False}]}
+    task = LocalTask("page", "own", settings, [{"page": "word"}], "", "")
+
+    class Model:
+        rank, world_size = 0, 1
+
+        def loglikelihood(self, requests):
+            return [(-self.nats, False) for _ in requests]
+
+        def loglikelihood_rolling(self, requests):
+            return [-self.nats for _ in requests]
+
+    for nats, score in ((2.0, math.exp(2)), (700.0, math.exp(700)), (800.0, math.inf)):
+        lm = Model()
+        lm.nats = nats
+        assert harness.run_local(task, lm)["score"] == pytest.approx(score)
 
 
 @needs_harness

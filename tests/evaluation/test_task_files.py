@@ -72,8 +72,8 @@ def test_a_bad_row_of_another_kind(tmp_path, settings, row, complaint):
 
 
 @pytest.mark.parametrize(("lines", "complaint"), [
-    ("country,answer\nFrance,Paris\nItaly\n", "row 3 of .*rows.csv has 1 fields and its header 2"),
-    ("country,answer\nFrance,Paris\nItaly,Rome,Bari\n", "row 3 of .*rows.csv has 3 fields and its header 2"),
+    ("country,answer\nFrance,Paris\nItaly\n", "row 3 of .*rows.csv has 1 fields, its header 2"),
+    ("country,answer\nFrance,Paris\nItaly,Rome,Bari\n", "row 3 of .*rows.csv has 3 fields, its header 2"),
     ("country,answer\nFrance,Paris\nItaly,Rom\n", "row 3 of .*rows.csv: its answer is 'Rom'"),
     ("country,answer\nFrance," + "x" * 140_000 + "\n", "cannot be read as CSV .field larger"),
     ("country,answer\n", "holds no rows"),

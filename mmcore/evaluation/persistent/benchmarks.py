@@ -206,8 +206,8 @@ def _local(name: str, path: Path) -> LocalTask:
     for number, row in enumerate(rows, start=1):
         gold, choices = row.get("gold", 0), row.get("choices", [""])
         if not 0 <= gold < len(choices):
-            raise DataError(f"the answer to item {number} of {path} is number {gold} (from 0) of {len(choices)} choices: get "
-                            f"{name} anew")
+            raise DataError(f"the answer to item {number} of {path} is number {gold} (from 0) of {len(choices)} choices: "
+                            f"get {name} anew")
     return LocalTask(name, GROUPS[name], LOCAL[name].settings, rows, str(path), _hash(path))
 
 

@@ -150,8 +150,8 @@ def _csv_rows(source: Path) -> Rows:
     header = lines[0]
     for number, line in enumerate(lines[1:], start=2):
         if len(line) != len(header):
-            raise DataError(f"row {number} of {source} has {len(line)} fields and its header {len(header)}: complete it, and put "
-                            f"fields with commas in quotes")
+            raise DataError(f"row {number} of {source} has {len(line)} fields, its header {len(header)}: complete it, and "
+                            "put fields with commas in quotes")
     return [dict(zip(header, line, strict=True)) for line in lines[1:]]
 
 
