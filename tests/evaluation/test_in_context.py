@@ -232,6 +232,24 @@ def test_other_bad_files(tmp_path):
         datasets.goemotions(tmp_path)
 
 
+def test_marks_within_a_text_divide_no_line(tmp_path):
+    """U+2028 and U+0085 are white space of a text; a byte order mark is no part of the first line."""
+    (tmp_path / "labels.txt").write_text("joy\nfear\n")
+    for name in ("train.tsv", "test.tsv"):
+        (tmp_path / name).write_bytes("fine\u2028day\t0\tid\r\nhm\x85no\t1\tid\r\n".encode("utf-8-sig"))
+    task = datasets.goemotions(tmp_path)
+    assert [(one.pieces[0], one.label) for one in task.shown] == [("comment: fine day", "joy"), ("comment: hm no", "fear")]
+    for name in ("train.txt", "test.txt"):
+        (tmp_path / name).write_text("NUM:date When\u2028was it ?\nHUM:ind Who\x85was it ?\n", encoding="utf-8-sig")
+    assert [one.pieces[0] for one in datasets.trec(tmp_path).asked] == ["question: When was it ?", "question: Who was it ?"]
+
+
+def test_a_csv_field_beyond_the_readers_limit(tmp_path):
+    (tmp_path / "long.csv").write_text("text,label\na,x\n" + "b" * 140_000 + ",y\n")
+    with pytest.raises(DataError, match=r"long.csv cannot be read as CSV at line 3 \(field larger than field limit"):
+        datasets.from_csv(tmp_path / "long.csv")
+
+
 def test_wilson_by_hand():
     """8 of 10: the interval printed in textbooks is 0.4902 to 0.9433."""
     assert wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)

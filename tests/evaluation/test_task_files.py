@@ -7,6 +7,7 @@ import pytest
 from mmcore.errors import DataError
 from mmcore.evaluation import harness
 from mmcore.evaluation.persistent import benchmarks, task_files, task_rows
+from mmcore.evaluation.persistent.local import read_rows
 from mmcore.evaluation.persistent.rehearsal import rehearse
 from tests.helpers.real_data import DATA, needs_data
 
@@ -150,6 +151,17 @@ def test_kinds_of_values_may_be_mixed(tmp_path):
     assert asked[0] == ("The capital of France is", " Paris") and asked[-1] == ("The capital of Spain is", " Vigo")
 
 
+@pytest.mark.parametrize("lines", [True, False])
+def test_marks_within_a_text_divide_no_line(tmp_path, lines):
+    """Line and paragraph separators, the next-line mark, a form feed; and a byte order mark at the file's start."""
+    rows = [{"q": "a\u2028b\u2029c\x85d\x1ce", "n": n} for n in range(2)]
+    texts = [json.dumps(row, ensure_ascii=False) for row in rows]
+    text = "\r\n".join(texts) + "\r\n\r\n" if lines else f" [{', '.join(texts)}]"
+    for encoding in ("utf-8", "utf-8-sig"):
+        (tmp_path / "rows.jsonl").write_bytes(text.encode(encoding))
+        assert read_rows(tmp_path / "rows.jsonl") == rows
+
+
 @needs_harness
 @pytest.mark.parametrize("settings", [
     {}, {"doc_to_text": "country", "doc_to_choice": "cities", "doc_to_target": "answer"}, {"doc_to_target": "[{{answer}}]"},
@@ -174,6 +186,9 @@ def test_an_answer_beyond_the_choices_of_a_benchmark(tmp_path):
     folder = tmp_path / "piqa"
     folder.mkdir()
     (folder / "valid.jsonl").write_text("".join((DATA / "benchmarks/piqa/valid.jsonl").read_text().splitlines(keepends=True)[:3]))
+    (folder / "valid-labels.lst").write_text("1\n0\n0\n", encoding="utf-8-sig")
+    (task,) = benchmarks.gather([tmp_path], ["piqa"]).local
+    assert [row["gold"] for row in task.rows] == [1, 0, 0]
     (folder / "valid-labels.lst").write_text("1\n2\n0\n")
     with pytest.raises(DataError, match="the answer to item 2 of .*valid.jsonl is number 2 .from 0. of 2 choices: get piqa anew"):
         benchmarks.gather([tmp_path], ["piqa"])

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmcore.errors import DataError
+from mmcore.evaluation.lines import lines_of
 
 TEXT_COLUMNS = ("text", "sentence", "query", "utterance", "comment", "review")
 LABEL_COLUMNS = ("label", "category", "intent", "class", "relation", "emotion")
@@ -79,7 +80,7 @@ def goemotions(folder: Path) -> Classification:
     for name in ("train.tsv", "test.tsv"):
         contents.append(_bytes(folder / name))
         part = []
-        for number, line in enumerate(_text(contents[-1], folder / name).splitlines(), start=1):
+        for number, line in enumerate(lines_of(_text(contents[-1], folder / name)), start=1):
             text, _, rest = line.partition("\t")
             marks = rest.split("\t")[0].split(",")
             if not all(mark.isdigit() and int(mark) < len(names) for mark in marks):
@@ -149,10 +150,10 @@ def trec(folder: Path) -> Classification:
         contents.append(_bytes(path))
         part = []
         try:
-            text = contents[-1].decode("utf-8")
+            text = contents[-1].decode("utf-8-sig")
         except UnicodeDecodeError:
             text = contents[-1].decode("latin-1")  # as first published
-        for number, line in enumerate(text.splitlines(), start=1):
+        for number, line in enumerate(lines_of(text), start=1):
             kind, _, question = line.partition(" ")
             label = TREC_LABELS.get(kind.partition(":")[0])
             if label is None or not question.strip():
@@ -175,7 +176,10 @@ def from_csv(path: Path, seed: int = 0) -> Classification:
 def read_csv(content: bytes, path: Path) -> list[tuple[str, str]]:
     """(text, label) of every row of a CSV with a header. Raises DataError where it is not clear which columns."""
     reader = csv.reader(io.StringIO(_text(content, path), newline=""))
-    rows = [row for row in reader if row]
+    try:
+        rows = [row for row in reader if row]
+    except csv.Error as error:
+        raise DataError(f"{path} cannot be read as CSV at line {reader.line_num} ({error}): correct or remove it") from None
     if len(rows) < 2:
         raise DataError(f"{path} holds no rows: give a CSV with a header and the columns text and label")
     header = [name.strip().lower() for name in rows[0]]

@@ -79,7 +79,7 @@ def _piqa(path: Path) -> Rows:
     answers = path.with_name(path.name.replace(".jsonl", "-labels.lst"))
     if not answers.is_file():
         raise DataError(f"{path} has its answers in {answers.name}, which is missing: put it beside")
-    gold = answers.read_text(encoding="utf-8").split()
+    gold = answers.read_text(encoding="utf-8-sig").split()
     rows = read_rows(path)
     if len(gold) != len(rows):
         raise DataError(f"{path} has {len(rows)} questions and {answers.name} {len(gold)} answers: get both anew")
