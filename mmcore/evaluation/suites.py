@@ -279,6 +279,7 @@ def _notes(
         if material.new_knowledge and beyond:
             notes.append(f"{subject.given} was trained for {trained:,} tokens: lengths from {min(beyond):,} on lie beyond")
     for task in material.classifications:
+        notes += [f"{task.name}: {note}" for note in task.notes]
         if pairs := prefixes(task.labels):
             notes.append(
                 f"{task.name}: the label {pairs[0][0]!r} is the beginning of {pairs[0][1]!r} (such pairs: {len(pairs)}); "

@@ -244,6 +244,19 @@ def test_marks_within_a_text_divide_no_line(tmp_path):
     assert [one.pieces[0] for one in datasets.trec(tmp_path).asked] == ["question: When was it ?", "question: Who was it ?"]
 
 
+def test_a_text_that_is_there_twice_is_not_asked_about_among_its_shots(tmp_path):
+    """A file four times over gives the task that it gives once; a text with two labels is in no part of it."""
+    rows = [f"a {what} of number {n},{what}" for n in range(8) for what in ("cat", "dog")]
+    (tmp_path / "once.csv").write_text("\n".join(["text,label", *rows]))
+    (tmp_path / "often.csv").write_text("\n".join(["text,label", *rows * 2, "a  beast,cat", *rows, "a beast,dog", *rows]))
+    once, often = (datasets.from_csv(tmp_path / f"{name}.csv") for name in ("once", "often"))
+    assert (often.shown, often.asked) == (once.shown, once.asked) and len(once.shown) == 12 and len(once.asked) == 4
+    assert not {one.pieces for one in often.shown} & {one.pieces for one in often.asked}
+    assert once.notes == ()
+    assert often.notes == ("rows that say what an earlier one says were left out: 48",
+                           "texts that have several labels were left out: 1, such as 'a beast'")
+
+
 def test_a_csv_field_beyond_the_readers_limit(tmp_path):
     (tmp_path / "long.csv").write_text("text,label\na,x\n" + "b" * 140_000 + ",y\n")
     with pytest.raises(DataError, match=r"long.csv cannot be read as CSV at line 3 \(field larger than field limit"):

@@ -3,7 +3,7 @@
 import pytest
 
 from mmcore.errors import ConfigError, DataError
-from mmcore.evaluation import suites
+from mmcore.evaluation import suite_data, suites
 from mmcore.evaluation.suites import SuiteSettings
 
 
@@ -21,3 +21,10 @@ def test_a_task_passed_over_is_noted_once_a_checkpoint_and_an_error_where_it_is_
     assert suites._passed_over({"b": []}, [{}]) == []
     with pytest.raises(DataError, match="nothing was measured: passed over with a: piqa, item 7"):
         suites._passed_over({"a": [why]}, [{}, {}])
+
+
+def test_what_was_left_out_of_a_csv_is_noted(tmp_path):
+    (tmp_path / "mine.csv").write_text("text,label\n" + "".join(f"{n},{n % 2}\n" for n in [*range(12), 3]))
+    material = suite_data.gather(["in-context"], [tmp_path / "mine.csv"])
+    notes = suites._notes([], SuiteSettings(), (), material)
+    assert notes == ["mine: rows that say what an earlier one says were left out: 1"]
