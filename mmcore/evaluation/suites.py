@@ -120,6 +120,7 @@ def run_suites(
     persistent = _persistent_tasks(settings, data) if "persistent" in suites else None
     if not (material.new_knowledge or material.classifications or persistent):
         raise ConfigError(f"none of the tasks {', '.join(settings.tasks)} belongs to {', '.join(suites)}: choose others")
+    sources = _sources(material, persistent)
     subjects = [open_subject(path) for path in checkpoints]
     lengths = settings.lengths or default_lengths([one.checkpoint.config.max_position_embeddings for one in subjects])
     shown = settings.shots if material.classifications else ()
@@ -156,7 +157,7 @@ def run_suites(
     return {
         "suites": suites,
         "settings": dataclasses.asdict(settings) | {"lengths": list(lengths), "device": device.type, "dtype": dtype},
-        "data": material.hashes | (persistent.hashes if persistent else {}), "versions": versions(),
+        "data": sources, "versions": versions(),
         "given": {"checkpoints": [one.given for one in subjects], "data": [str(path) for path in data]},
         "results": results, "notes": notes, "items_found": resumed, "seconds": round(time.perf_counter() - begun, 1),
         "finished": time.strftime("%Y-%m-%d %H:%M %Z"),
@@ -303,6 +304,14 @@ def _passed_over(found: dict[str, list[str]], results: Sequence[dict[str, Any]])
     if notes and not any(result.get(suite.replace("-", "_")) for result in results for suite in suite_data.SUITES):
         raise DataError(f"nothing was measured: {'; '.join(notes)}")
     return notes
+
+
+def _sources(material: suite_data.Material, persistent: Any) -> dict[str, dict[str, str]]:
+    """Where the data of every task are. Raises ConfigError for two tasks of one name."""
+    others = persistent.hashes if persistent else {}
+    for name in material.hashes.keys() & others.keys():
+        raise ConfigError(f"{material.hashes[name]['path']} and {others[name]['path']} both are {name!r}: rename one")
+    return material.hashes | others
 
 
 def _persistent_tasks(settings: SuiteSettings, data: Sequence[str | Path]) -> Any:

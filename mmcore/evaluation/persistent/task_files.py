@@ -70,6 +70,23 @@ def is_task_file(path: Path) -> bool:
 
 def load(path: Path) -> LocalTask:
     """The task of a file with its items. Raises DataError for one that is not plain data, or cannot be used."""
+    values = _values(path)
+    _check(values, path)
+    source = path.parent / values["data"]
+    rows = _rows(source, path)
+    _try_templates(values, rows[0], path)
+    task_rows.check_shots(values.get("num_fewshot"), rows, path, source)
+    task_rows.check(values, rows, source, sandbox(nulls=False))
+    settings = {key: value for key, value in values.items() if key not in ("task", "data")}
+    return LocalTask(values["task"], OWN, settings, rows, f"{path}, {source}", hash_file(source).sha256)
+
+
+def name_of(path: Path) -> str:
+    """The name of the task that a file defines, as far as it does. Raises DataError where it is not plain data."""
+    return str(_values(path).get("task"))
+
+
+def _values(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         values = yaml.safe_load(text)
@@ -82,14 +99,7 @@ def load(path: Path) -> LocalTask:
         raise DataError(f"{path} cannot be read as YAML ({' '.join(str(error).split())}): correct it") from None
     if not isinstance(values, dict):
         raise DataError(f"{path} defines no task: it must hold keys such as task, data and doc_to_text")
-    _check(values, path)
-    source = path.parent / values["data"]
-    rows = _rows(source, path)
-    _try_templates(values, rows[0], path)
-    task_rows.check_shots(values.get("num_fewshot"), rows, path, source)
-    task_rows.check(values, rows, source, sandbox(nulls=False))
-    settings = {key: value for key, value in values.items() if key not in ("task", "data")}
-    return LocalTask(values["task"], OWN, settings, rows, f"{path}, {source}", hash_file(source).sha256)
+    return values
 
 
 def _check(values: dict[str, Any], path: Path) -> None:
