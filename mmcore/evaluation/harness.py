@@ -20,7 +20,7 @@ from mmcore.evaluation.intervals import wilson
 from mmcore.evaluation.journal import Journal, key_of, shorten
 from mmcore.evaluation.persistent import task_files
 from mmcore.evaluation.persistent.benchmarks import CODE_TASKS, GROUPS, HARNESS_TASKS, Tasks
-from mmcore.evaluation.persistent.local import LocalTask
+from mmcore.evaluation.persistent.local import Items, LocalTask
 from mmcore.evaluation.prefix import Cursor, shared_length
 from mmcore.generation.engine import Session
 from mmcore.generation.sampling import Sampling
@@ -29,7 +29,7 @@ VERSION = "0.4.13"
 DEFAULT_ANSWER_TOKENS = 256
 """Tokens of an answer where a task names no number; the harness's."""
 FEWSHOT_SEED = 1234
-"""Of the examples that a task shows; the harness's own."""
+"""Of the examples that a task shows, where ours is 0; the harness's own."""
 LEAST_SHARED = 16
 """Tokens that all contexts must begin with alike before a mark is left behind them."""
 
@@ -57,12 +57,13 @@ class HarnessModel(_TemplateLM or object):
 
     Every text is a document of its own that opens with the begin token. A text longer than `max_length` loses its
     beginning, as in the harness's own model. `tick` is called with the number of finished requests; `task` is named in
-    the journal.
+    the journal; `seed` is that of answers which a task wants drawn.
     """
 
     def __init__(
         self, model: Any, tokenizer: Any, journal: Journal | None = None, identity: Any = None,
         tick: Callable[[int], None] | None = None, max_length: int | None = None, task: str = "",
+        seed: int = 0,
     ) -> None:
         require()
         super().__init__()
@@ -72,6 +73,7 @@ class HarnessModel(_TemplateLM or object):
         self.cursor = Cursor(model)
         self._device = model.classifier_weight.device
         self._journal, self._identity, self._tick, self._task = journal, identity, tick, task
+        self._seed = seed
         self._done = 0
         self._items: list[int] = []
         """Of the requests at hand, which items they belong to."""
@@ -168,7 +170,7 @@ class HarnessModel(_TemplateLM or object):
         found = []
         for request in requests:
             context, settings = request.args
-            until, most, sampling = writing(settings, self.max_length)
+            until, most, sampling = writing(settings, self.max_length, self._seed)
             ids = self.tok_encode(context)
             self.shortened += len(ids) > self.max_length - most
             ids = ids[-(self.max_length - most):]
@@ -221,7 +223,7 @@ class HarnessModel(_TemplateLM or object):
             self._tick(self._done)
 
 
-def writing(settings: dict[str, Any], max_length: int) -> tuple[list[str], int, Sampling]:
+def writing(settings: dict[str, Any], max_length: int, seed: int = 0) -> tuple[list[str], int, Sampling]:
     """Where an answer stops, how many tokens it may have, and how they are drawn, from a task's generation_kwargs."""
     from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
@@ -231,22 +233,14 @@ def writing(settings: dict[str, Any], max_length: int) -> tuple[list[str], int, 
     if most >= max_length:  # no room for a question: a small model is not asked for so long an answer
         most = max_length // 2
     if settings.get("do_sample") and settings.get("temperature"):
-        return until, most, Sampling(float(settings["temperature"]), settings.get("top_k"), settings.get("top_p"))
+        temperature = float(settings["temperature"])
+        return until, most, Sampling(temperature, settings.get("top_k"), settings.get("top_p"), seed % 2**64)
     return until, most, Sampling()
-
-
-class _Items(list):
-    """As much of a data set as the harness asks of one. A table of Arrow's would fill fields that an item lacks with None,
-    and refuse values of two kinds in one field."""
-
-    @property
-    def features(self) -> dict[str, None]:
-        return {name: None for item in self for name in item}
 
 
 def measure(
     tasks: Tasks, model: Any, tokenizer: Any, journal: Journal, identity: Any, limit: int | None = None,
-    tick: Callable[[float], None] | None = None, passed_over: list[str] | None = None,
+    tick: Callable[[float], None] | None = None, passed_over: list[str] | None = None, seed: int = 0,
 ) -> list[dict[str, Any]]:
     """A row of plain values for each task: `score` by its main metric, in percent where `percent` says so (a perplexity
     is not), and all metrics. A task that this model cannot score gets no row, and a sentence in `passed_over`; without
@@ -262,9 +256,9 @@ def measure(
                 tick((number + min(0.99, done / (4 * size))) / len(names))
 
         name = task.name if isinstance(task, LocalTask) else task
-        lm = HarnessModel(model, tokenizer, journal, identity, report, task=name)
+        lm = HarnessModel(model, tokenizer, journal, identity, report, task=name, seed=seed)
         try:
-            row = run_local(task, lm, limit) if isinstance(task, LocalTask) else run_online(task, lm, limit)
+            row = (run_local if isinstance(task, LocalTask) else run_online)(task, lm, limit, seed)
         except Unscorable as error:
             if passed_over is None:
                 raise
@@ -274,14 +268,14 @@ def measure(
     return rows
 
 
-def run_local(task: LocalTask, lm: Any, limit: int | None = None) -> dict[str, Any]:
+def run_local(task: LocalTask, lm: Any, limit: int | None = None, seed: int = 0) -> dict[str, Any]:
     """Measure a task whose items are at hand; nothing is loaded from anywhere."""
     settings = dict(task.settings) | {
         "task": task.name, "test_split": "test", "fewshot_split": "test",
-        "custom_dataset": lambda **_: {"test": _Items(task.rows)},
+        "custom_dataset": lambda **_: {"test": Items(task.rows)},
     }
     with _offline(), _sandboxed():
-        found = _evaluate([settings], lm, limit, include_defaults=False)
+        found = _evaluate([settings], lm, limit, include_defaults=False, seed=seed)
     items = found["n-samples"][task.name]["effective"]
     return _row(task.name, task.group, found["results"][task.name], items) | {"chance": chance(task, items)}
 
@@ -297,7 +291,7 @@ def chance(task: LocalTask, items: int) -> float | None:
     return 100 * sum(1 / len(one) for one in choices) / len(choices)
 
 
-def run_online(name: str, lm: Any, limit: int | None = None) -> dict[str, Any]:
+def run_online(name: str, lm: Any, limit: int | None = None, seed: int = 0) -> dict[str, Any]:
     """Measure one of the harness's own tasks, whose data it loads (from its cache, or the network)."""
     if name in CODE_TASKS and os.environ.get("HF_ALLOW_CODE_EVAL") != "1":
         raise ConfigError(
@@ -306,7 +300,7 @@ def run_online(name: str, lm: Any, limit: int | None = None) -> dict[str, Any]:
         )
     theirs = HARNESS_TASKS[name]
     try:
-        found = _evaluate([theirs], lm, limit, include_defaults=True)
+        found = _evaluate([theirs], lm, limit, include_defaults=True, seed=seed)
     except (OSError, ValueError) as error:
         raise DataError(f"the harness could not load {theirs} ({' '.join(str(error).split())[:200]}): check the network, "
                         f"or give the file with --data") from error
@@ -315,8 +309,8 @@ def run_online(name: str, lm: Any, limit: int | None = None) -> dict[str, Any]:
     return _row(name, GROUPS[name], results, items)
 
 
-def _evaluate(tasks: list[Any], lm: Any, limit: int | None, include_defaults: bool) -> dict[str, Any]:
-    """The harness's evaluation. Its `simple_evaluate` would also seed every generator of the process and run git."""
+def _evaluate(tasks: list[Any], lm: Any, limit: int | None, include_defaults: bool, seed: int = 0) -> dict[str, Any]:
+    """The harness's evaluation; with 0 the examples shown are those of its own seed. Its `simple_evaluate` would also seed every generator of the process and run git."""
     from lm_eval.evaluator import evaluate
     from lm_eval.tasks import TaskManager
 
@@ -326,7 +320,7 @@ def _evaluate(tasks: list[Any], lm: Any, limit: int | None, include_defaults: bo
     for task in loaded["tasks"].values():
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=FEWSHOT_SEED)
+        task.set_fewshot_seed(seed=FEWSHOT_SEED + seed)
         task.aggregation().update({name: _unbounded(one) for name, one in task.aggregation().items()})
     allowed = os.environ.get("HF_ALLOW_CODE_EVAL") == "1"
     with _quiet():

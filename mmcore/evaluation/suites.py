@@ -338,6 +338,6 @@ def _persistent_job(
     from mmcore.evaluation import harness
 
     def run(tick: Tick) -> list[dict[str, Any]]:
-        return harness.measure(tasks, model, tokenizer, journal, identity, settings.limit, tick, passed_over)
+        return harness.measure(tasks, model, tokenizer, journal, identity, settings.limit, tick, passed_over, settings.seed)
 
     return Job("persistent", "benchmarks", tasks.cost(settings.limit), run)

@@ -135,6 +135,33 @@ def test_an_oracle_scores_100_and_a_guesser_chance(tmp_path, files, knows, no_ne
 
 
 @needs_harness
+def test_the_seed_reaches_what_is_drawn_and_what_is_shown(tmp_path):
+    """Answers are drawn by it; examples are the harness's own with 0. A greedy answer's key depends on the seed as little
+    as the answer does."""
+    rows = [{"q": f"{n} is", "a": f"number {n}"} for n in range(30)]
+    drawn = {"output_type": "generate_until", "doc_to_text": "{{q}}", "doc_to_target": "{{a}}", "generation_kwargs":
+             {"until": ["~"], "max_gen_toks": 8, "do_sample": True, "temperature": 1.0},
+             "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}]}
+    greedy = drawn | {"generation_kwargs": {"until": ["~"], "max_gen_toks": 8}}
+    model = tiny(vocab_size=258)
+
+    def written(settings, seed, limit=2):
+        with Journal(tmp_path / "out") as journal:
+            before = len(journal.records)
+            task = LocalTask("t", "own", settings, rows, "", "")
+            harness.measure(benchmarks.Tasks((task,)), model, Bytes(), journal, "m", limit, seed=seed)
+            return [(one["prompt"], one["prediction"]) for one in journal.records.values()][before:]
+
+    first, second = written(drawn, 0), written(drawn, 7)
+    assert [prompt for prompt, _ in first] == [prompt for prompt, _ in second] == ["0 is", "1 is"]
+    assert first != second and written(drawn, 7) == []
+    assert len(written(greedy, 0)) == 2 and written(greedy, 7) == []
+    (zero, _), (seven, _) = (written(greedy | {"num_fewshot": 3}, seed, 1)[0] for seed in (0, 7))
+    shown = [row for row in random.Random(harness.FEWSHOT_SEED).sample(rows, 4) if row != rows[0]][:3]
+    assert zero == "".join(f"{row['q']} {row['a']}\n\n" for row in shown) + "0 is" != seven
+
+
+@needs_harness
 def test_templates_meet_the_sandbox_while_the_harness_runs():
     from jinja2.sandbox import SecurityError
     from lm_eval.utils import apply_template

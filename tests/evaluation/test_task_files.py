@@ -7,7 +7,7 @@ import pytest
 from mmcore.errors import DataError
 from mmcore.evaluation import harness
 from mmcore.evaluation.persistent import benchmarks, task_files, task_rows
-from mmcore.evaluation.persistent.local import read_rows
+from mmcore.evaluation.persistent.local import Items, read_rows
 from mmcore.evaluation.persistent.rehearsal import rehearse
 from tests.helpers.real_data import DATA, needs_data
 
@@ -174,7 +174,7 @@ def test_items_are_read_as_the_harness_reads_them(tmp_path, settings):
     task = task_files.load(write(tmp_path, GOOD, **settings))
     with harness._offline(), harness._sandboxed():
         theirs = ConfigurableTask(config=dict(task.settings) | {
-            "task": "x", "test_split": "test", "custom_dataset": lambda **_: {"test": harness._Items(task.rows)}})
+            "task": "x", "test_split": "test", "custom_dataset": lambda **_: {"test": Items(task.rows)}})
         reader = task_rows._Reader(task.settings, task.rows, task_files.sandbox())
         for row in task.rows:
             choices = theirs.doc_to_choice(row) if "doc_to_choice" in task.settings else None

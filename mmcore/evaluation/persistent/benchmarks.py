@@ -174,8 +174,8 @@ def gather(given: Sequence[str | Path], only: Sequence[str] = (), online: bool =
     for name in chosen:
         path = _find(LOCAL[name].files, places) if name in LOCAL else None
         if path is not None and name in own:
-            raise ConfigError(f"{path} is the benchmark {name}, and {own[name].path.partition(', ')[0]} defines a task of its "
-                              f"name: rename that")
+            theirs = own[name].path.partition(", ")[0]
+            raise ConfigError(f"{path} is the benchmark {name}, and {theirs} defines a task of its name: rename that")
         if path is not None:
             local.append(_local(name, path))
         elif name in own:

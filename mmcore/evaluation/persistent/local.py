@@ -28,6 +28,15 @@ class LocalTask:
     sha256: str
 
 
+class Items(list):
+    """As much of a data set as the harness asks of one. A table of Arrow's would fill fields that an item lacks with None,
+    and refuse values of two kinds in one field."""
+
+    @property
+    def features(self) -> dict[str, None]:
+        return {name: None for item in self for name in item}
+
+
 def read_rows(path: Path) -> Rows:
     """The objects of a JSON list or of JSON lines. Raises DataError."""
     try:
