@@ -111,7 +111,7 @@ def run_suites(
 ) -> dict[str, Any]:
     """Measure every checkpoint and return plain values: `settings`, `data`, `versions`, `results` (one for each
     checkpoint and variant) and `notes`. Items are kept in `folder`/items.jsonl as they come; what is there already
-    is not measured again. Raises MMError.
+    is not measured again (`items_found` counts what of it is used). Raises MMError.
     """
     device = pick_device(settings.device)
     dtype = settings.dtype or ("float32" if device.type == "cpu" else "bfloat16")
@@ -153,7 +153,7 @@ def run_suites(
                 "and their prompts of new knowledge differ; compare them with care"
             )
         notes += _shortened(results) + _passed_over(passed_over, results)
-        resumed = journal.found
+        resumed = journal.used
     return {
         "suites": suites,
         "settings": dataclasses.asdict(settings) | {"lengths": list(lengths), "device": device.type, "dtype": dtype},
