@@ -310,7 +310,8 @@ def run_online(name: str, lm: Any, limit: int | None = None, seed: int = 0) -> d
 
 
 def _evaluate(tasks: list[Any], lm: Any, limit: int | None, include_defaults: bool, seed: int = 0) -> dict[str, Any]:
-    """The harness's evaluation, with its own seed of examples where ours is 0. Its `simple_evaluate` would also seed every generator of the process and run git."""
+    """The harness's evaluation, with its own seed of examples where ours is 0. Its `simple_evaluate` would also seed every
+    generator of the process and run git."""
     from lm_eval.evaluator import evaluate
     from lm_eval.tasks import TaskManager
 

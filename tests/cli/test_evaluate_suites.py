@@ -224,7 +224,7 @@ def test_the_page_says_how_to_measure_it_again(home, measured, monkeypatch):
 
 
 def test_words_from_files_cannot_become_markup(place, capsys, tmp_path):
-    (tmp_path / "evil.csv").write_text("text,label\n" + "".join(f"<script>x{n}</script>,<u>{label}</u>\n" for n in range(8) for label in "pq"))
+    (tmp_path / "evil.csv").write_text("text,label\n" + "".join(f"<script>{label}{n}</script>,<u>{label}</u>\n" for n in range(8) for label in "pq"))
     assert run(["eval", "mosaic", "--suite", "in-context", "--data", str(tmp_path / "evil.csv"), "--tasks", "evil", "--limit", "1",
                 "--shots", "1", "--out", str(tmp_path / "out")]) == 0
     page = Page()

@@ -208,6 +208,7 @@ def test_trec(tmp_path, names):
     ("text,label\nx,y\nz,y\n", "has 1 label with examples"),
     ("text,label\nx,\n", "row 2 of .* lacks a text or a label"),
     ("text,label\n" + "a,Cat\nb,Cat\na,cat\nb,cat\n", "labels 'Cat' and 'cat', which are one label to a reader"),
+    ("text,label\n" + "a,x\na,y\nb,x\nb,y\n", "too few texts with one label .texts that have several labels were left out: 2, such as 'a'"),
     ("text,label\na,x\nb,y\n", "which it shows no example|has 0 label"),
 ])
 def test_bad_csvs(tmp_path, content, complaint):

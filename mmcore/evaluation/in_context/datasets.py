@@ -174,6 +174,8 @@ def from_csv(path: Path, seed: int = 0) -> Classification:
     notes: tuple[str, ...] = ()
     if len(parts) == 1:
         found, notes = distinct(parts[0])
+        if notes and len({one.label for one in found}) < 2 <= len({one.label for one in parts[0]}):
+            raise DataError(f"{path} has too few texts with one label ({notes[-1]}): give each text one label")
         parts = divide(found, seed)
     return replace(build(path.stem, "Give each text its label.", *parts, contents, files), notes=notes)
 
