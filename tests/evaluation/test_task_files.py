@@ -96,6 +96,7 @@ def test_a_csv_that_is_not_utf8(tmp_path):
     ({"num_fewshot": 2}, "num_fewshot is 2, and .* has 1 other rows"),
     ({"num_fewshot": "many"}, "num_fewshot is 'many': it must be a whole number"),
     ({"generation_kwargs": 5}, "generation_kwargs is 5"),
+    ({"target_delimiter": 5}, "target_delimiter is 5, which is no text"),
     ({"doc_to_choice": None}, "lacks doc_to_choice"),
 ])
 def test_bad_settings(tmp_path, settings, complaint):
@@ -128,7 +129,7 @@ def metric(name):
 ])
 def test_what_the_harness_would_fail_on_is_found_before_the_work(tmp_path, settings):
     path = write(tmp_path, GOOD, **WRITTEN, **settings)
-    with pytest.raises(DataError, match=f"^{path}, .*(as it is defined .*: correct its metric_list|top_k is -3)"):
+    with pytest.raises(DataError, match=f"^{path}, .*(as it is defined .*: correct its settings|top_k is -3)"):
         rehearse(task_files.load(path))
     rehearse(task_files.load(write(tmp_path, GOOD, **WRITTEN, metric_list=metric("exact_match"))))
 

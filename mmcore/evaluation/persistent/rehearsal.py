@@ -39,6 +39,6 @@ def rehearse(task: LocalTask) -> None:
     except Exception as error:  # the harness raises errors of every kind, and nothing but it and the file is at work here
         fault = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise DataError(
-            f"{task.path}: the harness cannot measure {task.name} as it is defined ({fault}): correct its metric_list, "
-            f"filter_list or generation_kwargs"
+            f"{task.path}: the harness cannot measure {task.name} as it is defined ({fault}): correct its settings, such as "
+            f"metric_list, filter_list or generation_kwargs"
         ) from error

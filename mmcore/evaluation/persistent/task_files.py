@@ -109,6 +109,9 @@ def _check(values: dict[str, Any], path: Path) -> None:
     for key in ("task", "data", "doc_to_text", "doc_to_target"):
         if not isinstance(values.get(key), str):
             raise DataError(f"{path} lacks the text {key}: add it")
+    for key in ("description", "target_delimiter", "fewshot_delimiter"):
+        if not isinstance(values.get(key, ""), str):
+            raise DataError(f"{path}: {key} is {values[key]!r}, which is no text: put it in quotes")
     if values.get("output_type") not in OUTPUTS:
         raise DataError(f"{path}: output_type is {values.get('output_type')!r}: choose from {', '.join(OUTPUTS)}")
     if values["output_type"] == "multiple_choice" and not values.get("doc_to_choice"):
