@@ -10,6 +10,7 @@ import contextlib
 import functools
 import importlib.metadata
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -19,7 +20,7 @@ from mmcore.evaluation.intervals import wilson
 from mmcore.evaluation.journal import Journal, key_of, shorten
 from mmcore.evaluation.persistent import task_files
 from mmcore.evaluation.persistent.benchmarks import CODE_TASKS, GROUPS, HARNESS_TASKS, Tasks
-from mmcore.evaluation.persistent.local import LocalTask
+from mmcore.evaluation.persistent.local import Items, LocalTask
 from mmcore.evaluation.prefix import Cursor, shared_length
 from mmcore.generation.engine import Session
 from mmcore.generation.sampling import Sampling
@@ -28,7 +29,7 @@ VERSION = "0.4.13"
 DEFAULT_ANSWER_TOKENS = 256
 """Tokens of an answer where a task names no number; the harness's."""
 FEWSHOT_SEED = 1234
-"""Of the examples that a task shows; the harness's own."""
+"""Of the examples that a task shows, where ours is 0; the harness's own."""
 LEAST_SHARED = 16
 """Tokens that all contexts must begin with alike before a mark is left behind them."""
 
@@ -47,17 +48,22 @@ def require() -> None:
         raise ConfigError(f"lm-evaluation-harness {found} is installed and {VERSION} needed: pip install 'mm[harness]'")
 
 
+class Unscorable(DataError):
+    """An item of a task is out of this model's reach, whatever the other items and other models are."""
+
+
 class HarnessModel(_TemplateLM or object):
     """A language model and its tokenizer as the harness asks for them.
 
     Every text is a document of its own that opens with the begin token. A text longer than `max_length` loses its
     beginning, as in the harness's own model. `tick` is called with the number of finished requests; `task` is named in
-    the journal.
+    the journal; `seed` is that of answers which a task wants drawn.
     """
 
     def __init__(
         self, model: Any, tokenizer: Any, journal: Journal | None = None, identity: Any = None,
         tick: Callable[[int], None] | None = None, max_length: int | None = None, task: str = "",
+        seed: int = 0,
     ) -> None:
         require()
         super().__init__()
@@ -67,7 +73,10 @@ class HarnessModel(_TemplateLM or object):
         self.cursor = Cursor(model)
         self._device = model.classifier_weight.device
         self._journal, self._identity, self._tick, self._task = journal, identity, tick, task
+        self._seed = seed
         self._done = 0
+        self._items: list[int] = []
+        """Of the requests at hand, which items they belong to."""
         self.shortened = 0
         """Requests that lost their beginning."""
 
@@ -98,16 +107,23 @@ class HarnessModel(_TemplateLM or object):
         )
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        return super().loglikelihood(requests, disable_tqdm=True)
+        self._items = [request.doc_id for request in requests]
+        try:
+            return super().loglikelihood(requests, disable_tqdm=True)
+        finally:
+            self._items = []
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
-        """(log-likelihood, whether greedy decoding gives it) of each (texts, context ids, continuation ids)."""
+        """(log-likelihood, whether greedy decoding gives it) of each (texts, context ids, continuation ids). Raises
+        Unscorable, before any is scored, where a continuation has no tokens or more than the model reads."""
         groups: dict[tuple[int, ...], list[int]] = {}
         continuations = []
         for place, (_, context, continuation) in enumerate(requests):
             if not continuation or len(continuation) > self.max_length:
-                raise DataError(
-                    f"an answer of {len(continuation)} tokens cannot be scored: the model reads 1 to {self.max_length:,}"
+                item = f"{self._task}, item {self._items[place] + 1}: " if self._items else ""
+                raise Unscorable(
+                    f"{item}an answer of {len(continuation)} tokens cannot be scored, as this model reads 1 to "
+                    f"{self.max_length:,}; shorten it, or leave the task out with --tasks"
                 )
             whole = list(context) + list(continuation)
             kept = whole[-(self.max_length + 1):]
@@ -151,22 +167,13 @@ class HarnessModel(_TemplateLM or object):
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:
         """What the model writes after each context, up to the first of the texts it is to stop at."""
-        from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
-
         found = []
         for request in requests:
             context, settings = request.args
-            settings = normalize_gen_kwargs(settings, DEFAULT_ANSWER_TOKENS)
-            until = [stop for stop in handle_stop_sequences(settings.get("until"), eos=None) if stop]
-            most = int(settings["max_gen_toks"])
-            if most >= self.max_length:  # no room for a question: a small model is not asked for so long an answer
-                most = self.max_length // 2
+            until, most, sampling = writing(settings, self.max_length, self._seed)
             ids = self.tok_encode(context)
             self.shortened += len(ids) > self.max_length - most
             ids = ids[-(self.max_length - most):]
-            sampling = Sampling()
-            if settings.get("do_sample") and settings.get("temperature"):
-                sampling = Sampling(float(settings["temperature"]), settings.get("top_k"), settings.get("top_p"))
             key = self._key("generate", ids, [until, most, vars(sampling)])
             if not self._known(key):
                 self._keep(key, {"prompt": shorten(context), "prediction": self._write(ids, until, most, sampling)})
@@ -216,12 +223,28 @@ class HarnessModel(_TemplateLM or object):
             self._tick(self._done)
 
 
+def writing(settings: dict[str, Any], max_length: int, seed: int = 0) -> tuple[list[str], int, Sampling]:
+    """Where an answer stops, how many tokens it may have, and how they are drawn, from a task's generation_kwargs."""
+    from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
+
+    settings = normalize_gen_kwargs(settings, DEFAULT_ANSWER_TOKENS)
+    until = [stop for stop in handle_stop_sequences(settings.get("until"), eos=None) if stop]
+    most = int(settings["max_gen_toks"])
+    if most >= max_length:  # no room for a question: a small model is not asked for so long an answer
+        most = max_length // 2
+    if settings.get("do_sample") and settings.get("temperature"):
+        temperature = float(settings["temperature"])
+        return until, most, Sampling(temperature, settings.get("top_k"), settings.get("top_p"), seed % 2**64)
+    return until, most, Sampling()
+
+
 def measure(
     tasks: Tasks, model: Any, tokenizer: Any, journal: Journal, identity: Any, limit: int | None = None,
-    tick: Callable[[float], None] | None = None,
+    tick: Callable[[float], None] | None = None, passed_over: list[str] | None = None, seed: int = 0,
 ) -> list[dict[str, Any]]:
     """A row of plain values for each task: `score` by its main metric, in percent where `percent` says so (a perplexity
-    is not), and all metrics."""
+    is not), and all metrics. A task that this model cannot score gets no row, and a sentence in `passed_over`; without
+    that list it raises Unscorable."""
     require()
     rows: list[dict[str, Any]] = []
     names = [*tasks.local, *tasks.online]
@@ -233,22 +256,26 @@ def measure(
                 tick((number + min(0.99, done / (4 * size))) / len(names))
 
         name = task.name if isinstance(task, LocalTask) else task
-        lm = HarnessModel(model, tokenizer, journal, identity, report, task=name)
-        row = run_local(task, lm, limit) if isinstance(task, LocalTask) else run_online(task, lm, limit)
+        lm = HarnessModel(model, tokenizer, journal, identity, report, task=name, seed=seed)
+        try:
+            row = (run_local if isinstance(task, LocalTask) else run_online)(task, lm, limit, seed)
+        except Unscorable as error:
+            if passed_over is None:
+                raise
+            passed_over.append(str(error))
+            continue
         rows.append(row | {"shortened": lm.shortened})
     return rows
 
 
-def run_local(task: LocalTask, lm: Any, limit: int | None = None) -> dict[str, Any]:
+def run_local(task: LocalTask, lm: Any, limit: int | None = None, seed: int = 0) -> dict[str, Any]:
     """Measure a task whose items are at hand; nothing is loaded from anywhere."""
-    import datasets
-
     settings = dict(task.settings) | {
         "task": task.name, "test_split": "test", "fewshot_split": "test",
-        "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(task.rows)},
+        "custom_dataset": lambda **_: {"test": Items(task.rows)},
     }
     with _offline(), _sandboxed():
-        found = _evaluate([settings], lm, limit, include_defaults=False)
+        found = _evaluate([settings], lm, limit, include_defaults=False, seed=seed)
     items = found["n-samples"][task.name]["effective"]
     return _row(task.name, task.group, found["results"][task.name], items) | {"chance": chance(task, items)}
 
@@ -264,7 +291,7 @@ def chance(task: LocalTask, items: int) -> float | None:
     return 100 * sum(1 / len(one) for one in choices) / len(choices)
 
 
-def run_online(name: str, lm: Any, limit: int | None = None) -> dict[str, Any]:
+def run_online(name: str, lm: Any, limit: int | None = None, seed: int = 0) -> dict[str, Any]:
     """Measure one of the harness's own tasks, whose data it loads (from its cache, or the network)."""
     if name in CODE_TASKS and os.environ.get("HF_ALLOW_CODE_EVAL") != "1":
         raise ConfigError(
@@ -273,7 +300,7 @@ def run_online(name: str, lm: Any, limit: int | None = None) -> dict[str, Any]:
         )
     theirs = HARNESS_TASKS[name]
     try:
-        found = _evaluate([theirs], lm, limit, include_defaults=True)
+        found = _evaluate([theirs], lm, limit, include_defaults=True, seed=seed)
     except (OSError, ValueError) as error:
         raise DataError(f"the harness could not load {theirs} ({' '.join(str(error).split())[:200]}): check the network, "
                         f"or give the file with --data") from error
@@ -282,8 +309,9 @@ def run_online(name: str, lm: Any, limit: int | None = None) -> dict[str, Any]:
     return _row(name, GROUPS[name], results, items)
 
 
-def _evaluate(tasks: list[Any], lm: Any, limit: int | None, include_defaults: bool) -> dict[str, Any]:
-    """The harness's evaluation. Its `simple_evaluate` would also seed every generator of the process and run git."""
+def _evaluate(tasks: list[Any], lm: Any, limit: int | None, include_defaults: bool, seed: int = 0) -> dict[str, Any]:
+    """The harness's evaluation, with its own seed of examples where ours is 0. Its `simple_evaluate` would also seed every
+    generator of the process and run git."""
     from lm_eval.evaluator import evaluate
     from lm_eval.tasks import TaskManager
 
@@ -293,10 +321,24 @@ def _evaluate(tasks: list[Any], lm: Any, limit: int | None, include_defaults: bo
     for task in loaded["tasks"].values():
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=FEWSHOT_SEED)
+        task.set_fewshot_seed(seed=FEWSHOT_SEED + seed)
+        task.aggregation().update({name: _unbounded(one) for name, one in task.aggregation().items()})
     allowed = os.environ.get("HF_ALLOW_CODE_EVAL") == "1"
     with _quiet():
         return evaluate(lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=0, confirm_run_unsafe_code=allowed)
+
+
+def _unbounded(aggregate: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """An aggregation that is infinite where a perplexity goes beyond what a float holds, as a page of one long word has."""
+
+    @functools.wraps(aggregate)
+    def bounded(items: Any) -> Any:
+        try:
+            return aggregate(items)
+        except OverflowError:
+            return math.inf
+
+    return bounded
 
 
 def _row(name: str, group: str, results: dict[str, Any], items: int) -> dict[str, Any]:

@@ -27,6 +27,10 @@ def shorten(text: str) -> str:
     return text if left_out <= 0 else f"{text[:SHOWN]}\n[... {left_out:,} characters ...]\n{text[-SHOWN:]}"
 
 
+def _is_result(record: dict[str, Any]) -> bool:
+    return "head" not in record or "query" in record
+
+
 class Journal:
     """Records by key, appended to a file as they come. A line that was cut off by a crash is dropped on opening."""
 
@@ -48,8 +52,15 @@ class Journal:
                 f"another evaluation is writing to {self.path}: wait for it, or give --out a new folder"
             ) from None
         self._read()
-        self.found = sum("head" not in record or "query" in record for record in self.records.values())
+        self.found = sum(map(_is_result, self.records.values()))
         """Results that were there already; the beginnings of prompts, kept by themselves, are none."""
+        self._before = set(self.records)
+        self._used: set[str] = set()
+
+    @property
+    def used(self) -> int:
+        """Those of the results found that were asked for: a folder may hold others, of another question."""
+        return len(self._used)
 
     def _read(self) -> None:
         self._file.seek(0)
@@ -67,7 +78,10 @@ class Journal:
         self._file.seek(0, os.SEEK_END)
 
     def get(self, key: str) -> dict[str, Any] | None:
-        return self.records.get(key)
+        record = self.records.get(key)
+        if key in self._before and _is_result(record):
+            self._used.add(key)
+        return record
 
     def put(self, key: str, record: dict[str, Any]) -> dict[str, Any]:
         """Keep a record, which must hold JSON values; it is in the file when this returns."""

@@ -91,14 +91,14 @@ def gather(suites: Sequence[str], given: Sequence[str | Path], only: Sequence[st
 
     A file given by its own name counts whatever it is called: SQuAD or HotpotQA JSON by its layout, a CSV of text and
     label as a classification of its own. Raises DataError that names everything missing at once, ConfigError for a
-    task that is not known.
+    task that is not known and for two CSVs with one name.
     """
     places = [Path(path) for path in given]
     for path in places:
         if not path.exists():
             raise DataError(f"there is no file or folder {path}: check --data")
-    own = {path.stem: path for path in places if path.suffix.lower() == ".csv"}
-    _check_names(only, own)
+    own = _own(places)
+    _check_names(only, own, places)
     missing: list[str] = []
     hashes: dict[str, dict[str, str]] = {}
 
@@ -121,10 +121,24 @@ def known_tasks() -> tuple[str, ...]:
     return ruler.TASKS + CLASSIFICATIONS + MORE_CLASSIFICATIONS
 
 
-def _check_names(only: Sequence[str], own: dict[str, Path]) -> None:
-    from mmcore.evaluation.persistent import benchmarks
+def _own(places: Iterable[Path]) -> dict[str, Path]:
+    """The user's CSVs by the names of their tasks. Raises ConfigError where two have one name."""
+    found: dict[str, Path] = {}
+    for path in places:
+        if path.suffix.lower() != ".csv":
+            continue
+        other = found.setdefault(path.stem, path)
+        if other.resolve() != path.resolve():
+            raise ConfigError(f"{other} and {path} would both be called {path.stem}: give one of them another name")
+    return found
+
+
+def _check_names(only: Sequence[str], own: Iterable[str], places: Iterable[Path]) -> None:
+    from mmcore.evaluation.persistent import benchmarks, task_files
 
     known = {*known_tasks(), *own, *benchmarks.NAMES}
+    if not known.issuperset(only):
+        known |= {task_files.name_of(path) for path in places if path.is_file() and task_files.is_task_file(path)}
     for name in only:
         if name not in known:
             raise ConfigError(f"there is no task {name!r}: choose from {', '.join(sorted(known))}")
@@ -152,7 +166,7 @@ def _classifications(
 ) -> tuple[Classification, ...]:
     # A user's own CSV stands alone unless other tasks are asked for by name.
     if only:
-        names = [name for name in (*CLASSIFICATIONS, *MORE_CLASSIFICATIONS, *own) if name in only]
+        names = [name for name in dict.fromkeys((*CLASSIFICATIONS, *MORE_CLASSIFICATIONS, *own)) if name in only]
     else:
         names = list(own or CLASSIFICATIONS)
     readers = {"banking77": datasets.banking77, "goemotions": datasets.goemotions, "trec": datasets.trec,

@@ -18,12 +18,13 @@ import mmcore
 from mmcore.checkpoint.disk import hash_file
 from mmcore.checkpoint.formats import Checkpoint, open_checkpoint
 from mmcore.checkpoint.load import model_from, weight_format
-from mmcore.errors import ConfigError
+from mmcore.errors import ConfigError, DataError
 from mmcore.evaluation import folders, suite_data
 from mmcore.evaluation.in_context import suite as in_context
 from mmcore.evaluation.in_context.datasets import prefixes
 from mmcore.evaluation.in_context.prompts import KINDS, draw_shots
 from mmcore.evaluation.journal import Journal, key_of
+from mmcore.evaluation.persistent.local import OWN
 from mmcore.evaluation.reading import ModelReader, Reader
 from mmcore.evaluation.ruler import suite as new_knowledge
 from mmcore.evaluation.runner import pick_device
@@ -75,7 +76,7 @@ class SuiteSettings:
         for suite in self.suites:
             if suite not in suite_data.SUITES:
                 raise ConfigError(f"there is no suite {suite!r}: choose from {', '.join(suite_data.SUITES)}, all")
-        for name, values, least in (("--limit", [self.limit or 1], 1), ("--shots", self.shots, 0)):
+        for name, values, least in (("--limit", [1 if self.limit is None else self.limit], 1), ("--shots", self.shots, 0)):
             if not values or min(values) < least:
                 raise ConfigError(f"{name} is {min(values, default='empty')}: it must be at least {least}")
         for length in self.lengths:
@@ -110,7 +111,7 @@ def run_suites(
 ) -> dict[str, Any]:
     """Measure every checkpoint and return plain values: `settings`, `data`, `versions`, `results` (one for each
     checkpoint and variant) and `notes`. Items are kept in `folder`/items.jsonl as they come; what is there already
-    is not measured again. Raises MMError.
+    is not measured again (`items_found` counts what of it is used). Raises MMError.
     """
     device = pick_device(settings.device)
     dtype = settings.dtype or ("float32" if device.type == "cpu" else "bfloat16")
@@ -119,6 +120,7 @@ def run_suites(
     persistent = _persistent_tasks(settings, data) if "persistent" in suites else None
     if not (material.new_knowledge or material.classifications or persistent):
         raise ConfigError(f"none of the tasks {', '.join(settings.tasks)} belongs to {', '.join(suites)}: choose others")
+    sources = _sources(material, persistent)
     subjects = [open_subject(path) for path in checkpoints]
     lengths = settings.lengths or default_lengths([one.checkpoint.config.max_position_embeddings for one in subjects])
     shown = settings.shots if material.classifications else ()
@@ -127,6 +129,7 @@ def run_suites(
     variants = [(subject, without) for subject in subjects for without in _variants(subject, settings.without)]
     notes = _notes(subjects, settings, lengths, material) + list(persistent.notes if persistent else ())
     results: list[dict[str, Any]] = []
+    passed_over: dict[str, list[str]] = {}
     begun = time.perf_counter()
     with Journal(folder) as journal:
         for number, (subject, without) in enumerate(variants):
@@ -138,7 +141,8 @@ def run_suites(
             reader = ModelReader(model, tokenizer)
             jobs = make_jobs(material, lengths, shown, settings, reader, journal, identity)
             if persistent:
-                jobs.append(_persistent_job(persistent, model, tokenizer, journal, identity, settings))
+                jobs.append(_persistent_job(persistent, model, tokenizer, journal, identity, settings,
+                                            passed_over.setdefault(subject.given, [])))
             rows = run_jobs(jobs, f"{Path(subject.given).name}{_suffix(without)}", (number, len(variants)), progress)
             results.append(describe(subject, without, tokenizer) | rows)
             del model, reader, jobs
@@ -148,12 +152,12 @@ def run_suites(
                 "the checkpoints have different tokenizers: a length in tokens holds different amounts of text for each, "
                 "and their prompts of new knowledge differ; compare them with care"
             )
-        notes += _shortened(results)
-        resumed = journal.found
+        notes += _shortened(results) + _passed_over(passed_over, results)
+        resumed = journal.used
     return {
         "suites": suites,
         "settings": dataclasses.asdict(settings) | {"lengths": list(lengths), "device": device.type, "dtype": dtype},
-        "data": material.hashes | (persistent.hashes if persistent else {}), "versions": versions(),
+        "data": sources, "versions": versions(),
         "given": {"checkpoints": [one.given for one in subjects], "data": [str(path) for path in data]},
         "results": results, "notes": notes, "items_found": resumed, "seconds": round(time.perf_counter() - begun, 1),
         "finished": time.strftime("%Y-%m-%d %H:%M %Z"),
@@ -274,6 +278,7 @@ def _notes(
         if material.new_knowledge and beyond:
             notes.append(f"{subject.given} was trained for {trained:,} tokens: lengths from {min(beyond):,} on lie beyond")
     for task in material.classifications:
+        notes += [f"{task.name}: {note}" for note in task.notes]
         if pairs := prefixes(task.labels):
             notes.append(
                 f"{task.name}: the label {pairs[0][0]!r} is the beginning of {pairs[0][1]!r} (such pairs: {len(pairs)}); "
@@ -291,6 +296,22 @@ def _shortened(results: Sequence[dict[str, Any]]) -> list[str]:
             for result in results if result["variant"] == WHOLE for row in result.get("persistent", []) if row["shortened"]]
 
 
+def _passed_over(found: dict[str, list[str]], results: Sequence[dict[str, Any]]) -> list[str]:
+    """Which tasks a checkpoint could not be measured on, and why. Raises DataError where nothing at all was measured."""
+    notes = [f"passed over with {given}: {why}" for given, reasons in found.items() for why in dict.fromkeys(reasons)]
+    if notes and not any(result.get(suite.replace("-", "_")) for result in results for suite in suite_data.SUITES):
+        raise DataError(f"nothing was measured: {'; '.join(notes)}")
+    return notes
+
+
+def _sources(material: suite_data.Material, persistent: Any) -> dict[str, dict[str, str]]:
+    """Where the data of every task are. Raises ConfigError for two tasks of one name."""
+    others = persistent.hashes if persistent else {}
+    for name in material.hashes.keys() & others.keys():
+        raise ConfigError(f"{material.hashes[name]['path']} and {others[name]['path']} both are {name!r}: rename one")
+    return material.hashes | others
+
+
 def _persistent_tasks(settings: SuiteSettings, data: Sequence[str | Path]) -> Any:
     """The benchmarks, or None where the tasks that are asked for are all of other suites."""
     from mmcore.evaluation.persistent import benchmarks
@@ -298,17 +319,23 @@ def _persistent_tasks(settings: SuiteSettings, data: Sequence[str | Path]) -> An
     tasks = benchmarks.gather(data, settings.tasks, settings.online)
     if tasks is not None:
         from mmcore.evaluation import harness  # slow to import, and not needed without benchmarks
+        from mmcore.evaluation.persistent.rehearsal import rehearse
 
         harness.require()
+        for task in tasks.local:
+            if task.group == OWN:
+                rehearse(task)
     return tasks
 
 
 def _persistent_job(
-    tasks: Any, model: Any, tokenizer: Any, journal: Journal, identity: Any, settings: SuiteSettings
+    tasks: Any, model: Any, tokenizer: Any, journal: Journal, identity: Any, settings: SuiteSettings,
+    passed_over: list[str],
 ) -> Job:
+    """`passed_over` takes the reasons of tasks that this model cannot score."""
     from mmcore.evaluation import harness
 
     def run(tick: Tick) -> list[dict[str, Any]]:
-        return harness.measure(tasks, model, tokenizer, journal, identity, settings.limit, tick)
+        return harness.measure(tasks, model, tokenizer, journal, identity, settings.limit, tick, passed_over, settings.seed)
 
     return Job("persistent", "benchmarks", tasks.cost(settings.limit), run)

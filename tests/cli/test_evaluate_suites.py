@@ -224,7 +224,7 @@ def test_the_page_says_how_to_measure_it_again(home, measured, monkeypatch):
 
 
 def test_words_from_files_cannot_become_markup(place, capsys, tmp_path):
-    (tmp_path / "evil.csv").write_text("text,label\n" + "".join(f"<script>x{n}</script>,<u>{label}</u>\n" for n in range(8) for label in "pq"))
+    (tmp_path / "evil.csv").write_text("text,label\n" + "".join(f"<script>{label}{n}</script>,<u>{label}</u>\n" for n in range(8) for label in "pq"))
     assert run(["eval", "mosaic", "--suite", "in-context", "--data", str(tmp_path / "evil.csv"), "--tasks", "evil", "--limit", "1",
                 "--shots", "1", "--out", str(tmp_path / "out")]) == 0
     page = Page()
@@ -359,7 +359,8 @@ def test_formats_of_weights(place, capsys, tmp_path):
     for dtype in ((), ("--dtype", "int8")):
         assert run([*arguments, *dtype]) == 0
         reports.append(json.loads(capsys.readouterr().out))
-    assert [report["settings"]["dtype"] for report in reports] == ["float32", "int8"] and reports[1]["items_found"] == 16
+    assert [report["settings"]["dtype"] for report in reports] == ["float32", "int8"]
+    assert [report["items_found"] for report in reports] == [0, 0]  # the 16 results that the second run found are of fp32
     items = [json.loads(line) for line in (tmp_path / "out" / "items.jsonl").read_text().splitlines()]
     logprobs = {(item["labels"], item["form"], item["query"], item["model"]["dtype"]): item["logprob_answer"] for item in items
                 if "query" in item}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import random
 import socket
 
@@ -134,6 +135,33 @@ def test_an_oracle_scores_100_and_a_guesser_chance(tmp_path, files, knows, no_ne
 
 
 @needs_harness
+def test_the_seed_reaches_what_is_drawn_and_what_is_shown(tmp_path):
+    """Answers are drawn by it; examples are the harness's own with 0. A greedy answer's key depends on the seed as little
+    as the answer does."""
+    rows = [{"q": f"{n} is", "a": f"number {n}"} for n in range(30)]
+    drawn = {"output_type": "generate_until", "doc_to_text": "{{q}}", "doc_to_target": "{{a}}", "generation_kwargs":
+             {"until": ["~"], "max_gen_toks": 8, "do_sample": True, "temperature": 1.0},
+             "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}]}
+    greedy = drawn | {"generation_kwargs": {"until": ["~"], "max_gen_toks": 8}}
+    model = tiny(vocab_size=258)
+
+    def written(settings, seed, limit=2):
+        with Journal(tmp_path / "out") as journal:
+            before = len(journal.records)
+            task = LocalTask("t", "own", settings, rows, "", "")
+            harness.measure(benchmarks.Tasks((task,)), model, Bytes(), journal, "m", limit, seed=seed)
+            return [(one["prompt"], one["prediction"]) for one in journal.records.values()][before:]
+
+    first, second = written(drawn, 0), written(drawn, 7)
+    assert [prompt for prompt, _ in first] == [prompt for prompt, _ in second] == ["0 is", "1 is"]
+    assert first != second and written(drawn, 7) == []
+    assert len(written(greedy, 0)) == 2 and written(greedy, 7) == []
+    (zero, _), (seven, _) = (written(greedy | {"num_fewshot": 3}, seed, 1)[0] for seed in (0, 7))
+    shown = [row for row in random.Random(harness.FEWSHOT_SEED).sample(rows, 4) if row != rows[0]][:3]
+    assert zero == "".join(f"{row['q']} {row['a']}\n\n" for row in shown) + "0 is" != seven
+
+
+@needs_harness
 def test_templates_meet_the_sandbox_while_the_harness_runs():
     from jinja2.sandbox import SecurityError
     from lm_eval.utils import apply_template
@@ -150,6 +178,47 @@ def test_answers_too_long_to_score():
     with pytest.raises(DataError, match="an answer of 9 tokens cannot be scored"):
         lm._loglikelihood_tokens([(("", ""), [1], [2] * 9)])
     assert lm.apply_chat_template is not None and lm.tokenizer_name == "bytes"
+
+
+@needs_harness
+def test_a_task_with_an_answer_too_long_is_passed_over(tmp_path):
+    """It is named with its item, nothing of it is scored in vain, and the other tasks have their rows."""
+    settings = benchmarks.LOCAL["piqa"].settings
+    rows = [{"query": f"{n}?", "choices": ["yes", "no" * n], "gold": 0} for n in (1, 2, 20)]
+    tasks = benchmarks.Tasks((LocalTask("long", "own", settings, rows, "", ""), LocalTask("short", "own", settings, rows[:2], "", "")))
+    model, passed_over = tiny(vocab_size=258, max_position_embeddings=24), []
+    with Journal(tmp_path) as journal:
+        (row,) = harness.measure(tasks, model, Bytes(), journal, "m", passed_over=passed_over)
+        assert row["task"] == "short" and row["items"] == 2
+        assert {record["task"] for record in journal.records.values()} == {"short"}
+        (reason,) = passed_over
+        assert reason.startswith("long, item 3: an answer of 41 tokens cannot be scored, as this model reads 1 to 24")
+        with pytest.raises(harness.Unscorable, match="long, item 3"):
+            harness.measure(tasks, model, Bytes(), journal, "m")
+
+
+@needs_harness
+@pytest.mark.parametrize(("output", "metric", "aggregation"), [
+    ("loglikelihood_rolling", "word_perplexity", "weighted_perplexity"), ("loglikelihood", "perplexity", "perplexity")])
+def test_a_perplexity_beyond_floats_is_infinite(output, metric, aggregation):
+    """Of one word e^700 is the last power of e that a float holds in hundreds."""
+    settings = {"output_type": output, "doc_to_text": "", "doc_to_target": "{{page}}",
+                "metric_list": [{"metric": metric, "aggregation": aggregation, "higher_is_better": False}]}
+    task = LocalTask("page", "own", settings, [{"page": "word"}], "", "")
+
+    class Model:
+        rank, world_size = 0, 1
+
+        def loglikelihood(self, requests):
+            return [(-self.nats, False) for _ in requests]
+
+        def loglikelihood_rolling(self, requests):
+            return [-self.nats for _ in requests]
+
+    for nats, score in ((2.0, math.exp(2)), (700.0, math.exp(700)), (800.0, math.inf)):
+        lm = Model()
+        lm.nats = nats
+        assert harness.run_local(task, lm)["score"] == pytest.approx(score)
 
 
 @needs_harness

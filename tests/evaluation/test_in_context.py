@@ -208,6 +208,7 @@ def test_trec(tmp_path, names):
     ("text,label\nx,y\nz,y\n", "has 1 label with examples"),
     ("text,label\nx,\n", "row 2 of .* lacks a text or a label"),
     ("text,label\n" + "a,Cat\nb,Cat\na,cat\nb,cat\n", "labels 'Cat' and 'cat', which are one label to a reader"),
+    ("text,label\n" + "a,x\na,y\nb,x\nb,y\n", "too few texts with one label .texts that have several labels were left out: 2, such as 'a'"),
     ("text,label\na,x\nb,y\n", "which it shows no example|has 0 label"),
 ])
 def test_bad_csvs(tmp_path, content, complaint):
@@ -230,6 +231,37 @@ def test_other_bad_files(tmp_path):
         (tmp_path / name).write_text("fine\t0\tid\nhm\t7\tid\n")
     with pytest.raises(DataError, match="line 2 of .* has no label numbers below 2"):
         datasets.goemotions(tmp_path)
+
+
+def test_marks_within_a_text_divide_no_line(tmp_path):
+    """U+2028 and U+0085 are white space of a text; a byte order mark is no part of the first line."""
+    (tmp_path / "labels.txt").write_text("joy\nfear\n")
+    for name in ("train.tsv", "test.tsv"):
+        (tmp_path / name).write_bytes("fine\u2028day\t0\tid\r\nhm\x85no\t1\tid\r\n".encode("utf-8-sig"))
+    task = datasets.goemotions(tmp_path)
+    assert [(one.pieces[0], one.label) for one in task.shown] == [("comment: fine day", "joy"), ("comment: hm no", "fear")]
+    for name in ("train.txt", "test.txt"):
+        (tmp_path / name).write_text("NUM:date When\u2028was it ?\nHUM:ind Who\x85was it ?\n", encoding="utf-8-sig")
+    assert [one.pieces[0] for one in datasets.trec(tmp_path).asked] == ["question: When was it ?", "question: Who was it ?"]
+
+
+def test_a_text_that_is_there_twice_is_not_asked_about_among_its_shots(tmp_path):
+    """A file four times over gives the task that it gives once; a text with two labels is in no part of it."""
+    rows = [f"a {what} of number {n},{what}" for n in range(8) for what in ("cat", "dog")]
+    (tmp_path / "once.csv").write_text("\n".join(["text,label", *rows]))
+    (tmp_path / "often.csv").write_text("\n".join(["text,label", *rows * 2, "a  beast,cat", *rows, "a beast,dog", *rows]))
+    once, often = (datasets.from_csv(tmp_path / f"{name}.csv") for name in ("once", "often"))
+    assert (often.shown, often.asked) == (once.shown, once.asked) and len(once.shown) == 12 and len(once.asked) == 4
+    assert not {one.pieces for one in often.shown} & {one.pieces for one in often.asked}
+    assert once.notes == ()
+    assert often.notes == ("rows that say what an earlier one says were left out: 48",
+                           "texts that have several labels were left out: 1, such as 'a beast'")
+
+
+def test_a_csv_field_beyond_the_readers_limit(tmp_path):
+    (tmp_path / "long.csv").write_text("text,label\na,x\n" + "b" * 140_000 + ",y\n")
+    with pytest.raises(DataError, match=r"long.csv cannot be read as CSV at line 3 \(field larger than field limit"):
+        datasets.from_csv(tmp_path / "long.csv")
 
 
 def test_wilson_by_hand():

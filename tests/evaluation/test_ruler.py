@@ -66,6 +66,21 @@ def test_pools(squad, hotpot):
     assert [hotpot.documents[place][:9] for place in hotpot.questions[3].needed] == ["Title 3-4", "Title 3-7"]
 
 
+def test_an_empty_answer_is_none(tmp_path):
+    """Every prediction would contain it. A question without another is left out, as one that is marked unanswerable."""
+    asked = [{"question": f"{n}?", "answers": [{"text": text} for text in texts]}
+             for n, texts in enumerate((["", "Paris"], [""], [" "], ["Rome"]))]
+    pool = read_pool(write(tmp_path / "dev.json", {"data": [{"paragraphs": [{"context": "Cities.", "qas": asked}]}]}))
+    assert [(one.text, one.answers) for one in pool.questions] == [("0?", ("Paris",)), ("3?", ("Rome",))]
+    entries = [{"question": f"{n}?", "answer": answer, "context": [["A", ["b"]]]} for n, answer in enumerate(["", "yes"])]
+    (question,) = read_pool(write(tmp_path / "hotpot.json", entries)).questions
+    assert (question.text, question.answers) == ("1?", ("yes",))
+    with pytest.raises(DataError, match="holds no question that has an answer"):
+        read_pool(write(tmp_path / "none.json", entries[:1]))
+    with pytest.raises(DataError, match="the answer 7 is no text"):
+        read_pool(write(tmp_path / "number.json", [entries[0] | {"answer": 7}]))
+
+
 def test_a_qa_prompt_written_out():
     line = "Answer the question based on the given documents. Only give me the answer and do not output any other words."
     assert qa.render(["one", "two"], "Who?") == (
@@ -283,12 +298,17 @@ def test_an_interrupted_measurement_goes_on(tmp_path, squad):
         file.write(b'{"key": "torn')  # as a crash within a line would leave it
     reader = Oracle()
     with Journal(tmp_path) as journal:
-        assert journal.found == 4
+        assert journal.found == 4 and journal.used == 0
         row = measure("qa_1", 300, 10, sources, reader, journal, "m")
+        assert journal.used == 4
     assert row["score"] == 100.0 and reader.asked == 6
     with Journal(tmp_path) as journal:
         assert journal.found == 10
         assert measure("qa_1", 300, 10, sources, None_reader(), journal, "m") == row
+        assert journal.used == 10
+    with Journal(tmp_path) as journal:  # another model: the results that lie there are none of its
+        measure("qa_1", 300, 10, sources, Oracle(), journal, "other")
+        assert journal.found == 10 and journal.used == 0
 
 
 def None_reader():

@@ -8,10 +8,11 @@ import io
 import json
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mmcore.errors import DataError
+from mmcore.evaluation.lines import lines_of
 
 TEXT_COLUMNS = ("text", "sentence", "query", "utterance", "comment", "review")
 LABEL_COLUMNS = ("label", "category", "intent", "class", "relation", "emotion")
@@ -43,6 +44,8 @@ class Classification:
     sha256: str
     """Of the files."""
     paths: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    """What was left out of the files."""
 
 
 def _bytes(path: Path) -> bytes:
@@ -79,7 +82,7 @@ def goemotions(folder: Path) -> Classification:
     for name in ("train.tsv", "test.tsv"):
         contents.append(_bytes(folder / name))
         part = []
-        for number, line in enumerate(_text(contents[-1], folder / name).splitlines(), start=1):
+        for number, line in enumerate(lines_of(_text(contents[-1], folder / name)), start=1):
             text, _, rest = line.partition("\t")
             marks = rest.split("\t")[0].split(",")
             if not all(mark.isdigit() and int(mark) < len(names) for mark in marks):
@@ -149,10 +152,10 @@ def trec(folder: Path) -> Classification:
         contents.append(_bytes(path))
         part = []
         try:
-            text = contents[-1].decode("utf-8")
+            text = contents[-1].decode("utf-8-sig")
         except UnicodeDecodeError:
             text = contents[-1].decode("latin-1")  # as first published
-        for number, line in enumerate(text.splitlines(), start=1):
+        for number, line in enumerate(lines_of(text), start=1):
             kind, _, question = line.partition(" ")
             label = TREC_LABELS.get(kind.partition(":")[0])
             if label is None or not question.strip():
@@ -168,14 +171,42 @@ def from_csv(path: Path, seed: int = 0) -> Classification:
     contents = [_bytes(file) for file in files]
     parts = [[Example((f"text: {text}", "label:"), label) for text, label in read_csv(content, file)]
              for content, file in zip(contents, files, strict=True)]
-    shown, asked = parts if len(parts) == 2 else divide(parts[0], seed)
-    return build(path.stem, "Give each text its label.", shown, asked, contents, files)
+    notes: tuple[str, ...] = ()
+    if len(parts) == 1:
+        found, notes = distinct(parts[0])
+        if notes and len({one.label for one in found}) < 2 <= len({one.label for one in parts[0]}):
+            raise DataError(f"{path} has too few texts with one label ({notes[-1]}): give each text one label")
+        parts = divide(found, seed)
+    return replace(build(path.stem, "Give each text its label.", *parts, contents, files), notes=notes)
+
+
+def distinct(examples: list[Example]) -> tuple[list[Example], tuple[str, ...]]:
+    """The examples, each once and without texts that have several labels, in their order; and notes of what that left out.
+
+    Otherwise a text could be asked about that stands among the shots, with its label or with another.
+    """
+    labels: dict[tuple[str, ...], set[str]] = {}
+    for example in examples:
+        labels.setdefault(example.pieces, set()).add(alike(example.label))  # spellings of one label are refused later
+    once = list(dict.fromkeys(examples))
+    clear = [example for example in once if len(labels[example.pieces]) == 1]
+    notes = []
+    if len(once) < len(examples):
+        notes.append(f"rows that say what an earlier one says were left out: {len(examples) - len(once):,}")
+    unclear = [pieces for pieces, found in labels.items() if len(found) > 1]
+    if unclear:
+        first = unclear[0][0].removeprefix("text: ")[:60]
+        notes.append(f"texts that have several labels were left out: {len(unclear):,}, such as {first!r}")
+    return clear, tuple(notes)
 
 
 def read_csv(content: bytes, path: Path) -> list[tuple[str, str]]:
     """(text, label) of every row of a CSV with a header. Raises DataError where it is not clear which columns."""
     reader = csv.reader(io.StringIO(_text(content, path), newline=""))
-    rows = [row for row in reader if row]
+    try:
+        rows = [row for row in reader if row]
+    except csv.Error as error:
+        raise DataError(f"{path} cannot be read as CSV at line {reader.line_num} ({error}): correct or remove it") from None
     if len(rows) < 2:
         raise DataError(f"{path} holds no rows: give a CSV with a header and the columns text and label")
     header = [name.strip().lower() for name in rows[0]]
@@ -190,16 +221,17 @@ def read_csv(content: bytes, path: Path) -> list[tuple[str, str]]:
     return [(_flat(row[text]), row[label].strip()) for row in rows[1:]]
 
 
-def divide(examples: list[Example], seed: int) -> tuple[list[Example], list[Example]]:
+def divide(examples: list[Example], seed: int) -> list[list[Example]]:
     """Examples to show and to ask about, every class divided alike, by the seed alone."""
-    shown, asked = [], []
+    shown: list[Example] = []
+    asked: list[Example] = []
     for label in sorted({example.label for example in examples}):
         mine = [example for example in examples if example.label == label]
         random.Random(f"{seed}/{label}").shuffle(mine)
         cut = max(1, round(len(mine) * TEST_SHARE))
         asked += mine[:cut]
         shown += mine[cut:]
-    return shown, asked
+    return [shown, asked]
 
 
 def build(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mmcore.checkpoint.disk import hash_file
-from mmcore.errors import DataError
+from mmcore.errors import ConfigError, DataError
 from mmcore.evaluation.persistent import task_files
 from mmcore.evaluation.persistent.local import LocalTask, Rows, read_rows
 
@@ -79,7 +79,7 @@ def _piqa(path: Path) -> Rows:
     answers = path.with_name(path.name.replace(".jsonl", "-labels.lst"))
     if not answers.is_file():
         raise DataError(f"{path} has its answers in {answers.name}, which is missing: put it beside")
-    gold = answers.read_text(encoding="utf-8").split()
+    gold = answers.read_text(encoding="utf-8-sig").split()
     rows = read_rows(path)
     if len(gold) != len(rows):
         raise DataError(f"{path} has {len(rows)} questions and {answers.name} {len(gold)} answers: get both anew")
@@ -164,23 +164,27 @@ def gather(given: Sequence[str | Path], only: Sequence[str] = (), online: bool =
     """The tasks found in the user's folders, and with `online` the harness's own for the rest.
 
     A .yaml, .yml or .json file given by name that defines a task is one (task_files.py). Raises DataError where
-    nothing is found or a task named in `only` is not. None where `only` names tasks of other suites alone, and no
-    task file is given.
+    nothing is found or a task named in `only` is not, ConfigError where two tasks have one name. None where `only` names
+    tasks of other suites alone.
     """
     places = [Path(path) for path in given]
     chosen = [name for name in NAMES if not only or name in only]
+    own = _own(places, only)
     local, remote, missing = [], [], []
     for name in chosen:
         path = _find(LOCAL[name].files, places) if name in LOCAL else None
+        if path is not None and name in own:
+            theirs = own[name].path.partition(", ")[0]
+            raise ConfigError(f"{path} is the benchmark {name}, and {theirs} defines a task of its name: rename that")
         if path is not None:
             local.append(_local(name, path))
+        elif name in own:
+            continue
         elif not online or HARNESS_TASKS[name] is None:
             missing.append(name)
         else:
             remote.append(name)
-    for path in places:
-        if path.is_file() and task_files.is_task_file(path):
-            local.append(task_files.load(path))
+    local += own.values()
     if only and not chosen and not local:
         return None
     wanted = [name for name in only if name in missing]
@@ -198,11 +202,30 @@ def gather(given: Sequence[str | Path], only: Sequence[str] = (), online: bool =
                  {task.name: {"path": task.path, "sha256": task.sha256} for task in local})
 
 
+def _own(places: Iterable[Path], only: Sequence[str]) -> dict[str, LocalTask]:
+    """The user's tasks by name. Raises ConfigError where two have one name."""
+    found: dict[str, LocalTask] = {}
+    files = {path.resolve(): path for path in places if path.is_file() and task_files.is_task_file(path)}
+    for path in files.values():
+        name = task_files.name_of(path)
+        if only and name not in only:
+            continue
+        if name in found:
+            raise ConfigError(f"{found[name].path.partition(', ')[0]} and {path} both define the task {name}: rename one")
+        found[name] = task_files.load(path)
+    return found
+
+
 def _local(name: str, path: Path) -> LocalTask:
     try:
         rows = LOCAL[name].read(path)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{path} departs from {name}'s layout ({type(error).__name__}: {error}): get it anew") from None
+    for number, row in enumerate(rows, start=1):
+        gold, choices = row.get("gold", 0), row.get("choices", [""])
+        if not 0 <= gold < len(choices):
+            raise DataError(f"the answer to item {number} of {path} is number {gold} (from 0) of {len(choices)} choices: "
+                            f"get {name} anew")
     return LocalTask(name, GROUPS[name], LOCAL[name].settings, rows, str(path), _hash(path))
 
 

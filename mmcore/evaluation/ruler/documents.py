@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,10 +86,19 @@ def _squad(values: dict[str, Any]) -> tuple[list[str], list[Question]]:
             gold = places[paragraph["context"]]
             others = tuple(place for place in mine if place != gold)
             for asked in paragraph["qas"]:
-                answers = tuple(answer["text"] for answer in asked["answers"])
+                answers = _said(answer["text"] for answer in asked["answers"])
                 if not asked.get("is_impossible", False) and answers:
                     questions.append(Question(asked["question"], answers, (gold,), (gold,), others))
     return documents, questions
+
+
+def _said(answers: Iterable[str]) -> tuple[str, ...]:
+    """The answers that say something: every prediction contains an empty one. Raises TypeError for one that is no text."""
+    found = tuple(answers)
+    for answer in found:
+        if not isinstance(answer, str):
+            raise TypeError(f"the answer {answer!r} is no text")
+    return tuple(answer for answer in found if answer.strip())
 
 
 def _hotpot(values: list[dict[str, Any]]) -> tuple[list[str], list[Question]]:
@@ -99,9 +109,12 @@ def _hotpot(values: list[dict[str, Any]]) -> tuple[list[str], list[Question]]:
     places = {text: place for place, text in enumerate(documents)}
     questions = []
     for entry in values:
+        answers = _said([entry["answer"]])
+        if not answers:
+            continue
         texts = rendered(entry)
         given = tuple(places[text] for text in texts)
         titles = {title for title, _ in entry.get("supporting_facts", [])}
         needed = tuple(place for place, (title, _) in zip(given, entry["context"], strict=True) if title in titles)
-        questions.append(Question(entry["question"], (entry["answer"],), needed or given, given, ()))
+        questions.append(Question(entry["question"], answers, needed or given, given, ()))
     return documents, questions
