@@ -23,7 +23,7 @@ from typing import IO, Any
 
 from mmcore.config import SourceConfig
 from mmcore.data.conversations import check_messages
-from mmcore.errors import DataError
+from mmcore.errors import ConfigError, DataError
 
 PYTHON_LIBRARY = "python-library"
 HUGGING_FACE = "hf:"
@@ -128,8 +128,14 @@ _NAME_ONE = "name one of these as text_key (mm eval: --text-key)"
 
 
 def open_source(config: SourceConfig, kind: str = "text") -> Source:
-    """Find what a SourceConfig names. Raises DataError where it is missing, empty or of an unknown sort."""
+    """Find what a SourceConfig names. Raises DataError where it is missing, empty or of an unknown sort, ConfigError
+    where conversations are to be read from another field than messages."""
     source = Source(config, kind)
+    if kind == "conversations" and config.text_key != SourceConfig.text_key:
+        raise ConfigError(
+            f"data.sources: {config.path} has the text_key {config.text_key!r}, which conversations do not know: leave it "
+            f"out, and call the field of the rows 'messages'"
+        )
     if config.path.startswith(HUGGING_FACE):
         source.dataset = _load_dataset(config.path)
         return source

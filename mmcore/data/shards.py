@@ -29,7 +29,8 @@ from mmcore.data.tokenizer import Tokenizer
 from mmcore.data.workers import Workers
 from mmcore.errors import DataError
 
-FORMAT = 1
+FORMAT = 2
+"""1 hashed a document with the line ends around it and learnt answers of weight 0. Its shards are made anew."""
 
 _SMALLEST_SHARD, _LARGEST_SHARD = 1 << 20, 64 << 20  # bytes of text
 _SHARDS_WANTED = 256  # enough for even work and fine-grained resuming; few enough files
@@ -38,20 +39,24 @@ _ALONE_BELOW = 2 << 20  # bytes of text; a worker process takes about 0.3 s to s
 
 @dataclass(frozen=True)
 class Shard:
-    """A whole shard: `stem` is its path without ending."""
+    """A whole shard: `stem` is its path without ending, `answers` counts what conversations have to learn that is not
+    blank. `as_before`: format 1 gave the same tokens, masks and hashes."""
 
     stem: Path
     tokens: int
     documents: int
     bytes: int
+    answers: int
+    as_before: bool
 
 
 @dataclass(frozen=True)
 class ShardSet:
-    """All shards of a source. `identity` is the sha256 that names the folder."""
+    """All shards of a source. `identity` is the sha256 that names the folder, `identity_before` that of format 1."""
 
     folder: Path
     identity: str
+    identity_before: str
     source_sha256: str
     dtype: np.dtype
     masked: bool
@@ -62,10 +67,10 @@ class ShardSet:
         return np.memmap(shard.stem.with_suffix(".docs"), dtype=DOCUMENT, mode="r")
 
 
-def shard_identity(source: Source, source_sha256: str, tokenizer: Tokenizer) -> str:
+def shard_identity(source: Source, source_sha256: str, tokenizer: Tokenizer, version: int = FORMAT) -> str:
     """SHA-256 of everything that decides a source's shards."""
     facts = {
-        "format": FORMAT, "contents": source_sha256, "kind": source.kind, "text_key": source.config.text_key,
+        "format": version, "contents": source_sha256, "kind": source.kind, "text_key": source.config.text_key,
         "separator": source.config.separator, "tokenizer": tokenizer.fingerprint,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -92,7 +97,7 @@ def open_shards(folder: Path, identity: str, *, verify: bool = False) -> ShardSe
     if len(shards) < index["shards"]:
         return None
     dtype, masked = np.dtype(index["dtype"]), index["kind"] == "conversations"
-    return ShardSet(folder, identity, index["contents"], dtype, masked, tuple(shards))
+    return ShardSet(folder, identity, index["identity_before"], index["contents"], dtype, masked, tuple(shards))
 
 
 def tokenize(source: Source, source_sha256: str, tokenizer: Tokenizer, cache: Path, *, workers: int = 1,
@@ -118,8 +123,9 @@ def tokenize(source: Source, source_sha256: str, tokenizer: Tokenizer, cache: Pa
         finally:
             remove_parts(folder)
         index = {
-            "format": FORMAT, "identity": identity, "contents": source_sha256, "tokenizer": tokenizer.fingerprint,
-            "kind": source.kind, "source": source.config.path, "dtype": token_type(tokenizer).str, "shards": count,
+            "format": FORMAT, "identity": identity, "identity_before": shard_identity(source, source_sha256, tokenizer, 1),
+            "contents": source_sha256, "tokenizer": tokenizer.fingerprint, "kind": source.kind,
+            "source": source.config.path, "dtype": token_type(tokenizer).str, "shards": count,
         }
         write_atomically(folder / "index.json", json.dumps(index, indent=1).encode())
         made = open_shards(folder, identity)
@@ -194,7 +200,7 @@ def _whole(stem: Path, verify: bool) -> Shard | None:
                         return None
         except FileNotFoundError:
             return None
-    return Shard(stem, facts["tokens"], facts["documents"], facts["bytes"])
+    return Shard(stem, facts["tokens"], facts["documents"], facts["bytes"], facts["answers"], facts["as_before"])
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

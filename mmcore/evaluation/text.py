@@ -75,8 +75,9 @@ def held_out_text(checkpoint: str | Path) -> Text:
     corpus = prepare(data, tokenizer)
     if load_state(folder).state.get("data_identity", corpus.fingerprint["identity"]) != corpus.fingerprint["identity"]:
         raise DataError(
-            f"the data that the recipe of {checkpoint} names are not those it was trained on (they changed, or lie elsewhere"
-            f" seen from this folder), so what they hold out now may have been learnt: restore them, or give --data FILE"
+            f"the data that the recipe of {checkpoint} names are not those it was trained on (they changed, lie elsewhere "
+            f"seen from this folder, or an earlier mm held others of them out), so what they hold out now may have been "
+            f"learnt: restore them, or give --data FILE"
         )
     store = corpus.validation
     if store is None:
