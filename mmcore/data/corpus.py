@@ -21,6 +21,7 @@ from mmcore.data.files import disk_faults, write_atomically
 from mmcore.data.sentencepiece_model import train_sentencepiece
 from mmcore.data.shard_files import DOCUMENT, document_record
 from mmcore.data.shards import ShardSet, open_shards, shard_identity, tokenize
+from mmcore.data.source_files import check_unchanged
 from mmcore.data.splitting import HeldOut, Split, choose_held_out, split_documents
 from mmcore.data.store import Stream, TokenStore
 from mmcore.data.tokenizer import Tokenizer
@@ -179,6 +180,8 @@ def obtain_tokenizer(config: TokenizerConfig, data: DataConfig, vocab_size: int)
     if (folder / "tokenizer.model").is_file() and (folder / "tokenizer_config.json").is_file():
         return load_tokenizer(folder)
     tokenizer = train_sentencepiece(_training_texts(sources, config, data), size)
+    for source in sources:
+        check_unchanged(source.files)  # else it would be kept under the hash of another text
     tokenizer.chat_template = CHAT_TEMPLATE
     for name, content in tokenizer.files().items():
         write_atomically(folder / name, content)

@@ -25,6 +25,7 @@ import numpy as np
 from mmcore.data.documents import Source
 from mmcore.data.files import disk_faults, remove_parts, write_atomically
 from mmcore.data.shard_files import DOCUMENT, token_type
+from mmcore.data.source_files import SourceFile, check_unchanged
 from mmcore.data.tokenizer import Tokenizer
 from mmcore.data.workers import Workers
 from mmcore.errors import DataError
@@ -106,7 +107,8 @@ def tokenize(source: Source, source_sha256: str, tokenizer: Tokenizer, cache: Pa
 
     `workers` processes tokenize; `on_position` hears how many of the source's bytes are done. Of several processes
     that want the same shards one makes them and the others wait. Raises DataError for what the source or the disk
-    refuses; whole shards stay for the next attempt, anything else is removed.
+    refuses; whole shards stay for the next attempt, anything else is removed. Nothing stays where a file changes on the
+    way, for `source_sha256` is not of what was read then.
     """
     identity = shard_identity(source, source_sha256, tokenizer)
     folder = cache / identity[:32]
@@ -119,7 +121,7 @@ def tokenize(source: Source, source_sha256: str, tokenizer: Tokenizer, cache: Pa
             return found
         remove_parts(folder)
         try:
-            count = _make(source, tokenizer, folder, workers, on_position)
+            count = _make_of_unchanged(source, tokenizer, folder, workers, on_position)
         finally:
             remove_parts(folder)
         index = {
@@ -132,6 +134,27 @@ def tokenize(source: Source, source_sha256: str, tokenizer: Tokenizer, cache: Pa
         if made is None:
             raise DataError(f"{folder} changed while it was written: let no other program write there")
         return made
+
+
+def _make_of_unchanged(source: Source, tokenizer: Tokenizer, folder: Path, workers: int,
+                       on_position: Callable[[int], None]) -> int:  # fmt: skip
+    try:
+        count = _make(source, tokenizer, folder, workers, on_position)
+    except DataError:
+        _refuse_changed(source, folder)  # a file that another program is writing may look damaged
+        raise
+    _refuse_changed(source, folder)
+    return count
+
+
+def _refuse_changed(source: Source, folder: Path) -> None:
+    try:
+        check_unchanged(source.files)
+    except DataError:
+        with disk_faults(folder):
+            for path in folder.glob("shard-*"):
+                path.unlink(missing_ok=True)
+        raise
 
 
 def _make(source: Source, tokenizer: Tokenizer, folder: Path, workers: int,
@@ -167,20 +190,26 @@ def _portions(source: Source) -> Iterator[tuple[list[bytes], int]]:
     """The source's documents as UTF-8, in portions of one shard each, with the position reached in the source.
 
     Empty documents are passed over. Portions depend on the source alone, so that a resumed run cuts the same ones.
+    Raises DataError before a portion of files that changed: a shard of it would outlive a killed process.
     """
     wanted = min(max(source.total_bytes // _SHARDS_WANTED, _SMALLEST_SHARD), _LARGEST_SHARD)
     texts: list[bytes] = []
     size = position = 0
+    files: set[SourceFile] = set()
     for document in source.documents():
         position = document.position
+        if document.file is not None:
+            files.add(document.file)
         if not document.text.strip():
             continue
         texts.append(document.text.encode())
         size += len(texts[-1])
         if size >= wanted:
+            check_unchanged(files)
             yield texts, position
-            texts, size = [], 0
+            texts, size, files = [], 0, set()
     if texts:
+        check_unchanged(files)
         yield texts, position
 
 

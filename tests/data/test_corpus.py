@@ -189,6 +189,21 @@ def test_tokenizer_is_trained_once_on_what_is_not_held_out(tmp_path, monkeypatch
         obtain_tokenizer(TokenizerConfig(train_vocab_size=390), data, 400)
 
 
+def test_no_tokenizer_is_kept_of_a_file_that_changes_while_it_is_read(tmp_path, monkeypatch, library_text):
+    source = write(tmp_path / "a.jsonl", [library_text[:20_000]])
+    data = DataConfig(sources=(source,), cache=str(tmp_path / "cache"), validation_fraction=0.0)
+
+    def train_then_change(*arguments):
+        trained = train_sentencepiece(*arguments)
+        write(tmp_path / "a.jsonl", ["other text"])
+        return trained
+
+    monkeypatch.setattr(corpus_module, "train_sentencepiece", train_then_change)
+    with pytest.raises(DataError, match=r"a\.jsonl changed while it was read"):
+        obtain_tokenizer(TokenizerConfig(), data, 400)
+    assert not (tmp_path / "cache/tokenizers").exists()
+
+
 def test_tokenizer_training_keeps_to_its_budget(tmp_path, monkeypatch):
     texts = []
     monkeypatch.setattr(corpus_module, "train_sentencepiece",
