@@ -45,7 +45,7 @@ class SourceConfig:
     weight: float | None = None
     """Share of the training samples drawn here; give it for all sources or for none (then by size)."""
     text_key: str = "text"
-    """The field that holds the text in jsonl and parquet."""
+    """The field that holds the text in jsonl and parquet; of conversations it is always `messages`."""
     separator: str | None = "<|endoftext|>"
     """What divides a .txt file into documents; none, or absent from the file: the file is one document."""
 
@@ -61,7 +61,8 @@ class DataConfig:
     validation_fraction: float = 0.01
     """The share of documents held out, chosen by a hash of their content, where `validation` is empty."""
     kind: str = "text"
-    """text, or conversations: jsonl rows with `messages`, loss on the assistant's words only."""
+    """text, or conversations: jsonl rows with `messages`, loss on the assistant's words only, and not on those of a
+    message with "weight": 0."""
     cache: str | None = None
     """Folder for tokenized shards; none: $MM_CACHE/data or ~/.cache/mm/data."""
     workers: int | None = None

@@ -1,13 +1,14 @@
 """Conversations: rows {"messages": [{"role": ..., "content": ...}, ...]} as tokens and a loss mask.
 
 A message becomes <|start_header_id|>role<|end_header_id|>\\n\\ncontent<|eot_id|>, a conversation is framed by the
-begin and end tokens, and the loss is on the assistant's words and the <|eot_id|> that closes them. The header's
-line breaks and the content are encoded apart, as they are when a model is prompted with a header and answers.
+begin and end tokens, and the loss is on the assistant's words and the <|eot_id|> that closes them, but for answers
+with "weight": 0. The header's line breaks and the content are encoded apart, as they are when a model is prompted with
+a header and answers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mmcore.errors import DataError
@@ -27,29 +28,48 @@ CHAT_TEMPLATE = (
 """The same format as jinja text, for chat_template in an exported checkpoint."""
 
 
-def check_messages(messages: Any, where: str) -> list[dict[str, str]]:
-    """The messages of a row, checked and reduced to role and content; `where` names the row in the error.
+def check_messages(messages: Any, where: str) -> list[dict[str, Any]]:
+    """The messages of a row, checked and reduced to role and content, and "weight": 0 of an answer that is not to be
+    learnt; `where` names the row in the error.
 
-    Raises DataError for anything but a list of messages with known roles and text, a system message anywhere but
-    first, or no assistant message (there would be nothing to learn).
+    Raises DataError for anything but a list of messages with known roles and text, a call of a tool, a weight other
+    than 0 and 1, a system message anywhere but first, or no answer to learn.
     """
     if not isinstance(messages, list) or not messages:
         raise DataError(f"{where}: messages must be a list of at least one message")
-    checked = []
-    for number, message in enumerate(messages, 1):
-        if not isinstance(message, dict):
-            raise DataError(f"{where}: message {number} is no object with role and content")
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
-            raise DataError(f"{where}: message {number} has the role {role!r}: use one of {', '.join(ROLES)}")
-        if not isinstance(content, str):
-            raise DataError(f"{where}: the content of message {number} must be text")
-        if role == "system" and number > 1:
-            raise DataError(f"{where}: message {number} is a system message, which can only come first")
-        checked.append({"role": role, "content": content})
+    checked = [_check_message(message, number, where) for number, message in enumerate(messages, 1)]
     if all(message["role"] != "assistant" for message in checked):
         raise DataError(f"{where} has no assistant message, so there is nothing to learn from it: remove the row")
+    if not any(is_learnt(message) for message in checked):
+        raise DataError(f"{where} gives every answer the weight 0, so there is nothing to learn from it: remove the row")
     return checked
+
+
+def _check_message(message: Any, number: int, where: str) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise DataError(f"{where}: message {number} is no object with role and content")
+    role, content, weight = message.get("role"), message.get("content"), message.get("weight")
+    if role not in ROLES:
+        raise DataError(f"{where}: message {number} has the role {role!r}: use one of {', '.join(ROLES)}")
+    for key in ("tool_calls", "function_call"):
+        if message.get(key):  # its content is empty as a rule: the model would be taught to answer nothing
+            raise DataError(
+                f"{where}: message {number} calls a tool ({key}), which mm cannot learn: remove the row, or write the "
+                f"call into content and leave {key} out"
+            )
+    if not isinstance(content, str):
+        raise DataError(f"{where}: the content of message {number} must be text")
+    if weight is not None and weight not in (0, 1):
+        raise DataError(f"{where}: message {number} has the weight {weight!r}: give 0 (not learnt), 1, or none")
+    if role == "system" and number > 1:
+        raise DataError(f"{where}: message {number} is a system message, which can only come first")
+    checked = {"role": role, "content": content}
+    return checked | {"weight": 0} if role == "assistant" and weight == 0 else checked
+
+
+def is_learnt(message: Mapping[str, Any]) -> bool:
+    """Whether the loss is on the words of a message that `check_messages` gave."""
+    return message["role"] == "assistant" and message.get("weight") != 0
 
 
 class ChatFormat:
@@ -86,7 +106,7 @@ class ChatFormat:
             ids += self.message(message["role"], message["content"])
         return ids + self.header("assistant")
 
-    def conversation(self, messages: Sequence[dict[str, str]]) -> tuple[list[int], list[bool]]:
+    def conversation(self, messages: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[bool]]:
         """Ids of the framed conversation, and for each whether the loss counts it as a target."""
         begin, end = self.tokenizer.frame()
         ids, trained = [begin], [False]
@@ -94,5 +114,5 @@ class ChatFormat:
             head = self.header(message["role"])
             words = [*self.tokenizer.encode(message["content"]), self.end_of_turn]
             ids += head + words
-            trained += [False] * len(head) + [message["role"] == "assistant"] * len(words)
+            trained += [False] * len(head) + [is_learnt(message)] * len(words)
         return [*ids, end], [*trained, False]

@@ -21,6 +21,7 @@ from mmcore.data.files import disk_faults, write_atomically
 from mmcore.data.sentencepiece_model import train_sentencepiece
 from mmcore.data.shard_files import DOCUMENT, document_record
 from mmcore.data.shards import ShardSet, open_shards, shard_identity, tokenize
+from mmcore.data.source_files import check_unchanged
 from mmcore.data.splitting import HeldOut, Split, choose_held_out, split_documents
 from mmcore.data.store import Stream, TokenStore
 from mmcore.data.tokenizer import Tokenizer
@@ -30,6 +31,7 @@ from mmcore.errors import DataError
 Progress = Callable[[int, int, float], None]
 """Hears (bytes done, bytes in all, bytes per second) of tokenizing; bytes of files as they lie on disk."""
 
+_HELD_OUT_BY = 2  # 1: hashes of texts with the line ends around them; other documents were held out of a tokenizer then
 _READ_TWICE_BELOW = 1 << 28  # bytes; larger data holds so many documents that the threshold alone decides
 
 
@@ -65,6 +67,8 @@ def prepare(data: DataConfig, tokenizer: Tokenizer, *, progress: Progress | None
     hashes = _hashes(sources, cache)
     sets = _all_shards(sources, hashes, tokenizer, cache, data.workers or processors.allowed(), progress, verify)
     names = [config.path for config in configs]
+    if data.kind == "conversations":
+        _refuse_blank_answers(sets[:len(data.sources)], names)
     split = split_documents(sets[:len(data.sources)], sets[len(data.sources):], names, data)
     begin, end = tokenizer.frame()
     given = [config.weight for config in data.sources if config.weight is not None]
@@ -78,6 +82,13 @@ def prepare(data: DataConfig, tokenizer: Tokenizer, *, progress: Progress | None
     if any(stream.tokens for stream in split.validation):
         validation = TokenStore(tuple(split.validation), None, begin, end, data.kind, fingerprint)
     return Corpus(train, validation, fingerprint)
+
+
+def _refuse_blank_answers(sets: Sequence[ShardSet], names: Sequence[str]) -> None:
+    for shards, name in zip(sets, names, strict=False):
+        if not any(shard.answers for shard in shards.shards):
+            raise DataError(f"every answer in {name} is blank, so there is nothing to learn from it: give conversations "
+                            f"whose assistant says something, or leave it out of data.sources")
 
 
 def _hashes(sources: Sequence[Source], cache: Path) -> list[str]:
@@ -114,7 +125,7 @@ def _all_shards(sources: Sequence[Source], hashes: Sequence[str], tokenizer: Tok
 def _fingerprint(split: Split, sources: Sequence[Source], tokenizer: Tokenizer, data: DataConfig) -> dict[str, Any]:
     def side(streams: Sequence[Stream], weights: Sequence[float | None]) -> list[dict[str, Any]]:
         return [
-            {"source": stream.name, "sha256": stream.shards.source_sha256, "shards": stream.shards.identity,
+            {"source": stream.name, "sha256": stream.shards.source_sha256, "shards": _data_identity(stream.shards, split),
              "weight": weight, "tokens": stream.tokens, "documents": stream.documents, "bytes": stream.bytes}
             for stream, weight in zip(streams, weights, strict=True)
         ]
@@ -140,6 +151,12 @@ def _fingerprint(split: Split, sources: Sequence[Source], tokenizer: Tokenizer, 
     return record
 
 
+def _data_identity(shards: ShardSet, split: Split) -> str:
+    """The name of what a run learns: that of format 1 where it is the same, so that runs begun with it go on."""
+    as_before = all(shard.as_before for shard in shards.shards)
+    return shards.identity_before if as_before or not (split.by_hash or shards.masked) else shards.identity
+
+
 # --- the tokenizer of a recipe ---
 
 
@@ -157,12 +174,14 @@ def obtain_tokenizer(config: TokenizerConfig, data: DataConfig, vocab_size: int)
     sources = [open_source(source, data.kind) for source in data.sources]
     size = config.train_vocab_size or vocab_size
     facts = [_hashes(sources, cache), [_facts(source) for source in data.sources], data.kind, size,
-             config.train_megabytes, data.validation_fraction if not data.validation else 0, 1]
+             config.train_megabytes, data.validation_fraction if not data.validation else 0, _HELD_OUT_BY]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
     folder = cache.parent / "tokenizers" / key if not data.cache else cache / "tokenizers" / key
     if (folder / "tokenizer.model").is_file() and (folder / "tokenizer_config.json").is_file():
         return load_tokenizer(folder)
     tokenizer = train_sentencepiece(_training_texts(sources, config, data), size)
+    for source in sources:
+        check_unchanged(source.files)  # else it would be kept under the hash of another text
     tokenizer.chat_template = CHAT_TEMPLATE
     for name, content in tokenizer.files().items():
         write_atomically(folder / name, content)

@@ -12,24 +12,24 @@ import hashlib
 import importlib
 import io
 import json
-import os
 import sysconfig
 import tokenize
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from mmcore.config import SourceConfig
 from mmcore.data.conversations import check_messages
-from mmcore.errors import DataError
+from mmcore.data.source_files import SourceFile, file_state, find_files
+from mmcore.errors import ConfigError, DataError
 
 PYTHON_LIBRARY = "python-library"
 HUGGING_FACE = "hf:"
 TEXT_ENDINGS = (".txt", ".md", ".py", ".rst")
 ROW_ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
-# Parts of Python's library that are tests, generated, or no library of its own.
+# Parts of Python's library that are tests, generated (config-* too), or no library of its own.
 _LIBRARY_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo",
                      "ensurepip", "__pycache__", "__phello__"}
 _BLOCK = 8 << 20  # bytes read at once from text files
@@ -37,19 +37,12 @@ _BLOCK = 8 << 20  # bytes read at once from text files
 
 @dataclass(frozen=True)
 class Document:
-    """One document and how far into the source's bytes on disk the reader stood once it was read."""
+    """One document, how far into the source's bytes on disk the reader stood once it was read, and its file (of `hf:`
+    there is none)."""
 
     text: str
     position: int
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    """A file of a source: `name` is relative to the source, `size` in bytes."""
-
-    name: str
-    path: Path
-    size: int
+    file: SourceFile | None = None
 
 
 @dataclass
@@ -78,7 +71,7 @@ class Source:
         before = 0
         for file in self.files:
             for document in self._file_documents(file):
-                yield Document(document.text, before + document.position)
+                yield Document(document.text, before + document.position, file)
             before += file.size
 
     def _file_documents(self, file: SourceFile) -> Iterator[Document]:
@@ -128,14 +121,20 @@ _NAME_ONE = "name one of these as text_key (mm eval: --text-key)"
 
 
 def open_source(config: SourceConfig, kind: str = "text") -> Source:
-    """Find what a SourceConfig names. Raises DataError where it is missing, empty or of an unknown sort."""
+    """Find what a SourceConfig names. Raises DataError where it is missing, empty or of an unknown sort, ConfigError
+    where conversations are to be read from another field than messages."""
     source = Source(config, kind)
+    if kind == "conversations" and config.text_key != SourceConfig.text_key:
+        raise ConfigError(
+            f"data.sources: {config.path} has the text_key {config.text_key!r}, which conversations do not know: leave it "
+            f"out, and call the field of the rows 'messages'"
+        )
     if config.path.startswith(HUGGING_FACE):
         source.dataset = _load_dataset(config.path)
         return source
     if config.path == PYTHON_LIBRARY:
         root = Path(sysconfig.get_path("stdlib"))
-        _walk(source, root, (".py",), _LIBRARY_LEFT_OUT)
+        source.files, source.skipped = find_files(root, (".py",), _is_no_library, follow=False)
         if not source.files:
             raise DataError(f"this Python has no library sources in {root}: install them or give another data source")
     else:
@@ -144,9 +143,9 @@ def open_source(config: SourceConfig, kind: str = "text") -> Source:
             raise DataError(f"there is no file or folder {root}: check the path")
         if root.is_dir():
             endings = ROW_ENDINGS if kind == "conversations" else TEXT_ENDINGS + ROW_ENDINGS
-            _walk(source, root, endings, set())
+            source.files, source.skipped = find_files(root, endings)
         else:
-            _single(source, root)
+            source.files = [_single(root, kind)]
         if not source.files and kind != "conversations":
             raise DataError(f"{root} holds no text: it needs {' '.join(TEXT_ENDINGS + ROW_ENDINGS)} files")
     rows = [file.name.endswith(ROW_ENDINGS) for file in source.files]
@@ -157,26 +156,21 @@ def open_source(config: SourceConfig, kind: str = "text") -> Source:
     return source
 
 
-def _single(source: Source, path: Path) -> None:
+def _single(path: Path, kind: str) -> SourceFile:
     if not path.name.endswith(TEXT_ENDINGS + ROW_ENDINGS):
-        known = " ".join(TEXT_ENDINGS + ROW_ENDINGS)
+        known = " ".join(ROW_ENDINGS if kind == "conversations" else TEXT_ENDINGS + ROW_ENDINGS)
         raise DataError(f"{path} is of an unknown sort: rename or convert it to one of {known}")
-    source.files.append(SourceFile(path.name, path, path.stat().st_size))
+    return SourceFile.found(path.name, path)
 
 
-def _walk(source: Source, root: Path, endings: tuple[str, ...], left_out: set[str]) -> None:
-    def refuse(error: OSError) -> None:
-        raise DataError(f"{error.filename} cannot be read ({error.strerror}): check its permissions") from None
+def _is_no_library(folder: str) -> bool:
+    return folder in _LIBRARY_LEFT_OUT or folder.startswith("config-")
 
-    for folder, folders, names in os.walk(root, onerror=refuse):
-        folders[:] = sorted(f for f in folders if f not in left_out and not f.startswith((".", "config-")))
-        for name in sorted(names):
-            path = Path(folder) / name
-            if name.startswith(".") or not name.endswith(endings) or not path.is_file():
-                source.skipped[path.suffix or name] += 1
-                continue
-            source.files.append(SourceFile(path.relative_to(root).as_posix(), path, path.stat().st_size))
-    source.files.sort(key=lambda file: file.name)
+
+def left_out(path: str, skipped: Mapping[str, int]) -> str:
+    """The sentence on the files of a folder that are not read, for `Source.skipped`."""
+    endings = ", ".join(f"{count} {ending}" for ending, count in skipped.items())
+    return f"{path} holds files that are no text and were left out: {endings}"
 
 
 # --- text files ---
@@ -313,28 +307,27 @@ def _load_dataset(path: str) -> Any:
 
 
 class HashBook:
-    """SHA-256 of files, remembered by path, size and time of change in a JSON file."""
+    """SHA-256 of files, remembered by path and State in a JSON file. A copied or restored file is hashed again."""
 
     def __init__(self, file: Path):
         self._file = file
-        self._known: dict[str, list[Any]] = {}
+        self._known: dict[str, list[Any]] = {}  # the State, and the hash
         self._fresh = False
         try:
             known = json.loads(file.read_text("utf-8"))
         except (OSError, ValueError):  # a missing or damaged book only costs hashing again
             known = {}
         if isinstance(known, dict):
-            self._known = known
+            self._known = {key: entry for key, entry in known.items() if isinstance(entry, list) and len(entry) == 5}
 
     def sha256(self, path: Path) -> str:
         """The file's hash. Raises DataError where it cannot be read."""
         try:
-            stat = path.stat()
+            state = list(file_state(path))
             key = str(path.resolve())
-            state = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
             entry = self._known.get(key)
-            if isinstance(entry, list) and entry[:3] == state:
-                return entry[3]
+            if entry is not None and entry[:4] == state:
+                return entry[4]
             with open(path, "rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
@@ -349,7 +342,7 @@ class HashBook:
             return
         from mmcore.data.files import write_atomically
 
-        settled = {key: entry for key, entry in self._known.items() if now_ns - entry[1] > 2_000_000_000}
+        settled = {key: entry for key, entry in self._known.items() if now_ns - max(entry[1:3]) > 2_000_000_000}
         write_atomically(self._file, json.dumps(settled).encode())
         self._fresh = False
 

@@ -6,15 +6,17 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from mmcore.data.conversations import ChatFormat
+from mmcore.data.conversations import ChatFormat, is_learnt
 from mmcore.data.files import write_atomically
 from mmcore.data.tokenizer import Tokenizer
 
 DOCUMENT = np.dtype([("tokens", "<u8"), ("bytes", "<u8"), ("hash", "<u8")])
-"""Of one document: framed length in tokens, text length in UTF-8 bytes, the first 64 bits of the text's BLAKE2b."""
+"""Of one document: framed length in tokens, text length in UTF-8 bytes, and the first 64 bits of the BLAKE2b of its
+text without the line ends around it: a part of a .txt has none, a row of a .jsonl may keep them."""
 
 _ENCODED_AT_ONCE = 1 << 20  # characters; keeps the Python lists of ids small
 
@@ -22,22 +24,21 @@ _ENCODED_AT_ONCE = 1 << 20  # characters; keeps the Python lists of ids small
 def write_shard(stem: Path, texts: Sequence[bytes], tokenizer: Tokenizer, kind: str) -> None:
     """Tokenize documents (UTF-8; conversations as JSON) and write one shard, its .json last."""
     dtype = token_type(tokenizer)
-    ids: list[np.ndarray] = []
     masks: list[np.ndarray] = []
     if kind == "conversations":
-        chat = ChatFormat(tokenizer)
-        for text in texts:
-            row, trained = chat.conversation(json.loads(text))
-            ids.append(np.array(row, dtype))
-            masks.append(np.array(trained, np.uint8))
+        rows = [json.loads(text) for text in texts]
+        ids, masks = _conversations(rows, tokenizer, dtype)
+        answers = sum(is_learnt(message) and bool(message["content"].strip()) for row in rows for message in row)
+        as_before = not any("weight" in message for row in rows for message in row)
     else:
-        ids = list(_framed(texts, tokenizer, dtype))
+        ids, answers = list(_framed(texts, tokenizer, dtype)), 0
+        as_before = all(_without_line_ends(text) == text for text in texts)
     table = np.array([document_record(text, len(row)) for text, row in zip(texts, ids, strict=True)], DOCUMENT)
     parts = {".bin": np.concatenate(ids), ".docs": table}
     if masks:
         parts[".mask"] = np.concatenate(masks)
     facts = {"documents": len(texts), "tokens": int(table["tokens"].sum()), "bytes": int(table["bytes"].sum()),
-             "files": {}}
+             "answers": answers, "as_before": as_before, "files": {}}
     for ending, array in parts.items():
         content = memoryview(array.view(np.uint8)).cast("B")
         write_atomically(stem.with_suffix(ending), content)
@@ -47,7 +48,20 @@ def write_shard(stem: Path, texts: Sequence[bytes], tokenizer: Tokenizer, kind: 
 
 def document_record(text: bytes, tokens: int = 0) -> tuple[int, int, int]:
     """The DOCUMENT record of a text."""
-    return tokens, len(text), int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+    digest = hashlib.blake2b(_without_line_ends(text), digest_size=8).digest()
+    return tokens, len(text), int.from_bytes(digest, "little")
+
+
+def _without_line_ends(text: bytes) -> bytes:
+    return text.strip(b"\r\n")
+
+
+def _conversations(rows: Sequence[list[dict[str, Any]]], tokenizer: Tokenizer,
+                   dtype: np.dtype) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Each conversation's ids, and its mask."""
+    chat = ChatFormat(tokenizer)
+    made = [chat.conversation(row) for row in rows]
+    return [np.array(ids, dtype) for ids, _ in made], [np.array(trained, np.uint8) for _, trained in made]
 
 
 def _framed(texts: Sequence[bytes], tokenizer: Tokenizer, dtype: np.dtype) -> Iterator[np.ndarray]:

@@ -25,11 +25,13 @@ import numpy as np
 from mmcore.data.documents import Source
 from mmcore.data.files import disk_faults, remove_parts, write_atomically
 from mmcore.data.shard_files import DOCUMENT, token_type
+from mmcore.data.source_files import SourceFile, check_unchanged
 from mmcore.data.tokenizer import Tokenizer
 from mmcore.data.workers import Workers
 from mmcore.errors import DataError
 
-FORMAT = 1
+FORMAT = 2
+"""1 hashed a document with the line ends around it and learnt answers of weight 0. Its shards are made anew."""
 
 _SMALLEST_SHARD, _LARGEST_SHARD = 1 << 20, 64 << 20  # bytes of text
 _SHARDS_WANTED = 256  # enough for even work and fine-grained resuming; few enough files
@@ -38,20 +40,24 @@ _ALONE_BELOW = 2 << 20  # bytes of text; a worker process takes about 0.3 s to s
 
 @dataclass(frozen=True)
 class Shard:
-    """A whole shard: `stem` is its path without ending."""
+    """A whole shard: `stem` is its path without ending, `answers` counts what conversations have to learn that is not
+    blank. `as_before`: format 1 gave the same tokens, masks and hashes."""
 
     stem: Path
     tokens: int
     documents: int
     bytes: int
+    answers: int
+    as_before: bool
 
 
 @dataclass(frozen=True)
 class ShardSet:
-    """All shards of a source. `identity` is the sha256 that names the folder."""
+    """All shards of a source. `identity` is the sha256 that names the folder, `identity_before` that of format 1."""
 
     folder: Path
     identity: str
+    identity_before: str
     source_sha256: str
     dtype: np.dtype
     masked: bool
@@ -62,10 +68,10 @@ class ShardSet:
         return np.memmap(shard.stem.with_suffix(".docs"), dtype=DOCUMENT, mode="r")
 
 
-def shard_identity(source: Source, source_sha256: str, tokenizer: Tokenizer) -> str:
+def shard_identity(source: Source, source_sha256: str, tokenizer: Tokenizer, version: int = FORMAT) -> str:
     """SHA-256 of everything that decides a source's shards."""
     facts = {
-        "format": FORMAT, "contents": source_sha256, "kind": source.kind, "text_key": source.config.text_key,
+        "format": version, "contents": source_sha256, "kind": source.kind, "text_key": source.config.text_key,
         "separator": source.config.separator, "tokenizer": tokenizer.fingerprint,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -92,7 +98,7 @@ def open_shards(folder: Path, identity: str, *, verify: bool = False) -> ShardSe
     if len(shards) < index["shards"]:
         return None
     dtype, masked = np.dtype(index["dtype"]), index["kind"] == "conversations"
-    return ShardSet(folder, identity, index["contents"], dtype, masked, tuple(shards))
+    return ShardSet(folder, identity, index["identity_before"], index["contents"], dtype, masked, tuple(shards))
 
 
 def tokenize(source: Source, source_sha256: str, tokenizer: Tokenizer, cache: Path, *, workers: int = 1,
@@ -101,7 +107,8 @@ def tokenize(source: Source, source_sha256: str, tokenizer: Tokenizer, cache: Pa
 
     `workers` processes tokenize; `on_position` hears how many of the source's bytes are done. Of several processes
     that want the same shards one makes them and the others wait. Raises DataError for what the source or the disk
-    refuses; whole shards stay for the next attempt, anything else is removed.
+    refuses; whole shards stay for the next attempt, anything else is removed. Nothing stays where a file changes on the
+    way, for `source_sha256` is not of what was read then.
     """
     identity = shard_identity(source, source_sha256, tokenizer)
     folder = cache / identity[:32]
@@ -114,18 +121,40 @@ def tokenize(source: Source, source_sha256: str, tokenizer: Tokenizer, cache: Pa
             return found
         remove_parts(folder)
         try:
-            count = _make(source, tokenizer, folder, workers, on_position)
+            count = _make_of_unchanged(source, tokenizer, folder, workers, on_position)
         finally:
             remove_parts(folder)
         index = {
-            "format": FORMAT, "identity": identity, "contents": source_sha256, "tokenizer": tokenizer.fingerprint,
-            "kind": source.kind, "source": source.config.path, "dtype": token_type(tokenizer).str, "shards": count,
+            "format": FORMAT, "identity": identity, "identity_before": shard_identity(source, source_sha256, tokenizer, 1),
+            "contents": source_sha256, "tokenizer": tokenizer.fingerprint, "kind": source.kind,
+            "source": source.config.path, "dtype": token_type(tokenizer).str, "shards": count,
         }
         write_atomically(folder / "index.json", json.dumps(index, indent=1).encode())
         made = open_shards(folder, identity)
         if made is None:
             raise DataError(f"{folder} changed while it was written: let no other program write there")
         return made
+
+
+def _make_of_unchanged(source: Source, tokenizer: Tokenizer, folder: Path, workers: int,
+                       on_position: Callable[[int], None]) -> int:  # fmt: skip
+    try:
+        count = _make(source, tokenizer, folder, workers, on_position)
+    except DataError:
+        _refuse_changed(source, folder)  # a file that another program is writing may look damaged
+        raise
+    _refuse_changed(source, folder)
+    return count
+
+
+def _refuse_changed(source: Source, folder: Path) -> None:
+    try:
+        check_unchanged(source.files)
+    except DataError:
+        with disk_faults(folder):
+            for path in folder.glob("shard-*"):
+                path.unlink(missing_ok=True)
+        raise
 
 
 def _make(source: Source, tokenizer: Tokenizer, folder: Path, workers: int,
@@ -161,20 +190,26 @@ def _portions(source: Source) -> Iterator[tuple[list[bytes], int]]:
     """The source's documents as UTF-8, in portions of one shard each, with the position reached in the source.
 
     Empty documents are passed over. Portions depend on the source alone, so that a resumed run cuts the same ones.
+    Raises DataError before a portion of files that changed: a shard of it would outlive a killed process.
     """
     wanted = min(max(source.total_bytes // _SHARDS_WANTED, _SMALLEST_SHARD), _LARGEST_SHARD)
     texts: list[bytes] = []
     size = position = 0
+    files: set[SourceFile] = set()
     for document in source.documents():
         position = document.position
+        if document.file is not None:
+            files.add(document.file)
         if not document.text.strip():
             continue
         texts.append(document.text.encode())
         size += len(texts[-1])
         if size >= wanted:
+            check_unchanged(files)
             yield texts, position
-            texts, size = [], 0
+            texts, size, files = [], 0, set()
     if texts:
+        check_unchanged(files)
         yield texts, position
 
 
@@ -194,7 +229,7 @@ def _whole(stem: Path, verify: bool) -> Shard | None:
                         return None
         except FileNotFoundError:
             return None
-    return Shard(stem, facts["tokens"], facts["documents"], facts["bytes"])
+    return Shard(stem, facts["tokens"], facts["documents"], facts["bytes"], facts["answers"], facts["as_before"])
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

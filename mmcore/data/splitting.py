@@ -1,9 +1,9 @@
 """Which documents are held out for validation.
 
 A document is held out where the hash of its text lies below validation_fraction: the choice does not depend on the
-other documents, the tokenizer or the order, and identical documents always fall on the same side. Where that leaves
-far too little (few documents), the next ones in the order of their hashes are added; where there are too few
-documents even for that, the end of the longest one is held out.
+other documents, the tokenizer or the order, and documents that are identical but for the line ends around them always
+fall on the same side. Where that leaves far too little (few documents), the next ones in the order of their hashes are
+added; where there are too few documents even for that, the end of the longest one is held out.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ class Split:
     how: str
     excluded: int = 0
     """Training documents left out because validation holds the same text."""
+    by_hash: bool = True
+    """Whether hashes of documents had a say."""
 
 
 def choose_held_out(tables: Sequence[np.ndarray], fraction: float, kind: str) -> HeldOut | None:
@@ -91,7 +93,7 @@ def split_documents(train: Sequence[ShardSet], validation: Sequence[ShardSet], n
         return Split(used, kept, "data.validation", excluded)
     everything = [select(s, n, _everything) for s, n in zip(train, names, strict=True)]
     if data.validation_fraction == 0:
-        return Split(everything, [], "none")
+        return Split(everything, [], "none", by_hash=False)
     chosen = choose_held_out([t for s in train for t in _tables(s)], data.validation_fraction, data.kind)
     if chosen is not None:
         return Split([select(s, n, lambda h: ~chosen(h)) for s, n in zip(train, names, strict=True)],
@@ -127,7 +129,8 @@ def _split_tail(everything: Sequence[Stream], fraction: float) -> Split:
             for row in stream.shards.documents(shard):
                 at += int(row["tokens"])
                 if row["hash"] == longest["hash"]:
-                    runs.append(Run(number, start, at - tail - start))
+                    cut = at - min(tail, int(row["tokens"]))  # a copy with fewer line ends around it is shorter
+                    runs.append(Run(number, start, cut - start))
                     cuts += 1
                     start = at
                     if not held:
@@ -136,4 +139,4 @@ def _split_tail(everything: Sequence[Stream], fraction: float) -> Split:
         runs = [run for run in runs if run.length]
         text_bytes = stream.bytes - cuts * tail_bytes
         train.append(Stream(stream.shards, stream.name, runs, stream.documents, text_bytes))
-    return Split(train, held, f"the last {tail} tokens of the longest document")
+    return Split(train, held, f"the last {tail} tokens of the longest document", by_hash=len(table) > 1)

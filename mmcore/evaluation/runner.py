@@ -74,7 +74,7 @@ def evaluate(
     device = pick_device(settings.device)
     first = mmcore.load_tokenizer(checkpoints[0], settings.tokenizer)
     part = sample(text, first.encode, settings.max_tokens)
-    notes, results, fingerprints = [], [], set()
+    notes, results, fingerprints = list(text.notes), [], set()
     if part.sha256 != text.sha256:
         notes.append(
             f"{part.bytes:,} of the text's {text.bytes:,} bytes were scored, whole documents drawn by a hash of their "

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mmcore.config import SourceConfig, load_recipe
-from mmcore.data.documents import open_source
+from mmcore.data.documents import PYTHON_LIBRARY, left_out, open_source
 from mmcore.errors import ConfigError, DataError
 
 SPARE_TOKENS = 64
@@ -25,6 +25,8 @@ class Text:
     """Of the documents, each with its length: equal means the same text."""
     unfinished: int | None = None
     """Index of a document that was cut, and so has no end to predict."""
+    notes: tuple[str, ...] = ()
+    """Sentences on what was given and not read."""
 
     @property
     def bytes(self) -> int:
@@ -45,12 +47,24 @@ def make_text(documents: list[str], name: str) -> Text:
 
 
 def read_files(paths: Sequence[str | Path], text_key: str = "text") -> Text:
-    """The documents of files and folders, read as `data.sources` of a recipe are. Raises DataError."""
+    """The documents of files and folders, read as `data.sources` of a recipe are, each file once. Raises DataError."""
     documents: list[str] = []
-    for path in paths:
-        source = open_source(SourceConfig(path=str(path), text_key=text_key))
+    notes, read, names = [], set(), []
+    for path in map(str, paths):
+        source = open_source(SourceConfig(path=path, text_key=text_key))
+        if source.skipped and path != PYTHON_LIBRARY:
+            notes.append(left_out(path, source.skipped))
+        parts = {file.path.resolve() for file in source.files} or {path}  # a data set of hf: has no files
+        if again := len(parts & read):
+            what = path if again == len(parts) else f"{again} of the {len(parts)} files in {path}"
+            notes.append(f"given more than once and counted once: {what}")
+            source.files = [file for file in source.files if file.path.resolve() not in read]
+        if parts <= read:
+            continue
+        read |= parts
+        names.append(path)
         documents += [document.text for document in source.documents()]
-    return make_text(documents, ", ".join(map(str, paths)))
+    return replace(make_text(documents, ", ".join(names)), notes=tuple(dict.fromkeys(notes)))
 
 
 def held_out_text(checkpoint: str | Path) -> Text:
@@ -75,8 +89,9 @@ def held_out_text(checkpoint: str | Path) -> Text:
     corpus = prepare(data, tokenizer)
     if load_state(folder).state.get("data_identity", corpus.fingerprint["identity"]) != corpus.fingerprint["identity"]:
         raise DataError(
-            f"the data that the recipe of {checkpoint} names are not those it was trained on (they changed, or lie elsewhere"
-            f" seen from this folder), so what they hold out now may have been learnt: restore them, or give --data FILE"
+            f"the data that the recipe of {checkpoint} names are not those it was trained on (they changed, lie elsewhere "
+            f"seen from this folder, or an earlier mm held others of them out), so what they hold out now may have been "
+            f"learnt: restore them, or give --data FILE"
         )
     store = corpus.validation
     if store is None:

@@ -18,8 +18,9 @@ def check_goes_on(saved: TrainingState, checkpoint: Path, data_identity: str, to
     are still to come, or where it is past the recipe's last step."""
     if saved.state["data_identity"] != data_identity:
         raise DataError(
-            f"the data changed since {checkpoint} was written, so its position in them means nothing: restore the "
-            f"files, or start a new run from it with `mm finetune` and training.init_from"
+            f"the data changed since {checkpoint} was written, or an earlier version of mm wrote it and split them "
+            f"otherwise, so its position in them means nothing: restore the files or that version, or start a new run "
+            f"from it with `mm finetune` and training.init_from"
         )
     if saved.step > total_steps:
         raise CheckpointError(

@@ -21,6 +21,7 @@ from mmcore.checkpoint.formats.modelconfig import config_json
 from mmcore.checkpoint.resolve import iterate_whole
 from mmcore.config import Recipe
 from mmcore.data.corpus import Corpus, prepare
+from mmcore.data.documents import PYTHON_LIBRARY, left_out
 from mmcore.data.loader import make_batch
 from mmcore.data.packing import Samples
 from mmcore.data.tokenizer import Tokenizer
@@ -306,9 +307,8 @@ def _remark(recipe: Recipe, corpus: Corpus, device: torch.device, precision: str
     if precision == "bf16" and device.type == "cpu" and dispatch.excluded("cpu") is None and not multiplies_bf16():
         tell(Notice("training.precision is bf16, which this CPU computes slower than fp32, up to 130 times"))
     for path, found in corpus.fingerprint["files"].items():
-        if found["skipped"] and path != "python-library":
-            endings = ", ".join(f"{count} {ending or 'without ending'}" for ending, count in found["skipped"].items())
-            tell(Notice(f"{path} holds files that are no text and were left out: {endings}"))
+        if found["skipped"] and path != PYTHON_LIBRARY:
+            tell(Notice(left_out(path, found["skipped"])))
 
 
 def _end_ids(tokenizer: Tokenizer, kind: str) -> int | list[int] | None:

@@ -142,6 +142,22 @@ def test_other_data_than_were_trained_on_hold_nothing_out(place, capsys, tokeniz
     assert evaluated(capsys, folder, "--data", "text.txt", "--longest", "0")["results"]
 
 
+def test_what_is_given_and_not_read_is_said(place, capsys):
+    """Files that are no text, and the second of two equal ones, in the results and on the terminal."""
+    (place / "set").mkdir()
+    (place / "set" / "a.txt").write_text(DOCUMENTS[0])
+    for number in range(3):
+        (place / "set" / f"{number}.docx").write_text("x")
+    command = ["mosaic", "--data", "set", "--data", "set/a.txt", "--longest", "0"]
+    report = evaluated(capsys, *command)
+    assert report["text"]["bytes"] == len(DOCUMENTS[0])
+    notes = ["set holds files that are no text and were left out: 3 .docx", "given more than once and counted once: set/a.txt"]
+    assert report["notes"] == notes
+    assert run(["eval", *command]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"Note: {note}." in shown for note in notes)
+
+
 def test_a_longer_context_is_said(place, capsys):
     report = evaluated(capsys, "mosaic", "--data", "text.txt", "--context", "48", "--longest", "0")
     assert any("longer than the 32 it was trained for" in note for note in report["notes"])

@@ -7,7 +7,7 @@ import pytest
 from mmcore.config import DataConfig, SourceConfig
 from mmcore.data import CHAT_TEMPLATE, ChatFormat, Loader, Samples, load_tokenizer, prepare
 from mmcore.data.conversations import check_messages
-from mmcore.errors import DataError
+from mmcore.errors import ConfigError, DataError
 from tests.helpers.real_data import DATA, needs_data
 
 MESSAGES = [
@@ -15,6 +15,7 @@ MESSAGES = [
     {"role": "assistant", "content": "A mosaic.\n\nOf memories."}, {"role": "user", "content": "Bye <|eot_id|>"},
     {"role": "assistant", "content": "Bye!"},
 ]
+CALL = {"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]}
 
 
 def test_mask_is_the_assistants_words_and_their_end(small_tokenizer):
@@ -76,6 +77,11 @@ def test_tokenizer_without_chat_tokens_is_refused():
     ([{"role": "user", "content": 3}], "the content of message 1 must be text"),
     ([{"role": "user", "content": "x"}, {"role": "system", "content": "y"}], "message 2 is a system message"),
     ([{"role": "user", "content": "x"}], "no assistant message, so there is nothing to learn"),
+    ([CALL | {"content": ""}], r"message 1 calls a tool \(tool_calls\), which mm cannot learn: remove the row, or write"),
+    ([CALL | {"content": None}], r"message 1 calls a tool \(tool_calls\), which mm cannot learn: remove the row, or write"),
+    ([{"role": "assistant", "content": None, "function_call": {"name": "f"}}], r"message 1 calls a tool \(function_call\)"),
+    ([{"role": "assistant", "content": "x", "weight": 0.5}], "message 1 has the weight 0.5: give 0"),
+    ([{"role": "assistant", "content": "x", "weight": 0}], "gives every answer the weight 0, so there is nothing to learn"),
 ])
 def test_faulty_rows_are_named(messages, message):
     with pytest.raises(DataError, match=f"f.jsonl, line 7.*{message}"):
@@ -106,3 +112,46 @@ def test_conversations_from_file_to_batch(small_tokenizer, tmp_path):
     assert small_tokenizer.bos_id not in found and small_tokenizer.eos_id not in found
     said = small_tokenizer.decode(found, special=True).replace("<|eot_id|>", " ").split()
     assert set(said) <= {"word", "long", "lonword", "loword", "lword", "longword", "l", "lo", "lon"}  # the long one is cut
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    return path
+
+
+def learnt(path, tokenizer, cache):
+    """What a file teaches: the text of every token that the loss counts."""
+    data = DataConfig(sources=(SourceConfig(str(path)),), kind="conversations", cache=str(cache), validation_fraction=0.0)
+    (stream,) = prepare(data, tokenizer).train.streams
+    ids, counted = stream.read(0, stream.tokens), stream.read_mask(0, stream.tokens)
+    return tokenizer.decode(ids[counted].tolist(), special=True)
+
+
+def test_an_answer_of_weight_0_is_read_and_not_learnt(small_tokenizer, tmp_path):
+    """As in OpenAI's format; what has the weight of every other message, or an empty list of calls, is as without."""
+    row = [
+        {"role": "user", "content": "first question", "weight": 0}, {"role": "assistant", "content": "wrong", "weight": 0},
+        {"role": "user", "content": "second question", "weight": 1},
+        {"role": "assistant", "content": "right", "weight": 1, "tool_calls": [], "function_call": None},
+    ]
+    assert learnt(write(tmp_path / "a.jsonl", [row]), small_tokenizer, tmp_path / "cache") == "right<|eot_id|>"
+    plain = [{"role": message["role"], "content": message["content"]} for message in row]
+    assert check_messages(row, "a row") == [plain[0], plain[1] | {"weight": 0}, *plain[2:]]
+    chat = ChatFormat(small_tokenizer)
+    assert chat.conversation(check_messages(row, "a row"))[0] == chat.conversation(plain)[0]  # the model reads all of it
+
+
+def test_a_source_whose_answers_are_all_blank_is_refused(small_tokenizer, tmp_path):
+    blank = [[{"role": "user", "content": f"x {n}"}, {"role": "assistant", "content": " \n"[:n % 3]}] for n in range(9)]
+    blank.append([{"role": "user", "content": "x"}, {"role": "assistant", "content": "w", "weight": 0}, *blank[0]])
+    with pytest.raises(DataError, match=r"every answer in .*blank\.jsonl is blank, so there is nothing to learn from it"):
+        learnt(write(tmp_path / "blank.jsonl", blank), small_tokenizer, tmp_path / "cache")
+    said = [*blank, [{"role": "user", "content": "x"}, {"role": "assistant", "content": "said"}]]
+    assert learnt(write(tmp_path / "said.jsonl", said), small_tokenizer, tmp_path / "cache").endswith("said<|eot_id|>")
+
+
+def test_a_text_key_of_conversations_is_refused(small_tokenizer, tmp_path):
+    source = SourceConfig(str(write(tmp_path / "a.jsonl", [MESSAGES])), text_key="conversation")
+    data = DataConfig(sources=(source,), kind="conversations", cache=str(tmp_path / "cache"))
+    with pytest.raises(ConfigError, match=r"a\.jsonl has the text_key 'conversation', which conversations do not know: leave"):
+        prepare(data, small_tokenizer)

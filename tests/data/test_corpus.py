@@ -1,5 +1,6 @@
 """Held-out documents, fingerprints, and the tokenizer of a recipe."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -9,6 +10,7 @@ from mmcore.config import DataConfig, SourceConfig, TokenizerConfig
 from mmcore.data import Loader, Samples, obtain_tokenizer, prepare, train_sentencepiece
 from mmcore.data import corpus as corpus_module
 from mmcore.data.documents import open_source
+from mmcore.data.shard_files import document_record
 from mmcore.errors import DataError
 from tests.helpers.real_data import DATA, needs_data
 
@@ -78,6 +80,57 @@ def test_only_document_gives_its_end(small_tokenizer, library_text, tmp_path):
     assert corpus.fingerprint["held_out"] == f"the last {tail} tokens of the longest document"
 
 
+def test_line_ends_around_a_document_do_not_bring_it_to_both_sides(small_tokenizer, tmp_path):
+    """A part of a .txt is stripped of them, a row of a .jsonl keeps them."""
+    stories = [f"story number {n} goes on" for n in range(80)]
+    (tmp_path / "s.txt").write_text("\n<|endoftext|>\n".join(stories))
+    write(tmp_path / "s.jsonl", ["\r\n" * (n % 2) + story + "\n" for n, story in enumerate(stories)])
+    both = SourceConfig(str(tmp_path))
+    corpus = prepare(DataConfig(sources=(both,), cache=str(tmp_path.with_suffix(".cache")), validation_fraction=0.1),
+                     small_tokenizer)
+    held, trained = (documents_of(store, small_tokenizer) for store in (corpus.validation, corpus.train))
+    assert len(held) + len(trained) == 160 and len(held) >= 6
+    assert not {text.strip() for text in held} & {text.strip() for text in trained}
+    assert any(text.endswith("\n") for text in held) and not all(text.endswith("\n") for text in held)
+    rows = write(tmp_path / "validation.jsonl", [story + "\n" for story in stories[:5]])
+    data = DataConfig(sources=(SourceConfig(str(tmp_path / "s.txt")),), validation=(rows,), cache=str(tmp_path / "cache"))
+    assert prepare(data, small_tokenizer).fingerprint["excluded_from_training"] == 5
+
+
+def test_a_copy_with_fewer_line_ends_does_not_give_the_end_away(small_tokenizer, tmp_path):
+    text = next(t for t in (f"one two {n}" for n in range(999)) if document_record(t.encode())[2] > 0.9 * 2**64)
+    rows = ["\r\n" * 40 + text, text]
+    data = DataConfig(sources=(write(tmp_path / "a.jsonl", rows),), cache=str(tmp_path / "cache"), validation_fraction=0.9)
+    corpus = prepare(data, small_tokenizer)
+    (trained,) = corpus.train.streams
+    assert small_tokenizer.decode(trained.read(0, trained.tokens).tolist()).strip() == ""
+    assert all(run.length > 0 for run in trained.runs)
+
+
+def identity_before(corpus, contents, tokenizer, **source):
+    """The identity that mm gave one source before FORMAT 2, written out here once more."""
+    facts = {"format": 1, "contents": contents, "kind": "text", "text_key": "text", "separator": "<|endoftext|>",
+             "tokenizer": tokenizer.fingerprint} | source
+    shards = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    sides = [[shards, None, store.tokens] for store in (corpus.train, corpus.validation) if store]
+    essence = [tokenizer.fingerprint, facts["kind"], corpus.fingerprint["held_out"], *sides]
+    return hashlib.sha256(json.dumps(essence).encode()).hexdigest()
+
+
+@pytest.mark.parametrize(("rows", "fraction", "same"), [
+    (["\n one ", "two", "three", "four"], 0.25, False), ([" one ", "two", "three", "four"], 0.25, True),
+    (["one\n", "two\n"], 0.0, True), (["one and its end\n"], 0.2, True),
+])
+def test_runs_begun_before_go_on_where_the_split_is_the_same(rows, fraction, same, small_tokenizer, tmp_path):
+    """Since FORMAT 2 the line ends around a document have no say in its hash; where that changes nothing, nor does the
+    identity by which a run knows its data."""
+    data = DataConfig(sources=(write(tmp_path / "a.jsonl", rows),), cache=str(tmp_path / "cache"), validation_fraction=fraction)
+    corpus = prepare(data, small_tokenizer)
+    file = hashlib.sha256((tmp_path / "a.jsonl").read_bytes()).hexdigest()
+    contents = hashlib.sha256(f"a.jsonl\0{file}\n".encode()).hexdigest()
+    assert (corpus.fingerprint["identity"] == identity_before(corpus, contents, small_tokenizer)) is same
+
+
 def test_validation_sources_take_their_documents_out_of_training(small_tokenizer, tmp_path):
     rows = [f"document {n}" for n in range(50)]
     data = DataConfig(sources=(write(tmp_path / "a.jsonl", rows),), validation=(write(tmp_path / "v.jsonl", rows[:5]),),
@@ -134,6 +187,21 @@ def test_tokenizer_is_trained_once_on_what_is_not_held_out(tmp_path, monkeypatch
     assert obtain_tokenizer(TokenizerConfig(), data, 400).fingerprint == tokenizer.fingerprint
     with pytest.raises(pytest.fail.Exception, match="trained again"):
         obtain_tokenizer(TokenizerConfig(train_vocab_size=390), data, 400)
+
+
+def test_no_tokenizer_is_kept_of_a_file_that_changes_while_it_is_read(tmp_path, monkeypatch, library_text):
+    source = write(tmp_path / "a.jsonl", [library_text[:20_000]])
+    data = DataConfig(sources=(source,), cache=str(tmp_path / "cache"), validation_fraction=0.0)
+
+    def train_then_change(*arguments):
+        trained = train_sentencepiece(*arguments)
+        write(tmp_path / "a.jsonl", ["other text"])
+        return trained
+
+    monkeypatch.setattr(corpus_module, "train_sentencepiece", train_then_change)
+    with pytest.raises(DataError, match=r"a\.jsonl changed while it was read"):
+        obtain_tokenizer(TokenizerConfig(), data, 400)
+    assert not (tmp_path / "cache/tokenizers").exists()
 
 
 def test_tokenizer_training_keeps_to_its_budget(tmp_path, monkeypatch):

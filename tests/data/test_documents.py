@@ -1,9 +1,11 @@
 """What each kind of source yields, and the sentence for each way a source can be wrong."""
 
 import gzip
+import hashlib
 import importlib
 import json
 import os
+import time
 
 import pytest
 
@@ -91,6 +93,30 @@ def test_folder_is_read_in_order_and_other_files_are_counted(tmp_path):
     assert source.skipped == {".png": 1, "Makefile": 1, ".txt": 1}
 
 
+def test_linked_folders_are_read_once_and_circles_end(tmp_path):
+    """Real folders before links to them; one that lies elsewhere is read by the link's name."""
+    for name in ("set/a/one.txt", "set/a/deep/two.txt", "elsewhere/three.txt", "elsewhere/b/four.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "set/a/circle").symlink_to(tmp_path / "set")
+    (tmp_path / "set/a/0").symlink_to(tmp_path / "set/a/deep")
+    (tmp_path / "set/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set/again").symlink_to(tmp_path / "elsewhere/b")
+    (tmp_path / "elsewhere/back").symlink_to(tmp_path / "set")
+    (tmp_path / "elsewhere/self").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set/gone").symlink_to(tmp_path / "nowhere")
+    source = open_source(SourceConfig(str(tmp_path / "set")))
+    assert [file.name for file in source.files] == ["a/deep/two.txt", "a/one.txt", "again/four.txt", "linked/three.txt"]
+    assert source.skipped == {"gone": 1}
+
+
+def test_only_of_pythons_library_some_folders_are_left_out(tmp_path):
+    for name in ("config-a", "test", "plain"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text(name)
+    assert texts(tmp_path) == ["config-a", "plain", "test"]
+
+
 def test_python_library_is_there_and_has_no_tests():
     source = open_source(SourceConfig("python-library"))
     found = [document.text for document in source.documents()]
@@ -121,9 +147,11 @@ def test_faulty_sources_are_named(tmp_path):
         "fake": (tmp_path / "fake.jsonl.gz", r"fake\.jsonl\.gz is damaged after line 0"),
         "folder": (tmp_path / "folder", r"folder holds no text: it needs \.txt"),
         "chat": (tmp_path / "latin.txt", r"latin\.txt holds no conversations: give"),
+        "chat csv": (tmp_path / "x.csv", r"x\.csv is of an unknown sort: rename or convert it to one of \.jsonl \.jsonl\.gz"),
     }
     (tmp_path / "empty.txt").touch()
     (tmp_path / "x.docx").write_text("x")
+    (tmp_path / "x.csv").write_text("x")
     (tmp_path / "binary.txt").write_bytes(b"abc\0def")
     (tmp_path / "latin.txt").write_bytes(b"ok <|endoftext|> ok\xe9")
     (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n{"text": \n')
@@ -138,7 +166,7 @@ def test_faulty_sources_are_named(tmp_path):
     (tmp_path / "folder/image.png").touch()
     for name, (path, message) in cases.items():
         with pytest.raises(DataError, match=message):
-            texts(path, kind="conversations" if name == "chat" else "text")
+            texts(path, kind="conversations" if name.startswith("chat") else "text")
 
 
 def test_unreadable_file_is_named(unprivileged_folder):
@@ -193,6 +221,34 @@ def test_hash_follows_content_and_is_remembered(tmp_path, monkeypatch):
     monkeypatch.undo()
     file.write_text("two")
     assert source_hash(open_source(SourceConfig(str(file))), HashBook(tmp_path / "hashes.json")) != first
+
+
+def test_hash_follows_a_change_that_keeps_size_and_time(tmp_path):
+    """As of a program that edits in place and sets the time back, or of a restored copy."""
+    file, book = tmp_path / "a.txt", tmp_path / "hashes.json"
+    file.write_text("one")
+    os.utime(file, ns=(10**18, 10**18))
+    first = HashBook(book)
+    digest = first.sha256(file)
+    first.write(2 * 10**18)
+    time.sleep(0.02)  # a kernel's clock moves every few milliseconds
+    file.write_text("two")
+    os.utime(file, ns=(10**18, 10**18))
+    assert HashBook(book).sha256(file) == hashlib.sha256(b"two").hexdigest() != digest
+    file.write_text("one")
+    os.utime(file, ns=(10**18, 10**18))
+    assert HashBook(book).sha256(file) == digest
+
+
+def test_a_book_of_before_costs_hashing_again(tmp_path):
+    file, book = tmp_path / "a.txt", tmp_path / "hashes.json"
+    file.write_text("one")
+    stat = file.stat()
+    book.write_text(json.dumps({str(file.resolve()): [stat.st_size, stat.st_mtime_ns, stat.st_ino, "an earlier hash"], "x": 3}))
+    known = HashBook(book)
+    assert known.sha256(file) == hashlib.sha256(b"one").hexdigest()
+    known.write(stat.st_ctime_ns + 10**10)
+    assert [len(entry) for entry in json.loads(book.read_text()).values()] == [5]
 
 
 def test_hash_of_a_file_just_changed_is_not_remembered(tmp_path):

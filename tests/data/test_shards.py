@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +15,9 @@ import pytest
 
 import mmcore
 from mmcore.config import DataConfig, SourceConfig
-from mmcore.data import load_tokenizer, prepare, shards, workers
+from mmcore.data import load_tokenizer, prepare, shard_files, shards, workers
 from mmcore.data.corpus import cache_folder
+from mmcore.data.documents import open_source
 from mmcore.data.files import PART_MARK
 from mmcore.data.workers import Workers
 from mmcore.errors import DataError
@@ -220,6 +222,72 @@ def test_bad_row_in_the_middle_keeps_what_is_whole(small_tokenizer, library_text
         prepare(config(tmp_path / "a.jsonl", tmp_path / "cache"), small_tokenizer)
     assert len(list(folder_of(tmp_path / "cache").glob("shard-*.json"))) >= 3
     assert no_parts(tmp_path / "cache")
+
+
+def change(path: Path) -> None:
+    """Other text of the same size, and the same time of modification."""
+    stat, content = path.stat(), path.read_bytes()
+    time.sleep(0.02)  # a kernel's clock moves every few milliseconds
+    path.write_bytes(content.replace(b"def", b"fed"))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def test_nothing_is_kept_of_a_file_that_changes_while_it_is_tokenized(small_tokenizer, library_text, tmp_path, monkeypatch):
+    """Its hash was taken before: its tokens would stand under the name of another text."""
+    rows = write_documents(tmp_path / "a.jsonl", library_text, 0.05)
+    before = (tmp_path / "a.jsonl").read_bytes()
+    data = config(tmp_path / "a.jsonl", tmp_path / "cache", validation_fraction=0.0)
+
+    def tokenize_then_change(*arguments):
+        shard_files.write_shard(*arguments)
+        change(tmp_path / "a.jsonl")
+
+    monkeypatch.setattr(workers, "write_shard", tokenize_then_change)
+    with pytest.raises(DataError, match=r"a\.jsonl changed while it was read: start again once nothing writes to it"):
+        prepare(data, small_tokenizer)
+    assert not [path for path in folder_of(tmp_path / "cache").iterdir() if path.name != "lock"]
+    monkeypatch.undo()
+    (tmp_path / "a.jsonl").write_bytes(before)
+    (stream,) = prepare(data, small_tokenizer).train.streams
+    assert stream.read(0, stream.tokens).tolist() == [i for row in rows for i in (1, *small_tokenizer.encode(row), 2)]
+
+
+def test_a_file_cut_off_while_it_is_tokenized_is_said_to_change(small_tokenizer, library_text, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "_SMALLEST_SHARD", 20_000)
+    write_documents(tmp_path / "a.jsonl", library_text, 0.1)
+    sent = []
+
+    def tokenize_then_cut(*arguments):
+        shard_files.write_shard(*arguments)
+        sent.append(arguments)
+        os.truncate(tmp_path / "a.jsonl", 60_000)
+
+    monkeypatch.setattr(workers, "write_shard", tokenize_then_cut)
+    with pytest.raises(DataError, match=r"a\.jsonl changed while it was read"):
+        prepare(config(tmp_path / "a.jsonl", tmp_path / "cache"), small_tokenizer)
+    assert len(sent) == 1
+    assert not list(folder_of(tmp_path / "cache").glob("shard-*"))
+
+
+def test_no_portion_is_made_of_a_file_that_changed(library_text, tmp_path, monkeypatch):
+    """Not even for a moment: a process that is killed then would leave a whole shard of it."""
+    monkeypatch.setattr(shards, "_SMALLEST_SHARD", 20_000)
+    write_documents(tmp_path / "a.jsonl", library_text, 0.1)
+    portions = shards._portions(open_source(SourceConfig(str(tmp_path / "a.jsonl"))))
+    next(portions)
+    change(tmp_path / "a.jsonl")
+    with pytest.raises(DataError, match=r"a\.jsonl changed while it was read"):
+        next(portions)
+
+
+def test_a_file_that_was_only_touched_is_not_tokenized_again(small_tokenizer, library_text, tmp_path, monkeypatch):
+    write_documents(tmp_path / "a.jsonl", library_text, 0.05)
+    data = config(tmp_path / "a.jsonl", tmp_path / "cache")
+    first = prepare(data, small_tokenizer)
+    shutil.copy(tmp_path / "a.jsonl", tmp_path / "copy")
+    (tmp_path / "copy").rename(tmp_path / "a.jsonl")
+    monkeypatch.setattr(workers, "write_shard", lambda *a: pytest.fail("tokenized again"))
+    assert prepare(data, small_tokenizer).fingerprint == first.fingerprint
 
 
 def test_dead_worker_is_reported(small_tokenizer, tmp_path):

@@ -193,3 +193,20 @@ def test_files_are_read_as_a_recipes_sources(tmp_path):
     (tmp_path / "b.jsonl").write_text('{"text": "three"}\n', encoding="utf-8")
     text = read_files([tmp_path / "a.txt", tmp_path / "b.jsonl"])
     assert text.documents == ["one", "two", "three"] and text.bytes == 11
+    assert text.notes == ()
+
+
+def test_a_file_given_twice_counts_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "set").mkdir()
+    for name in "abc":
+        (tmp_path / f"set/{name}.txt").write_text(f"text of {name}")
+    (tmp_path / "link.txt").symlink_to(tmp_path / "set/a.txt")
+    once = read_files(["set/a.txt"])
+    text = read_files(["set/a.txt", "link.txt", tmp_path / "set/a.txt", "set/../set/a.txt"])
+    assert (text.documents, text.sha256, text.name) == (["text of a"], once.sha256, once.name)
+    assert text.notes[0] == "given more than once and counted once: link.txt" and len(text.notes) == 3
+    text = read_files(["set/a.txt", "set", "set"])
+    assert text.documents == ["text of a", "text of b", "text of c"] and text.name == "set/a.txt, set"
+    assert text.notes == ("given more than once and counted once: 1 of the 3 files in set",
+                          "given more than once and counted once: set")

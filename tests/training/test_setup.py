@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from mmcore.config import build_recipe
 from mmcore.errors import CheckpointError, ConfigError, DataError, HardwareError, MMError
 from mmcore.training import checks
 from mmcore.training.events import Notice
+from mmcore.training.restoring import check_goes_on
 from mmcore.training.setup import Start, prepare_trainer
 from mmcore.training.step import IGNORED
 from tests.helpers.tiny_run import tiny_values
@@ -118,6 +120,12 @@ def test_conversations_whose_answers_lie_past_the_window(tmp_path):
     prepare_trainer(recipe, listeners=[heard.append])
     said = [event.text for event in heard if isinstance(event, Notice)]
     assert any(re.search(r"ends are left out, and with them all that \d+ of them had to learn", text) for text in said)
+
+
+def test_data_split_by_an_earlier_version_are_refused_with_the_reason():
+    saved = SimpleNamespace(state={"data_identity": "before"})
+    with pytest.raises(DataError, match="or an earlier version of mm wrote it and split them otherwise.*or that version"):
+        check_goes_on(saved, Path("step-000002"), "now", 8)
 
 
 def test_a_context_longer_than_the_model_is_made_for(tmp_path):
