@@ -56,8 +56,10 @@ class TestTemplate:
         turns("日本 🐈‍⬛"),
     ], ids=range(4))
     def test_ids_are_those_of_training(self, chat_tokenizer, source, messages):
-        expected = ChatFormat(chat_tokenizer).prompt(messages)
-        assert ChatTemplate(source, chat_tokenizer).ids(messages) == expected
+        ids = ChatTemplate(source, chat_tokenizer).ids(messages)
+        if source == LLAMA3:  # it trims what is said
+            messages = [message | {"content": message["content"].strip()} for message in messages]
+        assert ids == ChatFormat(chat_tokenizer).prompt(messages)
 
     def test_what_follows_an_answer(self, chat_tokenizer):
         messages = turns("hello", "world", "a cat?")
