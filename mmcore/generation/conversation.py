@@ -52,13 +52,11 @@ class Conversation:
         """Say `text` and stream the answer; the pieces may be empty while a character is still missing bytes.
 
         With a base model the text is put behind all before it, and an empty one just goes on. The stream may be
-        left at any piece. Raises ConfigError for an empty text, and DataError for one that is no Unicode.
+        left at any piece. Raises ConfigError for a blank text, and DataError for one that is no Unicode.
         """
         check_length(max_new_tokens)
-        if self.template is not None:
-            text = text.strip()
-            if not text:
-                raise ConfigError("there is nothing to answer: write some text")
+        if self.template is not None and not text.strip():
+            raise ConfigError("there is nothing to answer: write some text")
         question, answer = {"role": "user", "content": text}, {"role": "assistant", "content": ""}
         ids = self._ids_of(question)
         self.session.append(ids)

@@ -154,6 +154,13 @@ class TestChat:
             conversation.say(text, 9)
         assert conversation.messages == [] and conversation.session.history == []
 
+    def test_what_is_said_keeps_its_spaces_as_in_training(self, model, chat_tokenizer):
+        conversation = Conversation(model, chat_tokenizer)
+        text = "    return x\n\n  "
+        list(conversation.say(text, 1))
+        assert conversation.session.history[:-1] == ChatFormat(chat_tokenizer).prompt(turns(text))
+        assert conversation.messages[0]["content"] == text
+
     def test_bad_calls_change_nothing(self, model, chat_tokenizer):
         conversation = Conversation(model, chat_tokenizer)
         with pytest.raises(DataError, match="surrogate"):
