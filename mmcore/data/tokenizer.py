@@ -235,6 +235,12 @@ class StreamDecoder:
             self._started = True
         return self._decoder.decode(piece)
 
+    def copy(self) -> StreamDecoder:
+        """Another decoder that is at the same point of the text."""
+        other = StreamDecoder(self._tokenizer, continues=self._started)
+        other._decoder.setstate(self._decoder.getstate())
+        return other
+
     def finish(self) -> str:
         """What is left of an unfinished character, as U+FFFD."""
         return self._decoder.decode(b"", final=True)

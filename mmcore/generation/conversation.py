@@ -59,12 +59,25 @@ class Conversation:
             raise ConfigError("there is nothing to answer: write some text")
         question, answer = {"role": "user", "content": text}, {"role": "assistant", "content": ""}
         ids = self._ids_of(question)
+        # A question that is read in one piece cannot be left within: it needs no mark, which costs some memory.
+        long = len(ids) >= self.session.chunk
+        self._before = (self.session.mark(), self._decoder.copy(), self.ended, self.answer_ids) if long else None
         self.session.append(ids)
         self.messages += [question, answer]
         for token in ids:
             self._decoder.push(token)  # an answer may complete a character, or a space, that the text began
         self.ended, self.answer_ids = None, []
         return self._answer(answer, self.session.stream(max_new_tokens, sampling, self.stop_ids, progress))
+
+    def take_back(self) -> None:
+        """Unsay the last question, of which the model has not read all: as if it had not been said. Raises ConfigError
+        where there is none."""
+        if self._before is None:
+            raise ConfigError("there is no question that is still being read: /reset forgets everything")
+        mark, self._decoder, self.ended, self.answer_ids = self._before
+        self._before = None
+        self.session.rewind(mark)
+        del self.messages[-2:]
 
     def save(self, path: str | Path) -> None:
         """Write the conversation and the memories to one file. Raises CheckpointError."""
@@ -90,6 +103,7 @@ class Conversation:
         self.messages: list[Message] = [] if self.system is None else [{"role": "system", "content": self.system}]
         self.ended: str | None = None
         self.answer_ids: list[int] = []
+        self._before: tuple[Any, ...] | None = None
         self._decoder = StreamDecoder(self.tokenizer)
 
     def _ids_of(self, question: Message) -> list[int]:
@@ -103,6 +117,7 @@ class Conversation:
 
     def _answer(self, answer: Message, stream: Iterator[int]) -> Iterator[str]:
         for token in stream:
+            self._before = None  # the question was read: what it took to unsay it may go
             if token in self.stop_ids:
                 self.ended = "stop"
                 piece = self._decoder.finish()

@@ -227,6 +227,47 @@ def test_rows_beyond_the_tokenizer_are_never_drawn(model, base_tokenizer):
     assert max(conversation.answer_ids) < base_tokenizer.vocab_size
 
 
+class TestTakenBack:
+    """A question that was left while it was read: as if it had not been said."""
+
+    LONG = "a cat " * 60
+
+    def leave(self, conversation, text):
+        def progress(done, total):
+            if 0 < done < total:
+                raise InterruptedError
+
+        conversation.session.chunk = 16
+        with pytest.raises(InterruptedError):
+            list(conversation.say(text, 9, HOT, progress))
+
+    @pytest.mark.parametrize("before", [[], ["hello"], ["hello", "日本"]], ids=len)
+    @pytest.mark.parametrize("chat", [False, True], ids=["base", "chat"])
+    def test_what_follows_does_not_know_of_it(self, base_tokenizer, chat_tokenizer, before, chat):
+        tokenizer = chat_tokenizer if chat else base_tokenizer
+        talks = [Conversation(FakeModel(320), tokenizer) for _ in range(2)]
+        for talk in talks:
+            for text in before:
+                list(talk.say(text, 5, HOT))
+        self.leave(talks[0], self.LONG)
+        assert talks[0].session.history != talks[1].session.history
+        talks[0].take_back()
+        for name in ("messages", "ended", "answer_ids"):
+            assert getattr(talks[0], name) == getattr(talks[1], name)
+        assert talks[0].session.history == talks[1].session.history
+        for text in ("again", "and again"):
+            assert list(talks[0].say(text, 9, HOT)) == list(talks[1].say(text, 9, HOT))
+        assert talks[0].session.history == talks[1].session.history
+
+    def test_one_that_was_read_stays(self, model, chat_tokenizer):
+        conversation = Conversation(model, chat_tokenizer)
+        conversation.session.chunk = 16
+        next(conversation.say(self.LONG, 9))
+        with pytest.raises(ConfigError, match="no question that is still being read"):
+            conversation.take_back()
+        assert len(conversation.messages) == 2
+
+
 class TestSaved:
     def test_goes_on_as_if_it_had_never_stopped(self, model, chat_tokenizer, tmp_path):
         conversation = Conversation(model, chat_tokenizer, system="Be brief.")
