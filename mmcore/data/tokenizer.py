@@ -73,7 +73,7 @@ class Tokenizer:
     """A token model with its begin and end tokens.
 
     Attributes: `vocab_size` (highest id + 1), `bos_id`, `eos_id` (None where the model has none),
-    `chat_template` (jinja text or None).
+    `chat_template` (jinja text or None), `other_templates` (the names of those for other uses, where there is none).
     """
 
     def __init__(self, model: TokenModel, config: dict[str, Any] | None = None, chat_template: str | None = None,
@@ -82,7 +82,10 @@ class Tokenizer:
         self.model = model
         self.origin = origin
         self.vocab_size = model.size
-        self.chat_template = chat_template or config.get("chat_template")
+        written = config.get("chat_template")
+        named = {row["name"]: row["template"] for row in written} if isinstance(written, list) else {"default": written}
+        self.chat_template = chat_template or named.pop("default", None)
+        self.other_templates = tuple(named) if self.chat_template is None else ()
         self.bos_token = self._pick(config.get("bos_token"), BEGIN_NAMES)
         self.eos_token = self._pick(config.get("eos_token"), END_NAMES)
         self.bos_id = self.special(self.bos_token)

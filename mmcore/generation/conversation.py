@@ -32,6 +32,10 @@ class Conversation:
         tokenizer.check_fits(model.config.vocab_size)
         self.tokenizer = tokenizer
         source = tokenizer.chat_template
+        if source is None and tokenizer.other_templates:
+            names = ", ".join(map(repr, tokenizer.other_templates))
+            raise ConfigError(f"{tokenizer.origin} names its chat templates {names} and none 'default': rename the one for "
+                              "conversations in tokenizer_config.json")
         self.template = None if source is None else ChatTemplate(source, tokenizer)
         if system is not None and self.template is None:
             raise ConfigError("this is a base model, which continues text and knows no system message: leave it out")

@@ -215,6 +215,12 @@ class TestBase:
             Conversation(model, base_tokenizer, system="Be brief.")
 
 
+def test_chat_templates_without_a_default_one_are_told(model, base_tokenizer):
+    tokenizer = Tokenizer(base_tokenizer.model, {"chat_template": [{"name": "rag", "template": CHAT_TEMPLATE}]})
+    with pytest.raises(ConfigError, match="names its chat templates 'rag' and none 'default': rename the one for conv"):
+        Conversation(model, tokenizer)
+
+
 def test_a_tokenizer_that_is_too_large_is_refused(base_tokenizer):
     with pytest.raises(ConfigError, match="the tokenizer knows 300 tokens and the model 64"):
         Conversation(FakeModel(64), base_tokenizer)
