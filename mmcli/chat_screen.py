@@ -94,7 +94,10 @@ class Screen:
                     if interrupts.asked:
                         break
             except _Stopped:
+                conversation.take_back()
                 print(end="\r\x1b[K")
+                self._note("stopped; the model has not read all of it, so it counts as not said")
+                return
         print()
         self._comment(interrupts.asked)
 

@@ -6,6 +6,7 @@ compared, the hashes of both sides, and the versions stand in the certificate (c
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shlex
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 import mmcore
-from mmcore.checkpoint import certificate, hub, manifest, targets, untrusted
+from mmcore.checkpoint import certificate, ends, hub, manifest, targets, untrusted
 from mmcore.checkpoint.certificate import Certificate
 from mmcore.checkpoint.formats import Checkpoint, open_checkpoint
 from mmcore.checkpoint.formats.base import Reopened
@@ -66,7 +67,8 @@ def convert_checkpoint(
 ) -> Certificate:
     """Write `source` as `target`: hf, train or torch (targets.py).
 
-    dtype None keeps the source's (fp32 for fp64). tokenizer: goes along in place of the source's own.
+    dtype None keeps the source's (fp32 for fp64). tokenizer: goes along in place of the source's own, with its begin
+    and end tokens.
     allow_nonfinite converts weights with NaN or infinity as they are.
     Needs memory for a few tensors. Killed or interrupted, the same call goes on from the shards that were finished.
     Raises CheckpointError where the source cannot be read, the target is taken or cannot be written, or the two
@@ -75,9 +77,12 @@ def convert_checkpoint(
     if to not in targets.TARGETS:
         raise ConfigError(f"--to is {to!r}: choose one of {', '.join(targets.TARGETS)}")
     meter = Meter(progress)
-    checkpoint = open_streamed(source, allow_nonfinite)
+    checkpoint, told = open_streamed(source, allow_nonfinite), None
     if tokenizer is not None:
         checkpoint = replace(checkpoint, tokenizer_path=Path(tokenizer))
+        checkpoint, told = ends.with_tokenizer(checkpoint, load_tokenizer(checkpoint.path, tokenizer))
+    elif to != "hf":  # an exported folder has a generation_config.json of its own
+        checkpoint = ends.with_all_ends(checkpoint)
     target = Path(target).absolute()
     _check_apart(checkpoint.path, target)
     dtype = dtype or (torch.float32 if checkpoint.dtype == torch.float64 else checkpoint.dtype)
@@ -95,12 +100,13 @@ def convert_checkpoint(
     def certify(result: Path) -> bytes:
         if _stamps(files) != before:
             raise CheckpointError(f"{checkpoint.path} was changed while it was converted: convert it again")
-        made.append(_certify(checkpoint, hashes, result, target, to, dtype, command, meter, beside.notes))
+        notes = [*filter(None, [told]), *beside.notes]
+        made.append(_certify(checkpoint, hashes, result, target, to, dtype, command, meter, notes))
         return certificate.to_bytes(made[0])
 
     texts, beside = _tokenizer_files(checkpoint, tokenizer), _Beside({}, {}, [])
     if to == "hf":
-        beside = _beside(checkpoint, texts, tokenizer)
+        beside = _beside(checkpoint, texts, tokenizer, kept_ids=told is None)
     meter.begin("writing", written + (_moments_bytes(checkpoint) if to == "train" else 0))
     targets.TARGETS[to](targets.Job(
         source=checkpoint, target=target, dtype=dtype, max_shard_bytes=max_shard_bytes, force=force,
@@ -186,15 +192,21 @@ class _Beside:
     notes: list[str]
 
 
-def _beside(checkpoint: Checkpoint, files: dict[str, bytes | Path], chosen: str | Path | None) -> _Beside:
-    """`files` are the tokenizer's, as the source has them; one that only another program can read stays as it is."""
+def _beside(
+    checkpoint: Checkpoint, files: dict[str, bytes | Path], chosen: str | Path | None, kept_ids: bool
+) -> _Beside:
+    """`files` are the tokenizer's, as the source has them; one that only another program can read stays as it is.
+    `kept_ids`: the ids in the source's generation_config.json hold for this tokenizer."""
     given = {}
-    settings = checkpoint.path / "generation_config.json"
+    settings = checkpoint.path / ends.GENERATION
     settings = {settings.name: settings} if checkpoint.path.is_dir() and os.path.lexists(settings) else {}
     for name, file in {**settings, **files}.items():
         if isinstance(file, Path):
             untrusted.require_regular(file)
         given[name] = file if isinstance(file, bytes) else file.read_bytes()
+    if not kept_ids:
+        values = hub.read_object(given, ends.GENERATION)
+        given[ends.GENERATION] = json.dumps({key: values[key] for key in values if not key.endswith("_token_id")}).encode()
     tokenizer, notes = None, []
     if files and not hub.made_elsewhere(given):
         try:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from mmcore.checkpoint import ends
 from mmcore.checkpoint.formats import Checkpoint, open_checkpoint
 from mmcore.errors import CheckpointError, ConfigError, HardwareError
 
@@ -70,8 +71,7 @@ def model_from(
         model.quantize()
     move_to_huge_pages(model)
     model.without((without,) if isinstance(without, str) else tuple(without))
-    ends = checkpoint.config_json.get("eos_token_id")
-    model.stop_ids = frozenset() if ends is None else frozenset([ends] if isinstance(ends, int) else ends)
+    model.stop_ids = frozenset(ends.stop_ids(checkpoint))
     return model.eval()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
 import json
 import re
 from collections.abc import Sequence
@@ -69,13 +70,40 @@ class HuggingFaceModel:
                 self.controls.setdefault(name, row)
         self._kind = _decoder_kind(self._tokenizer.decoder, origin)
         self.leading_space = self._kind != "bytes" and self._puts_space_first()
+        self.space_after_control = self.leading_space and self._puts_space_after_control()
 
-    def _puts_space_first(self) -> bool:
-        tokens = self._tokenizer.encode("a", add_special_tokens=False).tokens
-        return bool(tokens) and tokens[0].startswith(_SPACE)
+    def _puts_space_first(self, control: str = "") -> bool:
+        """Whether a space is put before a text, or before one that follows the token `control`."""
+        tokens = self._tokenizer.encode(f"{control}a", add_special_tokens=False).tokens
+        first = tokens.index(control) + 1 if control in tokens else 0
+        return first < len(tokens) and tokens[first].startswith(_SPACE)
+
+    def _puts_space_after_control(self) -> bool:
+        name = next((token.content for token in self._added.values() if token.special), None)
+        if name is None:
+            return True
+        self._tokenizer.encode_special_tokens = False
+        try:
+            return self._puts_space_first(name)
+        finally:
+            self._tokenizer.encode_special_tokens = True
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_further(self, text: str) -> list[int]:
+        if not self.leading_space:
+            return self.encode(text)
+        return self._further.encode(text, add_special_tokens=False).ids
+
+    @functools.cached_property
+    def _further(self) -> tokenizers.Tokenizer:
+        """The tokenizer without a space in front."""
+        found = tokenizers.Tokenizer.from_buffer(_without_space_in_front(self.file_bytes))
+        found.no_truncation()
+        found.no_padding()
+        found.encode_special_tokens = True
+        return found
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [row.ids for row in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
@@ -107,6 +135,20 @@ class HuggingFaceModel:
 
     def companion_files(self) -> dict[str, bytes]:
         return {}
+
+
+def _without_space_in_front(content: bytes) -> bytes:
+    """A tokenizer.json whose Prepend and Metaspace steps put no space in front of a text."""
+    values = json.loads(content)
+    normalizer = values.get("normalizer") or {}
+    kept = [step for step in normalizer.get("normalizers", [normalizer]) if step.get("type") not in (None, "Prepend")]
+    values["normalizer"] = {"type": "Sequence", "normalizers": kept}
+    cutter = values.get("pre_tokenizer") or {}
+    for step in cutter.get("pretokenizers", [cutter]):
+        if step.get("type") == "Metaspace":
+            step |= {"prepend_scheme": "never"}
+            step.pop("add_prefix_space", None)  # what older files say in its place
+    return json.dumps(values, ensure_ascii=False).encode()
 
 
 def _decoder_kind(step: Any, origin: str) -> str:

@@ -7,6 +7,7 @@ takes thirteen (8,192 pieces, 2 cores).
 
 from __future__ import annotations
 
+import functools
 import io
 import re
 import struct
@@ -23,6 +24,7 @@ SPACE = "\u2581"  # sentencepiece writes a space as this character, so the chara
 _CONTROL_NAME = re.compile(r"<\|[^|]*\|>")
 _LINE_GROUP = 1000  # characters; merging a whole book in one heap is 2.5 times slower than line by line
 _LONGEST_SENTENCE = 4096  # characters
+_NO_SPACE_IN_FRONT = b"\x1a\x02\x18\x00"  # ModelProto.normalizer_spec.add_dummy_prefix = false; what comes last counts
 _THREADS = 4  # fixed: the trainer writes the number into the model, and so into its fingerprint
 
 
@@ -52,6 +54,8 @@ class SentencePieceModel:
         }
         self._bytes = {int(piece[3:5], 16): i for i, piece in enumerate(self.pieces) if processor.is_byte(i)}
         self.leading_space = bool(first) and first[0].startswith(SPACE)
+        self.space_after_control = self.leading_space
+        self._drops_spaces = processor.encode("  a") == processor.encode("a")
         # Where no piece holds a line break, merging never crosses one, and lines can be encoded one by one. The
         # leading space of a later line then stays a piece by itself, which encode drops again.
         self._by_lines = not any("\n" in piece for piece in self.pieces) and SPACE in self.pieces
@@ -73,6 +77,18 @@ class SentencePieceModel:
             drop = 1 if ids and self.leading_space else 0
             ids += self._processor.encode(group)[drop:]
         return ids
+
+    def encode_further(self, text: str) -> list[int]:
+        # Where spaces in front are dropped, the one that is put there stands for them.
+        if not self.leading_space or (self._drops_spaces and text[:1].isspace()):
+            return self.encode(text)
+        groups = _line_groups(text) if self._by_lines else [text]
+        return [i for group in groups for i in self._further.encode(group)]
+
+    @functools.cached_property
+    def _further(self) -> sentencepiece.SentencePieceProcessor:
+        """The model without a space in front: fields appended to a serialized message are laid over those before."""
+        return sentencepiece.SentencePieceProcessor(model_proto=self.file_bytes + _NO_SPACE_IN_FRONT)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]

@@ -52,8 +52,13 @@ class TokenModel(Protocol):
     """Control tokens by name; text must never encode to one."""
     leading_space: bool
     """Whether encoding puts a space in front of the text, which decoding takes away again."""
+    space_after_control: bool
+    """Whether it also does so where the text follows a control token."""
 
     def encode(self, text: str) -> list[int]: ...
+
+    def encode_further(self, text: str) -> list[int]:
+        """`encode` without the space in front, for text that goes on after other text."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
 
@@ -68,7 +73,7 @@ class Tokenizer:
     """A token model with its begin and end tokens.
 
     Attributes: `vocab_size` (highest id + 1), `bos_id`, `eos_id` (None where the model has none),
-    `chat_template` (jinja text or None).
+    `chat_template` (jinja text or None), `other_templates` (the names of those for other uses, where there is none).
     """
 
     def __init__(self, model: TokenModel, config: dict[str, Any] | None = None, chat_template: str | None = None,
@@ -77,7 +82,10 @@ class Tokenizer:
         self.model = model
         self.origin = origin
         self.vocab_size = model.size
-        self.chat_template = chat_template or config.get("chat_template")
+        written = config.get("chat_template")
+        named = {row["name"]: row["template"] for row in written} if isinstance(written, list) else {"default": written}
+        self.chat_template = chat_template or named.pop("default", None)
+        self.other_templates = tuple(named) if self.chat_template is None else ()
         self.bos_token = self._pick(config.get("bos_token"), BEGIN_NAMES)
         self.eos_token = self._pick(config.get("eos_token"), END_NAMES)
         self.bos_id = self.special(self.bos_token)
@@ -119,11 +127,12 @@ class Tokenizer:
             raise DataError(f"{self.origin} has no begin or end token: name bos_token and eos_token in {CONFIG_FILE}")
         return begin, end
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of `text`, never a control token. Raises DataError for text that UTF-8 cannot hold."""
+    def encode(self, text: str, *, continues: bool = False) -> list[int]:
+        """Ids of `text`, never a control token. `continues` says that other text goes before, so that a sentencepiece
+        model puts no space in front. Raises DataError for text that UTF-8 cannot hold."""
         _refuse_surrogates(text)
-        ids = self.model.encode(text)
-        return ids if self._control_ids.isdisjoint(ids) else self._encode_spelled(text)
+        ids = self.model.encode_further(text) if continues else self.model.encode(text)
+        return ids if self._control_ids.isdisjoint(ids) else self._encode_spelled(text, continues)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text."""
@@ -133,11 +142,14 @@ class Tokenizer:
         return [ids if self._control_ids.isdisjoint(ids) else self._encode_spelled(text)
                 for text, ids in zip(texts, rows, strict=True)]
 
-    def _encode_spelled(self, text: str) -> list[int]:
+    def _encode_spelled(self, text: str, continues: bool = False) -> list[int]:
         """Encode text whose model matches control tokens in it: each name is cut after its first character."""
         names = "|".join(re.escape(name) for name in sorted(self.model.controls, key=len, reverse=True) if name)
         cuts = [0, *(match.start() + 1 for match in re.finditer(names, text)), len(text)]
-        ids = [i for start, end in itertools.pairwise(cuts) for i in self.model.encode(text[start:end])]
+        encoders = itertools.chain([self.model.encode_further if continues else self.model.encode],
+                                   itertools.repeat(self.model.encode_further))
+        parts = (text[start:end] for start, end in itertools.pairwise(cuts))
+        ids = [i for encode, part in zip(encoders, parts, strict=False) for i in encode(part)]
         if not self._control_ids.isdisjoint(ids):
             raise DataError(f"{self.origin} turns plain text into control tokens: use another tokenizer")
         return ids
@@ -225,6 +237,12 @@ class StreamDecoder:
             piece = piece.removeprefix(b" ")
             self._started = True
         return self._decoder.decode(piece)
+
+    def copy(self) -> StreamDecoder:
+        """Another decoder that is at the same point of the text."""
+        other = StreamDecoder(self._tokenizer, continues=self._started)
+        other._decoder.setstate(self._decoder.getstate())
+        return other
 
     def finish(self) -> str:
         """What is left of an unfinished character, as U+FFFD."""

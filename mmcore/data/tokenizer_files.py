@@ -38,14 +38,21 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         model = sentencepiece_model.from_llama2c(content, origin)
     else:
         model = sentencepiece_model.SentencePieceModel(content, origin)
-    template = file.parent / TEMPLATE_FILE
-    return Tokenizer(model, config, template.read_text("utf-8") if template.is_file() else None, origin)
+    return Tokenizer(model, config, _template_beside(file), origin)
 
 
 def gpt2_pair(file: Path) -> tuple[Path, Path] | None:
     """The vocabulary and merges of a GPT-2 tokenizer of which `file` is one, by their names; None for any other file."""
     pair = next((pair for pair in GPT2_FILES if file.name in pair), None)
     return pair and (file.parent / pair[0], file.parent / pair[1])
+
+
+def _template_beside(file: Path) -> str | None:
+    template = file.parent / TEMPLATE_FILE
+    try:
+        return template.read_text("utf-8") if template.is_file() else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{template} cannot be read ({error}): get it again or remove it") from None
 
 
 def _read(file: Path) -> bytes:
@@ -84,16 +91,25 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise DataError(f"{file} is no JSON ({error}): correct or remove it") from None
     if not isinstance(config, dict):
         raise DataError(f"{file} holds no JSON object: correct or remove it")
-    for key in ("bos_token", "eos_token", "chat_template"):
+    for key in ("bos_token", "eos_token"):
         value = config.get(key)
-        if isinstance(value, dict) and key != "chat_template":  # a token as text, or as {"content": text, ...}
+        if isinstance(value, dict):  # a token as text, or as {"content": text, ...}
             value = value.get("content")
         if value is not None and not _is_text(value):
             raise DataError(f"{file}: {key} is no text: correct or remove it")
+    if not _are_templates(config.get("chat_template")):
+        raise DataError(f"{file}: chat_template is no text, and no list of names and texts: correct or remove it")
     added = config.get("added_tokens_decoder") or {}
     if not isinstance(added, dict) or not all(isinstance(t, dict) and _is_text(t.get("content")) for t in added.values()):
         raise DataError(f"{file}: added_tokens_decoder does not name tokens: correct or remove it")
     return config
+
+
+def _are_templates(value: Any) -> bool:
+    """Whether a value from JSON is a chat template, several as [{"name": text, "template": text}, ...], or none."""
+    if isinstance(value, list):
+        return all(isinstance(row, dict) and _is_text(row.get("name")) and _is_text(row.get("template")) for row in value)
+    return value is None or _is_text(value)
 
 
 def _is_text(value: Any) -> bool:

@@ -22,6 +22,7 @@ from mmcore.evaluation.persistent import task_files
 from mmcore.evaluation.persistent.benchmarks import CODE_TASKS, GROUPS, HARNESS_TASKS, Tasks
 from mmcore.evaluation.persistent.local import Items, LocalTask
 from mmcore.evaluation.prefix import Cursor, shared_length
+from mmcore.generation import chat_template
 from mmcore.generation.engine import Session
 from mmcore.generation.sampling import Sampling
 
@@ -98,12 +99,12 @@ class HarnessModel(_TemplateLM or object):
         return ids if add_special_tokens is False else [self.begin, *ids]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The checkpoint's chat template, in the sandbox. Raises ConfigError for a base model."""
+        """The checkpoint's chat template, in the sandbox. Raises ConfigError for a base model, or a faulty template."""
         template = self.tokens.chat_template
         if template is None:
             raise ConfigError("this is a base model without a chat template: leave the template out")
-        return task_files.sandbox().from_string(template).render(
-            messages=chat_history, add_generation_prompt=add_generation_prompt, bos_token="", eos_token=self.tokens.eos_token
+        return chat_template.rendered(
+            chat_template.compiled(template), chat_history, add_generation_prompt, None, self.tokens.eos_token
         )
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:

@@ -131,6 +131,17 @@ class Session:
         self.history += ids
         self._unread += ids
 
+    def mark(self) -> tuple[Any, ...]:
+        """The present moment, to `rewind` to; see DecodingState.mark."""
+        return self._state.mark(), len(self.history), tuple(self._unread), self._logits
+
+    def rewind(self, mark: tuple[Any, ...]) -> None:
+        """Forget what was put behind the text after `mark`, also where it was cut off within a token."""
+        state, length, unread, self._logits = mark
+        self._state.rewind(state)
+        del self.history[length:]
+        self._unread, self._broken = list(unread), False
+
     def feed(self, ids: Iterable[int], progress: Progress | None = None) -> None:
         """Put ids behind the text and read them into the memories, a chunk at a time.
 

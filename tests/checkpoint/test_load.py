@@ -1,5 +1,6 @@
 """From a path to a model: every architecture and format, filled to the last weight."""
 
+import json
 import os
 
 import pytest
@@ -132,3 +133,32 @@ def test_shapes_that_are_no_batch(tmp_path, tokens, documents):
     given = [torch.zeros(shape, dtype=torch.int64) for shape in (tokens, documents) if shape is not None]
     with pytest.raises(ConfigError, match=r"must be \[rows, tokens\]"):
         model(*given)
+
+
+class TestWhereTextsEnd:
+    def test_generation_config_counts_too(self, tmp_path):
+        path = write_exported(tmp_path / "out", LLAMA, weights(LLAMA), extra={"eos_token_id": 2})
+        assert mmcore.load_model(path).stop_ids == {2}
+        for ends, expected in ((261, {2, 261}), ([2, 5], {2, 5}), (None, {2}), ([], {2})):
+            (path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends, "temperature": 0.5}))
+            assert mmcore.load_model(path).stop_ids == expected
+        (path / "generation_config.json").unlink()
+        assert mmcore.load_model(path).stop_ids == {2}
+
+    def test_a_text_stops_there(self, tmp_path):
+        path = write_exported(tmp_path / "out", LLAMA, weights(LLAMA), extra={"eos_token_id": 2})
+        free = list(mmcore.generate(mmcore.load_model(path), [1, 7], max_new_tokens=8))
+        (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, free[3]]}))
+        stopped = list(mmcore.generate(mmcore.load_model(path), [1, 7], max_new_tokens=8))
+        assert stopped == free[: free.index(free[3]) + 1]
+
+    @pytest.mark.parametrize("content, message", [
+        (b"{", "generation_config.json is not usable JSON"), (b"[]", "generation_config.json is not usable JSON"),
+        (b'{"eos_token_id": "</s>"}', "generation_config.json: eos_token_id is '</s>' and must be a token id: correct or remove"),
+        (b'{"eos_token_id": [2, true]}', r"eos_token_id is \[2, True\] and must be a token id"),
+    ])
+    def test_a_damaged_one_is_refused(self, tmp_path, content, message):
+        path = write_exported(tmp_path / "out", LLAMA, weights(LLAMA))
+        (path / "generation_config.json").write_bytes(content)
+        with pytest.raises(CheckpointError, match=message):
+            mmcore.load_model(path)

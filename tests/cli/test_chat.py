@@ -314,7 +314,13 @@ class TestScreen:
 
         model.advance = advance
         screen = talk(tokenizer, "hello " * 800, "again", model=model)
-        assert "stopped" in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert "stopped; the model has not read all of it, so it counts as not said" in out
+        assert "what was said so far is remembered" not in out
+        assert [message["content"] for message in screen.conversation.messages[::2]] == ["again"]
+        alone = talk(tokenizer, "again")
+        assert screen.conversation.messages == alone.conversation.messages
+        assert screen.conversation.session.history == alone.conversation.session.history
         assert sum(model.passes) >= len(screen.conversation.session.history) - 1  # all of it was read in the end
 
     def test_commands(self, tokenizer, capsys, tmp_path):

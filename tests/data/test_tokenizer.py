@@ -233,6 +233,41 @@ def test_chat_template_is_saved(small_tokenizer, tmp_path):
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["chat_template"] == "{{ messages }}"
 
 
+def write_templates(tokenizer, folder, value):
+    tokenizer.save(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": value}))
+
+
+def test_of_several_chat_templates_the_default_one_counts(small_tokenizer, tmp_path):
+    rows = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "{{ messages }}"}]
+    write_templates(small_tokenizer, tmp_path, rows)
+    found = load_tokenizer(tmp_path)
+    assert (found.chat_template, found.other_templates) == ("{{ messages }}", ())
+    write_templates(small_tokenizer, tmp_path, rows[:1])
+    found = load_tokenizer(tmp_path)
+    assert (found.chat_template, found.other_templates) == (None, ("tool_use",))
+    assert found.encode("Hello") == small_tokenizer.encode("Hello")
+    (tmp_path / "chat_template.jinja").write_text("beside")
+    found = load_tokenizer(tmp_path)
+    assert (found.chat_template, found.other_templates) == ("beside", ())
+
+
+@pytest.mark.parametrize("value", [3, {}, [3], ["x"], [{"name": "default"}], [{"name": 3, "template": "x"}],
+                                   [{"name": None, "template": "x"}], [{"name": "default", "template": None}]])  # fmt: skip
+def test_faulty_chat_templates_are_refused(small_tokenizer, tmp_path, value):
+    write_templates(small_tokenizer, tmp_path, value)
+    with pytest.raises(DataError, match="chat_template is no text, and no list of names and texts: correct or remove it"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_chat_template_that_is_no_text_is_refused(small_tokenizer, tmp_path):
+    small_tokenizer.save(tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes(b"caf\xe9")
+    with pytest.raises(DataError, match=r"chat_template.jinja cannot be read .*: get it again or remove it"):
+        load_tokenizer(tmp_path)
+
+
 def test_faulty_tokenizers_are_refused(tmp_path, small_tokenizer):
     with pytest.raises(DataError, match="there is no tokenizer .*nowhere: check the path"):
         load_tokenizer(tmp_path / "nowhere")

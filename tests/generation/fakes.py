@@ -26,6 +26,12 @@ class FakeState:
     def load(self, tensors: dict[str, Tensor]) -> None:
         self.vector, self.length = tensors["vector"].clone(), int(tensors["length"])
 
+    def mark(self) -> tuple[int, Tensor]:
+        return self.length, self.vector  # which is replaced, never changed
+
+    def rewind(self, mark: tuple[int, Tensor]) -> None:
+        self.length, self.vector = mark
+
     def take_back(self) -> None:
         self.vector, self.length, passes = self.before
         passes.pop()

@@ -56,8 +56,10 @@ class TestTemplate:
         turns("日本 🐈‍⬛"),
     ], ids=range(4))
     def test_ids_are_those_of_training(self, chat_tokenizer, source, messages):
-        expected = ChatFormat(chat_tokenizer).prompt(messages)
-        assert ChatTemplate(source, chat_tokenizer).ids(messages) == expected
+        ids = ChatTemplate(source, chat_tokenizer).ids(messages)
+        if source == LLAMA3:  # it trims what is said
+            messages = [message | {"content": message["content"].strip()} for message in messages]
+        assert ids == ChatFormat(chat_tokenizer).prompt(messages)
 
     def test_what_follows_an_answer(self, chat_tokenizer):
         messages = turns("hello", "world", "a cat?")
@@ -152,6 +154,13 @@ class TestChat:
             conversation.say(text, 9)
         assert conversation.messages == [] and conversation.session.history == []
 
+    def test_what_is_said_keeps_its_spaces_as_in_training(self, model, chat_tokenizer):
+        conversation = Conversation(model, chat_tokenizer)
+        text = "    return x\n\n  "
+        list(conversation.say(text, 1))
+        assert conversation.session.history[:-1] == ChatFormat(chat_tokenizer).prompt(turns(text))
+        assert conversation.messages[0]["content"] == text
+
     def test_bad_calls_change_nothing(self, model, chat_tokenizer):
         conversation = Conversation(model, chat_tokenizer)
         with pytest.raises(DataError, match="surrogate"):
@@ -206,6 +215,12 @@ class TestBase:
             Conversation(model, base_tokenizer, system="Be brief.")
 
 
+def test_chat_templates_without_a_default_one_are_told(model, base_tokenizer):
+    tokenizer = Tokenizer(base_tokenizer.model, {"chat_template": [{"name": "rag", "template": CHAT_TEMPLATE}]})
+    with pytest.raises(ConfigError, match="names its chat templates 'rag' and none 'default': rename the one for conv"):
+        Conversation(model, tokenizer)
+
+
 def test_a_tokenizer_that_is_too_large_is_refused(base_tokenizer):
     with pytest.raises(ConfigError, match="the tokenizer knows 300 tokens and the model 64"):
         Conversation(FakeModel(64), base_tokenizer)
@@ -216,6 +231,47 @@ def test_rows_beyond_the_tokenizer_are_never_drawn(model, base_tokenizer):
     conversation = Conversation(model, base_tokenizer)
     list(conversation.say("hello", 40, HOT))
     assert max(conversation.answer_ids) < base_tokenizer.vocab_size
+
+
+class TestTakenBack:
+    """A question that was left while it was read: as if it had not been said."""
+
+    LONG = "a cat " * 60
+
+    def leave(self, conversation, text):
+        def progress(done, total):
+            if 0 < done < total:
+                raise InterruptedError
+
+        conversation.session.chunk = 16
+        with pytest.raises(InterruptedError):
+            list(conversation.say(text, 9, HOT, progress))
+
+    @pytest.mark.parametrize("before", [[], ["hello"], ["hello", "日本"]], ids=len)
+    @pytest.mark.parametrize("chat", [False, True], ids=["base", "chat"])
+    def test_what_follows_does_not_know_of_it(self, base_tokenizer, chat_tokenizer, before, chat):
+        tokenizer = chat_tokenizer if chat else base_tokenizer
+        talks = [Conversation(FakeModel(320), tokenizer) for _ in range(2)]
+        for talk in talks:
+            for text in before:
+                list(talk.say(text, 5, HOT))
+        self.leave(talks[0], self.LONG)
+        assert talks[0].session.history != talks[1].session.history
+        talks[0].take_back()
+        for name in ("messages", "ended", "answer_ids"):
+            assert getattr(talks[0], name) == getattr(talks[1], name)
+        assert talks[0].session.history == talks[1].session.history
+        for text in ("again", "and again"):
+            assert list(talks[0].say(text, 9, HOT)) == list(talks[1].say(text, 9, HOT))
+        assert talks[0].session.history == talks[1].session.history
+
+    def test_one_that_was_read_stays(self, model, chat_tokenizer):
+        conversation = Conversation(model, chat_tokenizer)
+        conversation.session.chunk = 16
+        next(conversation.say(self.LONG, 9))
+        with pytest.raises(ConfigError, match="no question that is still being read"):
+            conversation.take_back()
+        assert len(conversation.messages) == 2
 
 
 class TestSaved:

@@ -54,6 +54,32 @@ def test_turns_equal_reading_everything_again(model, chunk):
         text += answer
 
 
+@pytest.mark.parametrize("before", [0, 1, 12])
+def test_what_is_left_while_it_is_read_can_be_forgotten(model, before, monkeypatch):
+    """Between two pieces, and where a pass of the model is cut off."""
+    session, other = Session(model, chunk=7), Session(model)
+    for one in (session, other):
+        if before:
+            one.feed(PROMPT[:before])
+            list(one.stream(3))
+    mark = session.mark()
+
+    def stop(*_):
+        raise InterruptedError
+
+    advance = model.advance
+    for options in ({"progress": stop}, {}):
+        with monkeypatch.context() as patched, pytest.raises(InterruptedError):
+            if not options:
+                patched.setattr(model, "advance", lambda tokens, state: stop(advance(tokens, state)))
+            session.feed(PROMPT, **options)
+        session.rewind(mark)
+    assert session.history == other.history and session.length == other.length
+    for one in (session, other):
+        one.feed([5, 6])
+    assert list(session.stream(12, HOT)) == list(other.stream(12, HOT))
+
+
 @pytest.mark.parametrize("read", [0, 1, 2, 9, 23])
 def test_saved_memories_go_on_token_for_token(model, tmp_path, read):
     session, other = Session(model), Session(model)

@@ -55,7 +55,7 @@ def config_from(values: dict[str, Any], origin: str) -> ModelConfig:
         if values.get(key) not in (None, "auto", *_WEIGHT_DTYPE_NAMES):
             problems.append(f"{key} is {shown(repr(values[key]))} and must be one of {', '.join(_WEIGHT_DTYPE_NAMES)}")
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        if not _are_token_ids(values.get(key), several=key == "eos_token_id"):
+        if not are_token_ids(values.get(key), several=key == "eos_token_id"):
             problems.append(f"{key} is {shown(repr(values[key]))} and must be a token id")
     for key, only in _UNSUPPORTED.items():
         if values.get(key, only) not in (only, None):
@@ -76,7 +76,7 @@ def config_from(values: dict[str, Any], origin: str) -> ModelConfig:
     return config
 
 
-def _are_token_ids(value: Any, several: bool) -> bool:
+def are_token_ids(value: Any, several: bool) -> bool:
     """Whether a value is none, or one id, or, where a text may end with `several`, a list of ids."""
     ids = value if several and isinstance(value, list) else [] if value is None else [value]
     return all(type(i) is int and -(1 << 31) <= i < 1 << 31 for i in ids)  # -1 stands for none in some folders

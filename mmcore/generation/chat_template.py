@@ -1,0 +1,187 @@
+"""A checkpoint's chat template: messages -> the token ids that ask for the answer.
+
+The template (jinja text) is rendered with what was said, and only its own text may turn into control tokens: a message
+that spells "<|eot_id|>" stays words, as in training. Text between two control tokens is encoded as a whole, as
+transformers does; this project's own template has its pieces encoded apart, as they are in training.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterable
+from datetime import datetime
+from typing import Any
+
+import jinja2
+from jinja2.ext import Extension
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from mmcore.data.conversations import CHAT_TEMPLATE
+from mmcore.data.tokenizer import Tokenizer
+from mmcore.errors import ConfigError
+
+Message = dict[str, str]
+"""{"role": "system" | "user" | "assistant", "content": text}."""
+
+_FAULTS = (
+    jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError, MemoryError,
+    SyntaxError,
+)  # fmt: skip
+"""What a template can raise while it is compiled, and while it runs in the sandbox."""
+_MOST_TEXT = 1 << 20
+"""Characters that a template may write beside eight times what was said, and items of a list or bits of a number that it
+may compute."""
+
+
+class ChatTemplate:
+    """A chat template with the tokenizer that it is for. Raises ConfigError for a template that cannot be used.
+
+    The template is a program from a checkpoint: it runs in jinja's immutable sandbox and sees roles and texts.
+    `end_of_turn` is the control token that it writes behind an answer, or None.
+    """
+
+    def __init__(self, source: str, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self._source = source
+        self._apart = source == CHAT_TEMPLATE
+        self._controls = tokenizer.model.controls
+        names = sorted(filter(None, self._controls), key=len, reverse=True)
+        self._names = re.compile("|".join(map(re.escape, names)) or r"(?!)")
+        self._template = compiled(source)
+        example = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        first = self._ids(example, 1, ask=False)[:1]
+        self.end_of_turn: int | None = first[0] if first and first[0] in self._controls.values() else None
+
+    def ids(self, messages: list[Message], after: int | None = None) -> list[int]:
+        """The ids that ask for the answer to `messages`; `after`: only those that follow the content of that one.
+        Raises ConfigError where the template fails on them, and DataError for a text that is no Unicode."""
+        return self._ids(messages, after, ask=True)
+
+    def _ids(self, messages: list[Message], after: int | None, ask: bool) -> list[int]:
+        # `cut` breaks names of control tokens in what was said, `edge` stands around it, `mark` in its place.
+        cut, edge, mark = _unused([self._source, *(message["content"] for message in messages)])
+        marks = [f"{mark}{i}{mark}" for i in range(len(messages))]
+        # What is blank stays so, for a template may leave it out.
+        hidden = [marks[i] if m["content"].strip() or i == after else m["content"] for i, m in enumerate(messages)]
+        shape = self._render(messages, hidden, ask)
+        if any(shape.count(text) != 1 for text in marks if text in hidden):
+            raise ConfigError("the checkpoint's chat template drops or repeats messages: mm chat cannot follow it")
+        said = [self._names.sub(lambda name: cut.join(name[0]), message["content"]) for message in messages]
+        if self._apart:
+            said = [edge + text + edge for text in said]
+        if after is not None:
+            said[after] = marks[after]
+        text = self._render(messages, said, ask)
+        if after is not None:
+            text, shape = text.partition(marks[after])[2], shape.partition(marks[after])[2]
+        # Halves of a name, one the template's and one said, would not be noticed otherwise.
+        if self._names.findall(text) != self._names.findall(shape):
+            raise ConfigError("the checkpoint's chat template makes other control tokens of this text than of any other: "
+                              "mm chat cannot follow it")
+        return self._encode(text, cut, edge, continues=after is not None)
+
+    def _render(self, messages: list[Message], contents: list[str], ask: bool) -> str:
+        rows = [{"role": message["role"], "content": text} for message, text in zip(messages, contents, strict=True)]
+        return rendered(self._template, rows, ask, self.tokenizer.bos_token, self.tokenizer.eos_token)
+
+    def _encode(self, text: str, cut: str, edge: str, continues: bool) -> list[int]:
+        """Ids of rendered text, where names of control tokens stand for those tokens."""
+        ids, end = [], 0
+        for name in [*self._names.finditer(text), None]:
+            part = text[end : name.start() if name else len(text)].replace(cut, "")
+            if self._apart:
+                ids += [i for piece in part.split(edge) for i in self.tokenizer.encode(piece)]
+            elif part:
+                ids += self.tokenizer.encode(part, continues=continues)
+            if name:
+                ids.append(self._controls[name[0]])
+                end, continues = name.end(), not self.tokenizer.model.space_after_control
+        return ids
+
+
+def compiled(source: str) -> jinja2.Template:
+    """A chat template in jinja's sandbox, with what transformers gives to one. Raises ConfigError."""
+    sandbox = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation])
+    sandbox.filters["tojson"] = _to_json
+    sandbox.globals["raise_exception"] = _raise_template_error
+    sandbox.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
+    try:
+        return sandbox.from_string(source)
+    except _FAULTS as error:
+        raise ConfigError(f"the checkpoint's chat template is no jinja text ({error}): export it again") from None
+
+
+def rendered(
+    template: jinja2.Template, messages: list[Message], add_generation_prompt: bool, begin: str | None, end: str | None
+) -> str:
+    """The text of a template that `compiled` gave; `begin` and `end` name those tokens. Raises ConfigError."""
+    values = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt,
+              "bos_token": begin or "", "eos_token": end or ""}  # fmt: skip
+    most = _MOST_TEXT + 8 * sum(len(message["content"]) for message in messages)
+    try:
+        return "".join(_up_to(most, template.generate(values)))
+    except _FAULTS as error:
+        roles = ", ".join(message["role"] for message in messages)
+        told = str(error) or "it needs more memory than there is"
+        raise ConfigError(f"the checkpoint's chat template fails on the turns {roles} ({told})") from None
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Refuses products and powers that are too large before they are computed; as they are intercepted, the compiler does
+    not compute them either."""
+
+    intercepted_binops = frozenset(["*", "**"])
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "*":
+            pair = (left, right) if hasattr(left, "__len__") else (right, left)
+            size = len(pair[0]) * pair[1] if hasattr(pair[0], "__len__") and isinstance(pair[1], int) else 0
+        else:
+            size = left.bit_length() * right if isinstance(left, int) and isinstance(right, int) else 0
+        if size > _MOST_TEXT:
+            raise jinja2.TemplateError(f"{operator} makes something too large")
+        return super().call_binop(context, operator, left, right)
+
+
+class _Generation(Extension):
+    """{% generation %}...{% endgeneration %} marks an answer for whoever trains on it; the text is the same."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Any) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_same"), [], [], body).set_lineno(line)
+
+    def _same(self, caller: Any) -> str:
+        return caller()
+
+
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    """jinja's own filter would write < and > as \\u003c and \\u003e."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _up_to(most: int, pieces: Iterable[str]) -> Iterable[str]:
+    """The pieces. Raises TemplateError where they are longer than `most` characters together."""
+    total = 0
+    for piece in pieces:
+        total += len(piece)
+        if total > most:
+            raise jinja2.TemplateError(f"it writes more than {most:,} characters")
+        yield piece
+
+
+def _unused(texts: list[str]) -> tuple[str, str, str]:
+    """Three characters that none of the texts has."""
+    used = set().union(*texts)
+    first, second, third = itertools.islice((c for c in map(chr, range(0xE000, 0x110000)) if c not in used), 3)
+    return first, second, third
+
+
+def _raise_template_error(message: str) -> None:
+    raise jinja2.TemplateError(message)
