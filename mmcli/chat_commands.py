@@ -7,7 +7,7 @@ import difflib
 from dataclasses import dataclass
 
 from mmcore.errors import ConfigError
-from mmcore.generation.engine import check_length
+from mmcore.generation.requests import check_length
 from mmcore.generation.sampling import Sampling
 
 COMMANDS = {

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from mmcore.evaluation.prefix import Cursor, shared_length
-from mmcore.generation.engine import PREFILL_CHUNK, Session, default_stop_ids
+from mmcore.generation.engine import PREFILL_CHUNK, Session
+from mmcore.generation.requests import default_stop_ids
 
 _PLAIN_SPACE = re.compile(r"(?<=\S) (?=\S)")
 _TAIL = 160

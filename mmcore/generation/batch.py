@@ -13,7 +13,8 @@ from torch import Tensor
 
 from mmcore.errors import ConfigError
 from mmcore.generation import sampling as drawing
-from mmcore.generation.engine import check_length, checked_ids, chunk_of, default_stop_ids, drawable
+from mmcore.generation.engine import chunk_of
+from mmcore.generation.requests import check_length, checked_ids, default_stop_ids, drawable
 from mmcore.generation.sampling import Draw, Sampling, uniform
 
 if TYPE_CHECKING:

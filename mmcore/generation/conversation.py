@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from mmcore.data.tokenizer import StreamDecoder, Tokenizer
 from mmcore.errors import CheckpointError, ConfigError
 from mmcore.generation.chat_template import ChatTemplate, Message
-from mmcore.generation.engine import GREEDY, Progress, Session, check_length, default_stop_ids
+from mmcore.generation.engine import GREEDY, Progress, Session
+from mmcore.generation.requests import check_length, default_stop_ids
 from mmcore.generation.sampling import Sampling
 
 if TYPE_CHECKING:

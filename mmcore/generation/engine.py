@@ -19,6 +19,7 @@ from torch import Tensor
 from mmcore.errors import CheckpointError, ConfigError
 from mmcore.generation import history as files
 from mmcore.generation import sampling as drawing
+from mmcore.generation.requests import check_length, checked_ids, default_stop_ids, drawable
 from mmcore.generation.sampling import Draw, Sampling, uniform
 
 if TYPE_CHECKING:
@@ -387,34 +388,3 @@ def generate(
     session.append(prompt_ids)
     sampling = Sampling(temperature, top_k, top_p, seed)
     return session.stream(max_new_tokens, sampling, default_stop_ids(model) if stop_ids is None else stop_ids)
-
-
-def default_stop_ids(model: LanguageModel) -> frozenset[int]:
-    """The ids that end a text, as the checkpoint names them; none for a model that was not loaded from one."""
-    return frozenset(getattr(model, "stop_ids", ()))
-
-
-def check_length(max_new_tokens: int) -> None:
-    """Raises ConfigError where the number of tokens to draw is no positive whole number."""
-    if not drawing.is_whole(max_new_tokens) or max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens is {max_new_tokens!r}: it must be a whole number of at least 1")
-
-
-def drawable(vocab_size: int | None, size: int) -> int:
-    """How many of a model's `size` ids can be drawn. Raises ConfigError where `vocab_size` is no number of ids."""
-    if vocab_size is not None and (not drawing.is_whole(vocab_size) or vocab_size < 1):
-        raise ConfigError(f"vocab_size is {vocab_size!r}: it must be a whole number of at least 1, or none for all")
-    return size if vocab_size is None else min(int(vocab_size), size)
-
-
-def checked_ids(ids: Iterable[int] | Tensor, vocab_size: int) -> list[int]:
-    """`ids`, those of one text, as a list: of whole numbers of any library, or an array of one row. Raises ConfigError for
-    an id that is no whole number or not one of `vocab_size`, and for several rows."""
-    shape = tuple(getattr(ids, "shape", ()))
-    if len(shape) > 1 and math.prod(shape) != shape[-1]:
-        raise ConfigError(f"ids of shape {shape} are several texts: give one, or all of them to mmcore.generate_batch")
-    ids = ids.reshape(-1).tolist() if shape else list(ids)
-    for token in ids:
-        if not drawing.is_whole(token) or not 0 <= token < vocab_size:
-            raise ConfigError(f"the token id {token!r} is not one of the model's {vocab_size:,}: check the tokenizer")
-    return list(map(int, ids))
