@@ -155,7 +155,7 @@ def begun_since_launch(run_folder: Path) -> bool:
     try:
         written = json.loads((run_folder / "environment.json").read_text(encoding="utf-8"))["started"]
         began = datetime.strptime(written, "%Y-%m-%dT%H:%M:%S%z").timestamp()
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return False
     return began >= int(psutil.Process(os.getppid()).create_time())
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from mmcore.training.events import Ended, Event, Health, RolledBack, Saved, Saving, Skipped, StepDone, Validated
-from mmcore.training.run_folder import disk_errors
+from mmcore.training.run_folder import disk_errors, replace_text
 
 _KINDS = {
     StepDone: "step", Validated: "validation", Saved: "checkpoint", Skipped: "skipped", RolledBack: "rollback"
@@ -170,7 +170,5 @@ def keep_lines_until(path: Path, step: int) -> int:
             else:
                 dropped += 1
         if dropped:
-            temporary = path.with_suffix(".jsonl.tmp")
-            temporary.write_text("".join(kept), encoding="utf-8")
-            os.replace(temporary, path)
+            replace_text(path, "".join(kept))
     return dropped

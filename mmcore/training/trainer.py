@@ -337,6 +337,7 @@ class Trainer:
         """What trainer.json holds: all that `restore` needs beside weights and optimizer."""
         return {
             "stage": self.job.stage,
+            "precision": self.job.precision,
             "step": self.step,
             "sample_position": self.position,
             "tokens": self.tokens,

@@ -62,11 +62,13 @@ def test_a_used_folder(path, capsys):
     assert app.run(["pretrain", str(path)]) == 0
     capsys.readouterr()
     assert "go on with --resume, start over with --overwrite" in complaint(capsys, "pretrain", path)
-    assert "learning_rate was 0.003 and is now 0.5" in complaint(
-        capsys, "pretrain", path, "--resume", "--set", "training.learning_rate=0.5"
+    assert "weight_decay was 0.1 and is now 0.5" in complaint(
+        capsys, "pretrain", path, "--resume", "--set", "training.weight_decay=0.5"
     )
-    assert app.run(["pretrain", str(path), "--resume", "--set", "training.steps=3"]) == 0
-    assert "from step 2 on" in capsys.readouterr().out
+    changes = ["--set", "training.steps=3", "--set", "training.learning_rate=0.5"]
+    assert app.run(["pretrain", str(path), "--resume", *changes]) == 0
+    shown = capsys.readouterr().out
+    assert "from step 2 on" in shown and "learning_rate was 0.003 and is now 0.5" in " ".join(shown.split())
 
 
 def test_a_plan_needs_no_data(path, tmp_path, capsys):

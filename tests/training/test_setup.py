@@ -93,6 +93,23 @@ def test_fewer_steps_than_are_done_change_nothing(tmp_path):
     assert (recipe.run_folder / "recipe.yaml").read_text() == before
 
 
+def test_a_precision_that_auto_chooses_anew_is_said_on_a_resume(tmp_path, monkeypatch):
+    def resumed(multiplies, **keys):
+        heard = []
+        monkeypatch.setattr(checks, "multiplies_bf16", lambda: multiplies)
+        prepare_trainer(changed(tmp_path, **keys), start=Start(resume=True), listeners=[heard.append]).fit()
+        said = [event.text for event in heard if isinstance(event, Notice)]
+        return [text for text in said if text.startswith("training.precision") and "slower" not in text]
+
+    assert resumed(False, training__precision="auto", training__steps=1) == []
+    assert resumed(False, training__precision="auto", training__steps=2) == []
+    assert resumed(True, training__precision="auto", training__steps=3) == [
+        "training.precision is auto, which was fp32 and is bf16 here: sums round differently"]
+    assert resumed(True, training__precision="fp32", training__steps=4) == ["training.precision was 'auto' and is now 'fp32'"]
+    trainer = tmp_path / "run/checkpoints/step-000004/trainer.json"
+    assert json.loads(trainer.read_text())["precision"] == "fp32"
+
+
 def write_conversations(path, lengths):
     """Rows of a question of so many words and a short answer."""
     rows = [{"messages": [{"role": "user", "content": "word " * n}, {"role": "assistant", "content": f"yes {n}"}]} for n in lengths]

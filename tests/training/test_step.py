@@ -112,6 +112,16 @@ def test_the_sentence_names_step_samples_checkpoint_and_remedies():
     assert "\n" not in text
 
 
+def test_the_remedies_are_those_that_are_left():
+    bad = StepResult(math.nan, math.nan, 9, (math.nan,))
+    assert "training.on_nonfinite=skip passes over them" in refusal(bad)
+    faults = Faults(TrainingConfig(on_nonfinite="skip", max_skipped_steps=2), World())
+    faults.skip(6, "nan", range(6), None, 3e-4)
+    with pytest.raises(NonFiniteError, match="go on with --resume.*training.max_skipped_steps may allow more") as caught:
+        faults.skip(7, "nan", range(6), None, 3e-4)
+    assert "on_nonfinite" not in str(caught.value)
+
+
 def test_a_gradient_alone_names_all_samples_and_a_parameter():
     network = model()
     gradients((6,), network)
