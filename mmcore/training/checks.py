@@ -17,6 +17,7 @@ from mmcore.distributed.mesh import World
 from mmcore.errors import ConfigError, HardwareError
 from mmcore.kernels.linear.cpu import multiplies_bf16
 from mmcore.model.accounting import checkpoint_bytes
+from mmcore.training.run_folder import RunFolder
 
 _GIB = 2**30
 
@@ -125,16 +126,42 @@ def check_memory(recipe: Recipe, device: torch.device, world: World | None = Non
 
 
 def check_disk(recipe: Recipe) -> None:
-    """Raise HardwareError where the checkpoints that are kept at once do not fit on the disk of the run folder."""
-    needed = planning.checkpoints_kept(recipe) * checkpoint_bytes(recipe.model)["total"]
-    place = _existing(recipe.run_folder)
+    """Raise HardwareError where the checkpoints that are kept at once do not fit on the disk that they lie on.
+
+    What the run has there already takes no more room, whether it goes on from it or overwrites it.
+    """
+    there = sum(_bytes_of(folder) for folder in _checkpoints(recipe).glob("step-*"))
+    needed = planning.checkpoints_kept(recipe) * checkpoint_bytes(recipe.model)["total"] - there
+    place = _existing(_checkpoints(recipe))
     free = shutil.disk_usage(place).free
     if needed > free:
         raise HardwareError(
-            f"the checkpoints need about {needed / _GIB:.1f} GiB and {free / _GIB:.1f} GiB are free at {place}: free "
-            f"some space, lower checkpoint.keep_last (now {recipe.checkpoint.keep_last}), or choose another "
-            f"checkpoint.folder"
+            f"the checkpoints need about {_size(needed)}{' beside those that are there' if there else ''} and {_size(free)} "
+            f"are free at {place}: free some space, lower checkpoint.keep_last (now {recipe.checkpoint.keep_last}), or "
+            f"choose another checkpoint.folder"
         )
+
+
+def may_keep_one_more(recipe: Recipe) -> bool:
+    """Whether, beside the checkpoint that is about to be written, the disk has room for one that the plan of check_disk
+    does not know of."""
+    free = shutil.disk_usage(_existing(_checkpoints(recipe))).free
+    return free >= 2 * checkpoint_bytes(recipe.model)["total"]
+
+
+def _checkpoints(recipe: Recipe) -> Path:
+    return RunFolder(recipe.run_folder).checkpoints
+
+
+def _bytes_of(folder: Path) -> int:
+    """Of the files in a checkpoint; a link to another place has none here."""
+    if folder.is_symlink() or not folder.is_dir():
+        return 0
+    return sum(file.stat().st_size for file in folder.iterdir() if file.is_file() and not file.is_symlink())
+
+
+def _size(count: int) -> str:
+    return f"{count / _GIB:.1f} GiB" if count >= 0.05 * _GIB else f"{count / 2**20:.1f} MiB"
 
 
 def _existing(path: Path) -> Path:

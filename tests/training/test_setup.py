@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 
 from mmcore.config import build_recipe
 from mmcore.errors import CheckpointError, ConfigError, DataError, HardwareError, MMError
+from mmcore.model.accounting import checkpoint_bytes
 from mmcore.training import checks
 from mmcore.training.events import Notice
 from mmcore.training.setup import Start, prepare_trainer
@@ -196,7 +199,45 @@ def test_too_little_disk(tmp_path, monkeypatch):
         free = 1000
 
     monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: Little)
-    assert "keep_last (now 2)" in refusal(tmp_path, HardwareError)
+    text = refusal(tmp_path, HardwareError)
+    assert "keep_last (now 2)" in text and re.search(r"need about 1\.\d MiB and 0\.0 MiB are free", text)
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A disk with room for three checkpoints of the tiny model, and what else a run writes, but not for four."""
+    (tmp_path / "disk").mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2200k", "tmpfs", tmp_path / "disk"], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("this user mounts no disks")
+    yield tmp_path / "disk"
+    subprocess.run(["umount", "-l", tmp_path / "disk"], check=True)
+
+
+def test_a_run_that_there_was_room_for_goes_on_and_starts_over_on_its_own_disk(tmp_path, disk):
+    def train(steps, **start):
+        keys = {"checkpoint__folder": str(disk / "run"), "training__steps": steps, "training__validation_every": 0}
+        trainer = prepare_trainer(changed(tmp_path, **keys), start=Start(**start))
+        assert trainer.fit().status == "done"
+        return sorted(path.name for path in (disk / "run/checkpoints").iterdir())
+
+    size = checkpoint_bytes(changed(tmp_path).model)["total"]
+    assert 3 * size < shutil.disk_usage(disk).free < 4 * size
+    assert train(4) == ["step-000002", "step-000004"]
+    assert shutil.disk_usage(disk).free < 2 * size
+    # the checkpoint resumed from, which otherwise stays, would be the one too many
+    assert train(8, resume=True) == ["step-000006", "step-000008"]
+    assert train(2, overwrite=True) == ["step-000002"]
+    with pytest.raises(HardwareError, match="MiB beside those that are there and .* MiB are free at .*disk/run/checkpoints"):
+        prepare_trainer(changed(tmp_path, checkpoint__folder=str(disk / "run"), checkpoint__keep_last=5), start=Start(resume=True))
+
+
+def test_the_disk_that_counts_is_the_one_that_a_link_leads_to(tmp_path, disk):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/checkpoints").symlink_to(disk)
+    checks.check_disk(changed(tmp_path))
+    with pytest.raises(HardwareError, match="are free at .*run/checkpoints"):
+        checks.check_disk(changed(tmp_path, checkpoint__keep_last=9, checkpoint__every=1))
 
 
 def test_pretraining_leaves_the_chat_template_out_and_conversations_bring_it(tmp_path):
