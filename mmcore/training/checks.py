@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import shutil
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 
 from mmcore import planning
 from mmcore.config import Recipe
+from mmcore.config.checks import check_run
 from mmcore.distributed.float8 import check_float8
 from mmcore.distributed.mesh import World
 from mmcore.errors import ConfigError, HardwareError
@@ -24,43 +24,8 @@ _GIB = 2**30
 
 def check_recipe(recipe: Recipe, world: World | None = None) -> None:
     """Raise ConfigError where sections of a recipe contradict one another, or the number of ranks."""
-    training = recipe.training
-    _check_ranges(recipe)
-    training.total_steps  # noqa: B018 - raises where the recipe gives no length
-    if not recipe.data.sources:
-        raise ConfigError("data.sources is empty: name the files or folders to train on")
-    if training.sequence_length > recipe.model.max_position_embeddings:
-        raise ConfigError(
-            f"training.sequence_length {training.sequence_length} is longer than model.max_position_embeddings "
-            f"{recipe.model.max_position_embeddings}: raise the second or lower the first"
-        )
-    if training.micro_batch_size and training.micro_batch_size > training.batch_size:
-        raise ConfigError(
-            f"training.micro_batch_size {training.micro_batch_size} is larger than training.batch_size "
-            f"{training.batch_size}: lower it"
-        )
-    ranks, micro_batch = (world or World()).size, training.micro_batch_size or 1
-    if ranks > 1 and training.batch_size % (ranks * micro_batch):
-        raise ConfigError(
-            f"training.batch_size {training.batch_size} does not divide into micro-batches of {micro_batch} on {ranks} "
-            f"ranks: make it a multiple of {ranks * micro_batch}, or change training.micro_batch_size or the number of ranks"
-        )
-
-
-def _check_ranges(recipe: Recipe) -> None:
-    """What no run should begin with. Recipes of earlier runs may hold it, and are still read."""
-    training, tokenizer, problems = recipe.training, recipe.tokenizer, []
-    if recipe.data.workers is not None and recipe.data.workers < 0:
-        problems.append(f"data.workers is {recipe.data.workers}: it must not be negative")
-    if tokenizer.path is None and not 0 < tokenizer.train_megabytes < math.inf:
-        problems.append(f"tokenizer.train_megabytes is {tokenizer.train_megabytes}: it must be positive")
-    if training.validation_tokens < 1:
-        problems.append(f"training.validation_tokens is {training.validation_tokens}: it must be at least 1")
-    for name in ("validation_every", "final_learning_rate_ratio"):
-        if getattr(training, name) < 0:
-            problems.append(f"training.{name} is {getattr(training, name)}: it must not be negative")
-    if problems:
-        raise ConfigError("; ".join(problems))
+    world = world or World()
+    check_run(recipe, world.size, world.local_size)
 
 
 def choose_device(requested: str, world: World | None = None) -> torch.device:
