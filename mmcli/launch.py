@@ -25,7 +25,7 @@ from typing import Annotated, NoReturn, TextIO
 import typer
 
 from mmcore import processors
-from mmcore.errors import ConfigError, MMError
+from mmcore.errors import NO_ROOM, ConfigError, MMError
 
 REQUEUE = 75
 """Exit status (EX_TEMPFAIL) of a run that SIGTERM, SIGUSR1 or SIGUSR2 stopped after it was saved: run it again."""
@@ -196,6 +196,8 @@ def failures_to(log: TextIO, here: Rank) -> Iterator[None]:
     except MMError:
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            raise  # there is no room for a traceback, and nobody needs one
         traceback.print_exc(file=log)
         sentence = f"{' '.join(f'{type(error).__name__}: {error}'.split())}; the traceback is in {log.name}"
         report_failure(sentence)

@@ -154,6 +154,9 @@ def _train_here(command: Command, read: Callable[[], Recipe], here: launch.Rank)
             views.append(make_view(title, go_on))
             closing.callback(views[0].close)
             views[0].say("loading torch")
+        from mmcore.training.run_folder import room_errors
+
+        closing.enter_context(room_errors(recipe.run_folder))  # a log may be what finds no room, also as it is closed
         if here.size > 1:
             log = closing.enter_context(launch.open_log(recipe.run_folder, here))
             views.append(PlainView(title, go_on, log))

@@ -37,7 +37,7 @@ from mmcore import __version__
 from mmcore.checkpoint import disk
 from mmcore.checkpoint.resolve import steps_in
 from mmcore.config import Recipe, build_recipe
-from mmcore.errors import CheckpointError, ConfigError, HardwareError
+from mmcore.errors import NO_ROOM, CheckpointError, ConfigError, HardwareError
 
 # A resumed run may change these: they decide what is written and where it runs, not what is computed
 FREE_KEYS = frozenset(
@@ -68,15 +68,36 @@ _ROUNDING = ("training.device", "training.micro_batch_size", "training.compile",
 
 
 @contextlib.contextmanager
+def room_errors(path: Path) -> Iterator[None]:
+    """Turn into one sentence, whose remedy goes on with the run, that there is no room at `path` or where the error says."""
+    try:
+        yield
+    except OSError as error:
+        place = error.filename or path
+        if error.errno == errno.EFBIG:
+            raise HardwareError(
+                f"{place} may not grow further: raise the limit on the size of files (ulimit -f), or choose another disk, "
+                f"and go on with --resume"
+            ) from None
+        if error.errno in NO_ROOM:
+            raise HardwareError(f"the disk is full at {place}: free some space and go on with --resume") from None
+        raise
+
+
+@contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Turn what a disk refuses into one sentence that names `path` and the remedy."""
     try:
-        yield
+        with room_errors(path):
+            yield
     except PermissionError:
         raise ConfigError(f"no permission to write {path}: choose another folder with --set checkpoint.folder=") from None
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path} cannot be written, since a folder on the way to it is gone: put it back and go on with --resume, or "
+            f"choose another checkpoint.folder"
+        ) from None
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise HardwareError(f"the disk is full at {path}: free some space and go on with --resume") from None
         if error.errno in (errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
             raise ConfigError(f"cannot write {path} ({error.strerror}): choose another checkpoint.folder") from None
         raise

@@ -118,6 +118,8 @@ def test_something_else_in_the_place_of_the_checkpoints(tmp_path):
         (errno.ENOSPC, HardwareError, "the disk is full at x: free some space and go on with --resume"),
         (errno.EACCES, ConfigError, "no permission to write x"),
         (errno.EROFS, ConfigError, "cannot write x"),
+        (errno.EFBIG, HardwareError, "x may not grow further: raise the limit on the size of files .* go on with --resume"),
+        (errno.ENOENT, ConfigError, "x cannot be written, since a folder on the way to it is gone: put it back"),
     ],
 )
 def test_what_a_disk_refuses_becomes_a_sentence(number, kind, words):
