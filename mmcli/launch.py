@@ -111,6 +111,8 @@ def _meeting_point(rdzv: str | None, nodes: int) -> str | None:
         raise ConfigError(f"--nodes {nodes} needs a place to meet: add --rdzv HOST:PORT, the same on every node")
     if rdzv is not None and not re.fullmatch(r"\S+:\d{1,5}", rdzv):
         raise ConfigError(f"--rdzv {rdzv}: write it as HOST:PORT, such as node01:29500")
+    if rdzv is not None and not 1 <= int(rdzv.rpartition(":")[2]) <= 65_535:
+        raise ConfigError(f"--rdzv {rdzv}: the port must lie between 1 and 65535")
     return rdzv
 
 

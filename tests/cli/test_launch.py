@@ -46,6 +46,8 @@ def test_what_is_asked_for():
         ((None, None, None, None, 2), "add --gpus N"),
         (("8", None, 2, None, None), "add --rdzv HOST:PORT"),
         (("8", None, 2, "node01", None), "write it as HOST:PORT"),
+        (("8", None, 2, "node01:99999", None), "--rdzv node01:99999: the port must lie between 1 and 65535"),
+        (("8", None, 2, "node01:0", None), "the port must lie between 1 and 65535"),
         (("0", 0, None, None, None), "--ranks is 0: it must be at least 1"),
         (("8", None, None, None, -1), "--max-restarts is -1"),
         (("-1", None, None, None, None), "--gpus -1"),
