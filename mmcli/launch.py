@@ -36,7 +36,7 @@ GO_ON = "MM_GO_ON"
 
 GpusOption = Annotated[
     str | None,
-    typer.Option("--gpus", metavar="N", help="Train on N GPUs of each node; with --plan machines such as 64xH100."),
+    typer.Option("--gpus", metavar="N", help="Train on N GPUs of each node; 0: on the CPU."),
 ]
 RanksOption = Annotated[
     int | None, typer.Option("--ranks", metavar="N", help="With --gpus 0: train with N processes on the CPU.")
@@ -90,7 +90,7 @@ def read_launch(
         what = "--ranks goes with --gpus 0" if ranks is not None else "say how many GPUs each node has"
         raise ConfigError(f"{what}: add --gpus {0 if ranks is not None else 'N'}")
     if not re.fullmatch(r"\d+", gpus):
-        raise ConfigError(f"--gpus {gpus}: give the number of GPUs of a node to train on, or add --plan to plan for it")
+        raise ConfigError(f"--gpus {gpus}: give the number of GPUs of a node to train on, or add --plan to `mm pretrain`")
     on_cpu = int(gpus) == 0
     if ranks is not None and not on_cpu:
         raise ConfigError(f"--ranks goes with --gpus 0: on GPUs every one of the {gpus} has one process")

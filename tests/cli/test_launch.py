@@ -1,5 +1,6 @@
 """Which processes a command line asks for, and how it becomes torchrun's agent."""
 
+import errno
 import json
 import os
 import subprocess
@@ -168,3 +169,10 @@ def test_launching_imports_no_torch():
     code = "import sys, mmcli.pretrain, mmcli.finetune, mmcli.launch; print([m for m in ('torch', 'numpy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_full_disk_is_no_failure_to_start_again_from(tmp_path):
+    with (tmp_path / "log").open("w") as log:
+        with pytest.raises(OSError, match="No space"), launch.failures_to(log, Rank()):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        assert log.tell() == 0
