@@ -104,7 +104,7 @@ def _prepare(
     tell = _teller(listeners)
     run = RunFolder(recipe.run_folder)
     resumed = _find_start(recipe, precision, run, start, world, tell)
-    source = in_turn(world, lambda: _source(recipe, run, stage, world)) if resumed is None else None
+    source = _source(recipe, run, stage, world) if resumed is None else None
     with all_or_none(world):
         checks.check_memory(recipe, device, world)
     on_first(world, lambda: checks.check_disk(recipe))
@@ -228,19 +228,25 @@ def _changes(recipe: Recipe, precision: str, newest: Path) -> list[str]:
 
 
 def _source(recipe: Recipe, run: RunFolder, stage: str, world: World) -> Checkpoint | None:
-    """The checkpoint that fine-tuning starts from. Raises ConfigError, CheckpointError."""
-    init_from = recipe.training.init_from
+    """The checkpoint that fine-tuning starts from, the same on every rank. Raises ConfigError, CheckpointError."""
     if stage == "pretrain":
         return None
+    # one rank hashes it for all, and says which it is: where a run's newest one is damaged, that is an older one
+    chosen = on_first(world, lambda: _choose_source(recipe.training.init_from, run))
+    with all_or_none(world):
+        return open_checkpoint(chosen, verify=False)
+
+
+def _choose_source(init_from: str | None, run: RunFolder) -> str:
     if init_from is None:
         raise ConfigError("the recipe has no training.init_from: name the checkpoint to go on from")
-    source = open_checkpoint(init_from, verify=world.is_first)  # one rank hashes it for all
+    source = open_checkpoint(init_from)
     if source.path.resolve().is_relative_to(run.path.resolve()):
         raise ConfigError(
             f"training.init_from {init_from} lies in the run's own folder {run.path}: choose another checkpoint.folder, "
             f"or another name"
         )
-    return source
+    return str(source.path)
 
 
 def build(
