@@ -122,6 +122,7 @@ def launcher(monkeypatch):
         signal.signal(number, handler)
 
 
+@pytest.mark.slow
 def test_a_node_that_does_not_come_is_waited_for_aloud_and_then_named(launcher, capfd):
     assert launcher(free_port()) == 1
     assert capfd.readouterr().err.splitlines() == [

@@ -14,7 +14,7 @@ from mmcore.errors import CheckpointError, ConfigError, DataError, HardwareError
 from mmcore.model.accounting import checkpoint_bytes
 from mmcore.training import checks
 from mmcore.training.events import Notice
-from mmcore.training.setup import Start, prepare_trainer
+from mmcore.training.setup import Start, _changes, prepare_trainer
 from mmcore.training.step import IGNORED
 from tests.helpers.tiny_run import tiny_values
 
@@ -105,12 +105,14 @@ def test_a_precision_that_auto_chooses_anew_is_said_on_a_resume(tmp_path, monkey
         return [text for text in said if text.startswith("training.precision") and "slower" not in text]
 
     assert resumed(False, training__precision="auto", training__steps=1) == []
-    assert resumed(False, training__precision="auto", training__steps=2) == []
-    assert resumed(True, training__precision="auto", training__steps=3) == [
+    assert resumed(True, training__precision="auto", training__steps=2) == [
         "training.precision is auto, which was fp32 and is bf16 here: sums round differently"]
-    assert resumed(True, training__precision="fp32", training__steps=4) == ["training.precision was 'auto' and is now 'fp32'"]
-    trainer = tmp_path / "run/checkpoints/step-000004/trainer.json"
-    assert json.loads(trainer.read_text())["precision"] == "fp32"
+    newest = tmp_path / "run/checkpoints/step-000002"
+    assert json.loads((newest / "trainer.json").read_text())["precision"] == "bf16"
+    same, other = (changed(tmp_path, training__precision=name) for name in ("auto", "fp32"))
+    assert [text for text in _changes(same, "bf16", newest) if "precision" in text] == []
+    assert [text for text in _changes(other, "fp32", newest) if "precision" in text] == [
+        "training.precision was 'auto' and is now 'fp32'"]
 
 
 def write_conversations(path, lengths):
@@ -214,6 +216,7 @@ def disk(tmp_path):
     subprocess.run(["umount", "-l", tmp_path / "disk"], check=True)
 
 
+@pytest.mark.slow
 def test_a_run_that_there_was_room_for_goes_on_and_starts_over_on_its_own_disk(tmp_path, disk):
     def train(steps, **start):
         keys = {"checkpoint__folder": str(disk / "run"), "training__steps": steps, "training__validation_every": 0}
@@ -230,6 +233,19 @@ def test_a_run_that_there_was_room_for_goes_on_and_starts_over_on_its_own_disk(t
     assert train(2, overwrite=True) == ["step-000002"]
     with pytest.raises(HardwareError, match="MiB beside those that are there and .* MiB are free at .*disk/run/checkpoints"):
         prepare_trainer(changed(tmp_path, checkpoint__folder=str(disk / "run"), checkpoint__keep_last=5), start=Start(resume=True))
+
+
+def test_what_the_run_has_there_takes_no_more_room(tmp_path, disk):
+    recipe = changed(tmp_path, checkpoint__folder=str(disk / "run"))
+    checks.check_disk(recipe)
+    for step in (2, 4):
+        (disk / f"run/checkpoints/step-{step:06d}").mkdir(parents=True)
+        (disk / f"run/checkpoints/step-{step:06d}/model.safetensors").write_bytes(bytes(checkpoint_bytes(recipe.model)["total"]))
+    checks.check_disk(recipe)
+    assert not checks.may_keep_one_more(recipe)
+    (disk / "other").write_bytes(bytes(500_000))
+    with pytest.raises(HardwareError, match="MiB beside those that are there and"):
+        checks.check_disk(recipe)
 
 
 def test_the_disk_that_counts_is_the_one_that_a_link_leads_to(tmp_path, disk):
