@@ -107,6 +107,8 @@ def run(arguments: list[str]) -> int:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return _complain(f"the disk is full{_at(error)}: free some space and run the command again")
+        if error.errno == errno.EFBIG:
+            return _complain(f"a file may not grow further{_at(error)}: raise the limit on the size of files (ulimit -f)")
         if isinstance(error, PermissionError):
             return _complain(f"no permission{_at(error)}: change the permissions, or choose another place")
         raise

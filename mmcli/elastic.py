@@ -6,6 +6,7 @@ It is PyTorch's LocalElasticAgent (rendezvous, watching, restarts) with what a t
   ranks down and kill what is left after 30 s, which is not enough to save a large model.
 - A run that was stopped, or a mistake of the user's, is not started again, and its exit status reaches the shell.
 - A stopped process (SIGSTOP) hears no SIGTERM: once another rank has failed it is killed at once, not after 30 s.
+- Who waits for other nodes says so, and a node that does not come or is lost is one sentence.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -24,27 +26,42 @@ from collections.abc import Callable, Mapping, Sequence
 import psutil
 
 from mmcli.launch import REQUEUE, Launch
+from mmcore.errors import ConfigError, HardwareError, MMError
 
 _LOUD = "LOGLEVEL" in os.environ
+_CPP_UNSET = "TORCH_CPP_LOG_LEVEL" not in os.environ
 if not _LOUD:  # the agent's own lines would break into the live view
     os.environ["LOGLEVEL"] = "CRITICAL"
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost node is 20 lines of a C++ stack otherwise
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
 
+from torch.distributed import DistError  # noqa: E402
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState  # noqa: E402
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent  # noqa: E402
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException  # noqa: E402
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure  # noqa: E402
-from torch.distributed.elastic.rendezvous import RendezvousParameters  # noqa: E402
+from torch.distributed.elastic.rendezvous import (  # noqa: E402
+    RendezvousError,
+    RendezvousParameters,
+    RendezvousTimeoutError,
+)
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler  # noqa: E402
 
 if not _LOUD:
     del os.environ["LOGLEVEL"]
+    if _CPP_UNSET:
+        del os.environ["TORCH_CPP_LOG_LEVEL"]
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 FINAL = (2, REQUEUE, 128 + signal.SIGINT)
 """Exit statuses that starting again would not change: a user's mistake, a run that was asked to stop."""
 
 
+JOIN_SECONDS = 600
+"""How long a node waits for the others."""
+SILENT_SECONDS = 10.0
+"""How long it does so without a word."""
+TOGETHER = "start the same command on every node, with --resume"
 LEAVING_SECONDS = 20.0
 """How long the ranks of a run that ends may follow one another."""
 
@@ -82,6 +99,7 @@ class Agent(LocalElasticAgent):
     def _start_workers(self, worker_group: WorkerGroup) -> dict:
         if self.asked is not None:
             raise SignalException(f"{self.asked.name} before the ranks were started", self.asked)
+        self._check_equal(worker_group)
         self._name_start(worker_group)
         started = super()._start_workers(worker_group)
         self._note_ends()
@@ -96,6 +114,35 @@ class Agent(LocalElasticAgent):
     def _end(self, pid: int, close: Callable[..., None], death_sig: signal.Signals) -> None:
         self._ended.add((pid, death_sig))
         close(death_sig=death_sig)
+
+    def _rendezvous(self, worker_group: WorkerGroup) -> None:
+        """Wait for the other nodes, and say so where that takes a while. Raises HardwareError where they do not come."""
+        timer = threading.Timer(SILENT_SECONDS, lambda: say(f"waiting for {self._missing()}"))
+        timer.daemon = True
+        timer.start()
+        try:
+            super()._rendezvous(worker_group)
+        except RendezvousTimeoutError:
+            raise HardwareError(f"{self._missing()} did not come within {JOIN_SECONDS} s: {TOGETHER}") from None
+        finally:
+            timer.cancel()
+
+    def _missing(self) -> str:
+        """The nodes that have not come yet."""
+        handler = self._worker_group.spec.rdzv_handler
+        nodes = handler._settings.max_nodes
+        here = sum(node != handler._this_node for node in handler._state_holder.state.participants)
+        return f"{max(1, nodes - 1 - here)} of {nodes} nodes"
+
+    def _check_equal(self, worker_group: WorkerGroup) -> None:
+        """Raise ConfigError, on every node, where they have not equally many ranks."""
+        store, own = worker_group.store, worker_group.spec.local_world_size
+        store.set(f"mm-ranks/{worker_group.group_rank}", str(own))
+        ranks = [int(store.get(f"mm-ranks/{node}")) for node in range(worker_group.group_world_size)]
+        if len(set(ranks)) > 1:
+            raise ConfigError(
+                f"the nodes have {', '.join(map(str, ranks))} ranks: give the same --gpus or --ranks on every node"
+            )
 
     def _name_start(self, worker_group: WorkerGroup) -> None:
         """Let the ranks of all nodes know a name for this start, and whether there was one before.
@@ -150,6 +197,10 @@ class Agent(LocalElasticAgent):
         left = self._remaining_restarts
         then = f"; starting all ranks again from the newest checkpoint (may do so {left - 1} more times)" if left else ""
         print(f"mm: rank {rank} {how}{why}{then}", file=sys.stderr, flush=True)
+
+
+def say(sentence: str) -> None:
+    print(f"mm: {sentence}", file=sys.stderr, flush=True)
 
 
 def own_failures(failures: Mapping[int, ProcessFailure], ended: set[tuple[int, int]]) -> dict[int, ProcessFailure]:
@@ -215,6 +266,7 @@ def make_agent(launch: Launch, words: Sequence[str], folder: str) -> Agent:
         min_nodes=launch.nodes,
         max_nodes=launch.nodes,
         local_addr="localhost" if alone else None,
+        join_timeout=JOIN_SECONDS,
     )
     spec = WorkerSpec(
         role="mm",
@@ -234,15 +286,33 @@ def run(arguments: Sequence[str]) -> int:
     launch, words = Launch(**json.loads(arguments[0])), arguments[1:]
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # the others are forwarded; nohup's SIGHUP stays ignored
     with tempfile.TemporaryDirectory(prefix="mm-ranks-") as folder:
-        agent = make_agent(launch, words, folder)
-        for number in FORWARDED:
-            signal.signal(number, agent.forward)
+        handler = None
         try:
+            agent = make_agent(launch, words, folder)
+            handler = agent._worker_group.spec.rdzv_handler
+            for number in FORWARDED:
+                signal.signal(number, agent.forward)
             return status_of(agent.run(), agent.asked)
         except SignalException as stopped:
             return stopped_status(signal.Signals(stopped.sigval))
+        except MMError as error:
+            say(str(error))
+            return 2 if isinstance(error, ConfigError) else 1
+        except (RendezvousError, DistError) as error:
+            say(lost(launch, error))
+            return 1
         finally:
-            agent._worker_group.spec.rdzv_handler.shutdown()
+            if handler is not None:
+                handler.shutdown()
+
+
+def lost(launch: Launch, error: Exception) -> str:
+    """One sentence on launchers that did not find, or have lost, one another."""
+    first = " ".join(str(error).split()).split(". ")[0]
+    return (
+        f"the launchers of {launch.nodes} nodes do not meet, or no longer, at {launch.rdzv or 'localhost'} ({first}): see "
+        f"what the one there said and whether its port can be reached, then {TOGETHER}"
+    )
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ def finetune(
     With a longer training.sequence_length this is the long-context stage; with data.kind: conversations (JSONL rows
     with `messages`) the loss is on the assistant's words, and the chat template is saved with the result. The
     recipe's model section may change the context (max_position_embeddings, long_term_delay) and nothing else.
-    Signals and exit status are those of `mm pretrain`.
+    Signals and exit status are those of `mm pretrain`, whose --plan says what such a recipe would need too.
 
     \b
     Example:

@@ -25,7 +25,7 @@ from typing import Annotated, NoReturn, TextIO
 import typer
 
 from mmcore import processors
-from mmcore.errors import ConfigError, MMError
+from mmcore.errors import NO_ROOM, ConfigError, MMError
 
 REQUEUE = 75
 """Exit status (EX_TEMPFAIL) of a run that SIGTERM, SIGUSR1 or SIGUSR2 stopped after it was saved: run it again."""
@@ -36,7 +36,7 @@ GO_ON = "MM_GO_ON"
 
 GpusOption = Annotated[
     str | None,
-    typer.Option("--gpus", metavar="N", help="Train on N GPUs of each node; with --plan machines such as 64xH100."),
+    typer.Option("--gpus", metavar="N", help="Train on N GPUs of each node; 0: on the CPU."),
 ]
 RanksOption = Annotated[
     int | None, typer.Option("--ranks", metavar="N", help="With --gpus 0: train with N processes on the CPU.")
@@ -90,7 +90,7 @@ def read_launch(
         what = "--ranks goes with --gpus 0" if ranks is not None else "say how many GPUs each node has"
         raise ConfigError(f"{what}: add --gpus {0 if ranks is not None else 'N'}")
     if not re.fullmatch(r"\d+", gpus):
-        raise ConfigError(f"--gpus {gpus}: give the number of GPUs of a node to train on, or add --plan to plan for it")
+        raise ConfigError(f"--gpus {gpus}: give the number of GPUs of a node to train on, or add --plan to `mm pretrain`")
     on_cpu = int(gpus) == 0
     if ranks is not None and not on_cpu:
         raise ConfigError(f"--ranks goes with --gpus 0: on GPUs every one of the {gpus} has one process")
@@ -111,6 +111,8 @@ def _meeting_point(rdzv: str | None, nodes: int) -> str | None:
         raise ConfigError(f"--nodes {nodes} needs a place to meet: add --rdzv HOST:PORT, the same on every node")
     if rdzv is not None and not re.fullmatch(r"\S+:\d{1,5}", rdzv):
         raise ConfigError(f"--rdzv {rdzv}: write it as HOST:PORT, such as node01:29500")
+    if rdzv is not None and not 1 <= int(rdzv.rpartition(":")[2]) <= 65_535:
+        raise ConfigError(f"--rdzv {rdzv}: the port must lie between 1 and 65535")
     return rdzv
 
 
@@ -155,7 +157,7 @@ def begun_since_launch(run_folder: Path) -> bool:
     try:
         written = json.loads((run_folder / "environment.json").read_text(encoding="utf-8"))["started"]
         began = datetime.strptime(written, "%Y-%m-%dT%H:%M:%S%z").timestamp()
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return False
     return began >= int(psutil.Process(os.getppid()).create_time())
 
@@ -196,6 +198,8 @@ def failures_to(log: TextIO, here: Rank) -> Iterator[None]:
     except MMError:
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            raise  # there is no room for a traceback, and nobody needs one
         traceback.print_exc(file=log)
         sentence = f"{' '.join(f'{type(error).__name__}: {error}'.split())}; the traceback is in {log.name}"
         report_failure(sentence)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mmcli import launch
-from mmcli.launch import GpusOption, NodesOption, RanksOption, RdzvOption, RestartsOption
+from mmcli.launch import NodesOption, RanksOption, RdzvOption, RestartsOption
 from mmcore.errors import ConfigError, MMError
 
 if TYPE_CHECKING:
@@ -26,6 +27,12 @@ SetOption = Annotated[
 ]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on from the run's newest whole checkpoint.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Start over, removing what the run folder holds.")]
+PlannedGpusOption = Annotated[
+    str | None,
+    typer.Option(
+        "--gpus", metavar="N", help="Train on N GPUs of each node; 0: on the CPU; with --plan machines such as 64xH100."
+    ),
+]
 ProfileOption = Annotated[
     str | None,
     typer.Option("--profile", metavar="STEPS", help="Trace these steps, such as 10 or 10:13, into <run>/profile."),
@@ -37,7 +44,7 @@ def pretrain(
     changes: SetOption = None,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
-    gpus: GpusOption = None,
+    gpus: PlannedGpusOption = None,
     ranks: RanksOption = None,
     nodes: NodesOption = None,
     rdzv: RdzvOption = None,
@@ -149,11 +156,17 @@ def _train_here(command: Command, read: Callable[[], Recipe], here: launch.Rank)
 
     title, go_on, recipe = f"mm {command.name}", command.to_go_on(), read()
     with contextlib.ExitStack() as closing:
+        taken_over = closing.enter_context(contextlib.ExitStack())  # the trainer hears signals from its first step on
+        if not here.launched:
+            taken_over.enter_context(stopped_before_training())
         views = []
         if here.rank == 0:
             views.append(make_view(title, go_on))
             closing.callback(views[0].close)
             views[0].say("loading torch")
+        from mmcore.training.run_folder import room_errors
+
+        closing.enter_context(room_errors(recipe.run_folder))  # a log may be what finds no room, also as it is closed
         if here.size > 1:
             log = closing.enter_context(launch.open_log(recipe.run_folder, here))
             views.append(PlainView(title, go_on, log))
@@ -163,9 +176,33 @@ def _train_here(command: Command, read: Callable[[], Recipe], here: launch.Rank)
         start = Start(command.resume, command.overwrite)
         if here.restarts and not (command.overwrite and not launch.begun_since_launch(recipe.run_folder)):
             start = Start(resume=True)
-        return prepare_trainer(
-            recipe, stage=command.name, start=start, listeners=[*views, FailureReport()], profile=command.profile
-        ).fit()
+        listeners = [*views, FailureReport()]
+        trainer = prepare_trainer(recipe, stage=command.name, start=start, listeners=listeners, profile=command.profile)
+        taken_over.close()
+        return trainer.fit()
+
+
+@contextlib.contextmanager
+def stopped_before_training() -> Iterator[None]:
+    """Leave with one sentence and a scheduler's status at a signal that asks to stop: preparing data may take hours.
+
+    Ranks that a launcher started are left to it. What was prepared is kept, as after a kill at any moment.
+    """
+    import signal
+
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+    def leave(number: int, _frame: object) -> None:
+        what = f"{signal.Signals(number).name} before the first step: nothing was trained, run the same command again"
+        print(f"mm: {what}", file=sys.stderr, flush=True)
+        raise SystemExit(launch.REQUEUE)
+
+    before = {number: signal.signal(number, leave) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class FailureReport:

@@ -6,6 +6,11 @@ sentence and exits with status 2; whoever calls mmcore from Python gets an ordin
 
 from __future__ import annotations
 
+import errno
+
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""What a disk that is full answers, or a limit on the size of a file."""
+
 
 class MMError(Exception):
     """The base of every error whose message is meant for the user."""

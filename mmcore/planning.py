@@ -18,6 +18,7 @@ import psutil
 
 from mmcore import processors
 from mmcore.config import Recipe
+from mmcore.config.checks import check_run
 from mmcore.errors import ConfigError
 from mmcore.model import accounting
 
@@ -163,7 +164,7 @@ def _cpu_flags() -> str:
 def plan(recipe: Recipe, machine: Machine) -> dict:
     """Everything `mm pretrain --plan` says, as plain values: bytes, FLOPs, tokens, seconds.
 
-    Raises ConfigError where the batch does not divide over the devices or the recipe says no length.
+    Raises ConfigError where training would refuse the recipe on so many devices.
     """
     training, model, precision = recipe.training, recipe.model, _precision(recipe, machine)
     rank_batch, odd = divmod(training.batch_size, machine.count)
@@ -172,9 +173,12 @@ def plan(recipe: Recipe, machine: Machine) -> dict:
             f"training.batch_size {training.batch_size} does not divide over {machine.count} devices: choose a number "
             f"of GPUs that divides it, or another batch size"
         )
-    micro_batch = min(training.micro_batch_size or rank_batch, rank_batch)
+    check_run(recipe, machine.count, machine.per_node)
+    micro_batch = training.micro_batch_size or rank_batch
     memory = memory_per_device(recipe, machine, micro_batch)
     largest = largest_micro_batch(recipe, machine, rank_batch)
+    if machine.count > 1:  # several ranks train on equal micro-batches alone
+        largest = next((size for size in range(largest, 0, -1) if rank_batch % size == 0), 0)
     checkpoint = accounting.checkpoint_bytes(model)
     kept = recipe.checkpoint.keep_last
     return {

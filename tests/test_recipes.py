@@ -21,7 +21,8 @@ def recipe(name, *overrides):
 @pytest.mark.parametrize("name", NAMES)
 def test_loads_and_plans(name):
     loaded = recipe(name)
-    gpus = next(f"{n}xH100" for n in (64, 4) if loaded.training.batch_size % n == 0)
+    training = loaded.training
+    gpus = next(f"{n}xH100" for n in (64, 32, 8, 4) if training.batch_size % (n * (training.micro_batch_size or 1)) == 0)
     for machine in (planning.parse_machine(gpus), planning.parse_machine("cpu")):
         plan = planning.plan(loaded, machine)
         assert plan["parameters"]["total"] > 0 and plan["training"]["tokens"] > 0

@@ -212,7 +212,7 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def publish(temporary: Path, target: Path) -> None:
-    """Give a finished folder its name; what had it before is removed afterwards. Raises OSError."""
+    """Give a finished folder its name; a folder or a link that had it before is removed afterwards. Raises OSError."""
     old = None
     if os.path.lexists(target):
         old = temporary_name(target, "old")
@@ -224,7 +224,11 @@ def publish(temporary: Path, target: Path) -> None:
             os.rename(old, target)
         raise
     sync_folder(target.parent)
-    if old is not None:
+    if old is None:
+        return
+    if old.is_symlink():
+        os.unlink(old)
+    elif old.is_dir():  # a file is nothing of ours: it stays, with the name that it stepped aside to
         remove_folder(old)
 
 

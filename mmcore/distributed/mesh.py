@@ -89,6 +89,12 @@ def start_world(device: torch.device, distributed: DistributedConfig | None = No
     distributed, world = distributed or DistributedConfig(), world_from_environment()
     if world.size == 1:
         return world
+    unset = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if unset:
+        raise HardwareError(
+            f"WORLD_SIZE is {world.size}, but {' and '.join(unset)} {'is' if len(unset) == 1 else 'are'} not set: start the "
+            f"processes with torchrun, or unset WORLD_SIZE to train in this one"
+        )
     import torch.distributed as dist  # a run of one process does without: it takes a second to import
     from torch.distributed.device_mesh import init_device_mesh
 

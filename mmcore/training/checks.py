@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import shutil
 from pathlib import Path
 
@@ -12,54 +11,21 @@ import torch
 
 from mmcore import planning
 from mmcore.config import Recipe
+from mmcore.config.checks import check_run
 from mmcore.distributed.float8 import check_float8
 from mmcore.distributed.mesh import World
 from mmcore.errors import ConfigError, HardwareError
 from mmcore.kernels.linear.cpu import multiplies_bf16
 from mmcore.model.accounting import checkpoint_bytes
+from mmcore.training.run_folder import RunFolder
 
 _GIB = 2**30
 
 
 def check_recipe(recipe: Recipe, world: World | None = None) -> None:
     """Raise ConfigError where sections of a recipe contradict one another, or the number of ranks."""
-    training = recipe.training
-    _check_ranges(recipe)
-    training.total_steps  # noqa: B018 - raises where the recipe gives no length
-    if not recipe.data.sources:
-        raise ConfigError("data.sources is empty: name the files or folders to train on")
-    if training.sequence_length > recipe.model.max_position_embeddings:
-        raise ConfigError(
-            f"training.sequence_length {training.sequence_length} is longer than model.max_position_embeddings "
-            f"{recipe.model.max_position_embeddings}: raise the second or lower the first"
-        )
-    if training.micro_batch_size and training.micro_batch_size > training.batch_size:
-        raise ConfigError(
-            f"training.micro_batch_size {training.micro_batch_size} is larger than training.batch_size "
-            f"{training.batch_size}: lower it"
-        )
-    ranks, micro_batch = (world or World()).size, training.micro_batch_size or 1
-    if ranks > 1 and training.batch_size % (ranks * micro_batch):
-        raise ConfigError(
-            f"training.batch_size {training.batch_size} does not divide into micro-batches of {micro_batch} on {ranks} "
-            f"ranks: make it a multiple of {ranks * micro_batch}, or change training.micro_batch_size or the number of ranks"
-        )
-
-
-def _check_ranges(recipe: Recipe) -> None:
-    """What no run should begin with. Recipes of earlier runs may hold it, and are still read."""
-    training, tokenizer, problems = recipe.training, recipe.tokenizer, []
-    if recipe.data.workers is not None and recipe.data.workers < 0:
-        problems.append(f"data.workers is {recipe.data.workers}: it must not be negative")
-    if tokenizer.path is None and not 0 < tokenizer.train_megabytes < math.inf:
-        problems.append(f"tokenizer.train_megabytes is {tokenizer.train_megabytes}: it must be positive")
-    if training.validation_tokens < 1:
-        problems.append(f"training.validation_tokens is {training.validation_tokens}: it must be at least 1")
-    for name in ("validation_every", "final_learning_rate_ratio"):
-        if getattr(training, name) < 0:
-            problems.append(f"training.{name} is {getattr(training, name)}: it must not be negative")
-    if problems:
-        raise ConfigError("; ".join(problems))
+    world = world or World()
+    check_run(recipe, world.size, world.local_size)
 
 
 def choose_device(requested: str, world: World | None = None) -> torch.device:
@@ -125,16 +91,42 @@ def check_memory(recipe: Recipe, device: torch.device, world: World | None = Non
 
 
 def check_disk(recipe: Recipe) -> None:
-    """Raise HardwareError where the checkpoints that are kept at once do not fit on the disk of the run folder."""
-    needed = planning.checkpoints_kept(recipe) * checkpoint_bytes(recipe.model)["total"]
-    place = _existing(recipe.run_folder)
+    """Raise HardwareError where the checkpoints that are kept at once do not fit on the disk that they lie on.
+
+    What the run has there already takes no more room, whether it goes on from it or overwrites it.
+    """
+    there = sum(_bytes_of(folder) for folder in _checkpoints(recipe).glob("step-*"))
+    needed = planning.checkpoints_kept(recipe) * checkpoint_bytes(recipe.model)["total"] - there
+    place = _existing(_checkpoints(recipe))
     free = shutil.disk_usage(place).free
     if needed > free:
         raise HardwareError(
-            f"the checkpoints need about {needed / _GIB:.1f} GiB and {free / _GIB:.1f} GiB are free at {place}: free "
-            f"some space, lower checkpoint.keep_last (now {recipe.checkpoint.keep_last}), or choose another "
-            f"checkpoint.folder"
+            f"the checkpoints need about {_size(needed)}{' beside those that are there' if there else ''} and {_size(free)} "
+            f"are free at {place}: free some space, lower checkpoint.keep_last (now {recipe.checkpoint.keep_last}), or "
+            f"choose another checkpoint.folder"
         )
+
+
+def may_keep_one_more(recipe: Recipe) -> bool:
+    """Whether, beside the checkpoint that is about to be written, the disk has room for one that the plan of check_disk
+    does not know of."""
+    free = shutil.disk_usage(_existing(_checkpoints(recipe))).free
+    return free >= 2 * checkpoint_bytes(recipe.model)["total"]
+
+
+def _checkpoints(recipe: Recipe) -> Path:
+    return RunFolder(recipe.run_folder).checkpoints
+
+
+def _bytes_of(folder: Path) -> int:
+    """Of the files in a checkpoint; a link to another place has none here."""
+    if folder.is_symlink() or not folder.is_dir():
+        return 0
+    return sum(file.stat().st_size for file in folder.iterdir() if file.is_file() and not file.is_symlink())
+
+
+def _size(count: int) -> str:
+    return f"{count / _GIB:.1f} GiB" if count >= 0.05 * _GIB else f"{count / 2**20:.1f} MiB"
 
 
 def _existing(path: Path) -> Path:

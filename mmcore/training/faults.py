@@ -96,11 +96,13 @@ class Faults:
             self.left_out.append((samples.start, samples.stop))
             return
         kept = f"the last whole checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
-        row = f", {counts.in_a_row + 1} such steps in a row" if training.on_nonfinite == "skip" else ""
+        row, passing = "", "training.on_nonfinite=skip passes over them"
+        if training.on_nonfinite == "skip":
+            row, passing = f", {counts.in_a_row + 1} such steps in a row", "training.max_skipped_steps may allow more"
         raise NonFiniteError(
-            f"step {step} stopped before its update: {reason}{row}; {kept}; try a lower training.learning_rate (it stood "
-            f"at {learning_rate:.3g}), more training.warmup_steps, a lower training.gradient_clip, or "
-            f"training.precision=fp32, and look at those samples; training.on_nonfinite=skip passes over them"
+            f"step {step} stopped before its update: {reason}{row}; {kept}; go on with --resume and a lower "
+            f"training.learning_rate (it stood at {learning_rate:.3g}), more training.warmup_steps, a lower "
+            f"training.gradient_clip, or training.precision=fp32, and look at those samples; {passing}"
         )
 
     def what_is_not_finite(self, result: StepResult, model: nn.Module, own: range, whole: range) -> str:
@@ -120,8 +122,8 @@ class Faults:
         allowed = self._training.spike_rollback.max_rollbacks
         if self.counts.rollbacks >= allowed:
             raise SpikeError(
-                f"the loss of step {step} is {loss:.4g}, again a spike, after {allowed} roll-backs: resume with a lower "
-                f"training.learning_rate from an earlier checkpoint, or raise training.spike_rollback.max_rollbacks"
+                f"the loss of step {step} is {loss:.4g}, again a spike, after {allowed} roll-backs: go on with --resume "
+                f"and a lower training.learning_rate, and raise training.spike_rollback.max_rollbacks if more may come"
             )
 
     def went_back(self, samples: range) -> None:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
+from mmcore.training.event_file import EventFile
 from mmcore.training.events import Ended, Event, Health, RolledBack, Saved, Saving, Skipped, StepDone, Validated
-from mmcore.training.run_folder import disk_errors
+from mmcore.training.run_folder import disk_errors, replace_text
 
 _KINDS = {
     StepDone: "step", Validated: "validation", Saved: "checkpoint", Skipped: "skipped", RolledBack: "rollback"
@@ -89,32 +90,32 @@ class JsonLines:
                 os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        with disk_errors(self.path):
+            self._file.close()
 
 
 class TensorBoard:
     """Writes the same numbers as scalars; lines of a broken run after `step` are hidden (purge_step)."""
 
     def __init__(self, folder: Path, log_every: int, step: int):
-        from torch.utils.tensorboard import SummaryWriter  # 0.1 s: only a training run pays it
-
         self.folder, self.log_every = folder, log_every
         with disk_errors(folder):
-            self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+            self._file = EventFile(folder, purge_step=step + 1 if step else None)
 
     def __call__(self, event: Event) -> None:
-        if wanted(event, self.log_every):
-            line = as_line(event)
-            for name, value in numbers(line).items():
-                self._writer.add_scalar(f"{line['kind']}/{name}", value, line["step"])
-        elif isinstance(event, Health):
-            for name, values in by_kind(event.memories).items():
-                self._writer.add_histogram(name, torch.tensor(values), event.step)
-        elif isinstance(event, (Saving, Ended)):
-            self._writer.flush()
+        with disk_errors(self.folder):
+            if wanted(event, self.log_every):
+                line = as_line(event)
+                for name, value in numbers(line).items():
+                    self._file.scalar(f"{line['kind']}/{name}", value, line["step"])
+            elif isinstance(event, Health):
+                for name, values in by_kind(event.memories).items():
+                    self._file.histogram(name, values, event.step)
+            self._file.flush()
 
     def close(self) -> None:
-        self._writer.close()
+        with disk_errors(self.folder):
+            self._file.close()
 
 
 class HealthLines:
@@ -170,7 +171,5 @@ def keep_lines_until(path: Path, step: int) -> int:
             else:
                 dropped += 1
         if dropped:
-            temporary = path.with_suffix(".jsonl.tmp")
-            temporary.write_text("".join(kept), encoding="utf-8")
-            os.replace(temporary, path)
+            replace_text(path, "".join(kept))
     return dropped

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from mmcore.checkpoint.resolve import steps_in
 from mmcore.checkpoint.rows import read_into, shape_of
-from mmcore.checkpoint.store import TrainingState
+from mmcore.checkpoint.store import TrainingState, load_state
 from mmcore.errors import CheckpointError, DataError
 
 
@@ -29,11 +30,22 @@ def check_goes_on(saved: TrainingState, checkpoint: Path, data_identity: str, to
         )
     updated = saved.state["optimizer_steps"]["*"] > 0  # not where all steps so far were skipped
     if updated and not saved.optimizer and saved.step < total_steps:
+        before = f", or remove it to go on from {found.name}" if (found := _full_before(checkpoint, saved.step)) else ""
         raise CheckpointError(
             f"{checkpoint} holds the model alone (checkpoint.final was model), so training cannot go on from it: "
-            f"start a new run from it with `mm finetune` and training.init_from, or remove it to go on from the "
-            f"checkpoint before"
+            f"start a new run from it with `mm finetune` and training.init_from{before}"
         )
+
+
+def _full_before(checkpoint: Path, step: int) -> Path | None:
+    """The newest older checkpoint of the run that training can go on from, by its files."""
+    for other, path in steps_in(checkpoint.parent):
+        try:
+            if other < step and load_state(path).optimizer:
+                return path
+        except CheckpointError:
+            continue
+    return None
 
 
 @torch.no_grad()

@@ -34,9 +34,10 @@ from typing import IO, Any
 import yaml
 
 from mmcore import __version__
+from mmcore.checkpoint import disk
 from mmcore.checkpoint.resolve import steps_in
-from mmcore.config import Recipe
-from mmcore.errors import CheckpointError, ConfigError, HardwareError
+from mmcore.config import Recipe, build_recipe
+from mmcore.errors import NO_ROOM, CheckpointError, ConfigError, HardwareError
 
 # A resumed run may change these: they decide what is written and where it runs, not what is computed
 FREE_KEYS = frozenset(
@@ -60,19 +61,43 @@ FREE_KEYS = frozenset(
     }
 )
 FREE_SECTIONS = ("checkpoint.", "distributed.", "training.spike_rollback.")
+TUNED_KEYS = ("training.learning_rate", "training.warmup_steps", "training.gradient_clip", "training.precision")
+"""What a run that diverges is mended with (faults.py names them): a resumed run may change these too, and says so."""
+TENSORBOARD_FILES = "events.out.tfevents.*"
 _ROUNDING = ("training.device", "training.micro_batch_size", "training.compile", "distributed.")
+
+
+@contextlib.contextmanager
+def room_errors(path: Path) -> Iterator[None]:
+    """Turn into one sentence, whose remedy goes on with the run, that there is no room at `path` or where the error says."""
+    try:
+        yield
+    except OSError as error:
+        place = error.filename or path
+        if error.errno == errno.EFBIG:
+            raise HardwareError(
+                f"{place} may not grow further: raise the limit on the size of files (ulimit -f), or choose another disk, "
+                f"and go on with --resume"
+            ) from None
+        if error.errno in NO_ROOM:
+            raise HardwareError(f"the disk is full at {place}: free some space and go on with --resume") from None
+        raise
 
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Turn what a disk refuses into one sentence that names `path` and the remedy."""
     try:
-        yield
+        with room_errors(path):
+            yield
     except PermissionError:
         raise ConfigError(f"no permission to write {path}: choose another folder with --set checkpoint.folder=") from None
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path} cannot be written, since a folder on the way to it is gone: put it back and go on with --resume, or "
+            f"choose another checkpoint.folder"
+        ) from None
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise HardwareError(f"the disk is full at {path}: free some space and go on with --resume") from None
         if error.errno in (errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
             raise ConfigError(f"cannot write {path} ({error.strerror}): choose another checkpoint.folder") from None
         raise
@@ -105,14 +130,16 @@ class RunFolder:
             )
 
     def check_writable(self) -> None:
-        """Raise ConfigError where the folder cannot be written, without leaving anything behind."""
-        existing = self.path
-        while not existing.exists() and existing != existing.parent:
-            existing = existing.parent
-        if not existing.is_dir():
-            raise ConfigError(f"{existing} is not a folder: choose another run folder with --set checkpoint.folder=")
-        if not os.access(existing, os.W_OK | os.X_OK):
-            raise ConfigError(f"no permission to write {self.path}: choose another folder with --set checkpoint.folder=")
+        """Raise ConfigError where the folder or its checkpoints cannot be written, without leaving anything behind."""
+        for path in (self.path, self.checkpoints):
+            existing = path
+            while not os.path.lexists(existing) and existing != existing.parent:
+                existing = existing.parent
+            if not existing.is_dir():
+                what = "a link to nothing" if not existing.exists() else "not a folder"
+                raise ConfigError(f"{existing} is {what}: choose another run folder with --set checkpoint.folder=")
+            if not os.access(existing, os.W_OK | os.X_OK):
+                raise ConfigError(f"no permission to write {path}: choose another folder with --set checkpoint.folder=")
 
     def lock(self) -> IO[str]:
         """Keep other processes from training in this folder until the returned file is closed (or the process ends).
@@ -137,9 +164,9 @@ class RunFolder:
     def clear(self) -> None:
         """Remove what a run writes, and nothing else that may lie in the folder."""
         with disk_errors(self.path):
-            for folder in (self.checkpoints, self.tensorboard, self.tokenizer):
-                if folder.exists():
-                    shutil.rmtree(folder)
+            remove(self.checkpoints, "step-*")
+            remove(self.tensorboard, TENSORBOARD_FILES)
+            remove(self.tokenizer, "*")
             for name in ("metrics.jsonl", "health.jsonl", "wandb-id", "recipe.yaml", "environment.json", "data.json"):
                 (self.path / name).unlink(missing_ok=True)
 
@@ -152,9 +179,32 @@ class RunFolder:
             here = self.path / "environment.json"
             current = environment()
             if here.exists():
-                last = json.loads(here.read_text(encoding="utf-8"))
-                current["earlier"] = [*last.pop("earlier", []), last]
+                current["earlier"] = _sessions(here.read_text(encoding="utf-8", errors="replace"))
             replace_text(here, json.dumps(current, indent=2) + "\n")
+
+
+def remove(folder: Path, written: str) -> None:
+    """Remove a folder of the run. Of one that is a link, to a larger disk say, the link and whatever else lies there
+    stay: only the entries that match `written` go. Raises OSError."""
+    if not folder.is_symlink():
+        if folder.exists():
+            shutil.rmtree(folder)
+        return
+    for entry in folder.glob(written):
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def _sessions(text: str) -> list[dict[str, Any]]:
+    """The sessions that environment.json tells of, the last one at the end. It is a log, and no run ends because a crash
+    cut it short: what cannot be read is kept as it is."""
+    try:
+        last = json.loads(text)
+        return [*last.pop("earlier", []), last]
+    except (ValueError, TypeError, AttributeError):
+        return [{"unreadable": text}] if text.strip() else []
 
 
 def recipe_text(recipe: Recipe) -> str:
@@ -163,10 +213,14 @@ def recipe_text(recipe: Recipe) -> str:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file whole, or leave the one that is there."""
+    """Write a file whole, or leave the one that is there; on return the new one is on the disk. Raises OSError."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # or a power cut could leave an empty file under the name
     os.replace(temporary, path)
+    disk.sync_folder(path.parent)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -185,16 +239,17 @@ def check_same_recipe(before: dict[str, Any], now: dict[str, Any], checkpoint: P
     Returns notices about changes that are allowed. Raises CheckpointError that names every other changed key
     with both values.
     """
-    old, new = _flat(before), _flat(now)
+    old, new = _flat(_completed(before)), _flat(now)
     changed = {key: (old.get(key), new.get(key)) for key in [*old, *new] if old.get(key) != new.get(key)}
-    barred = [key for key in changed if key not in FREE_KEYS and not key.startswith(FREE_SECTIONS)]
+    free = FREE_KEYS.union(TUNED_KEYS)
+    barred = [key for key in changed if key not in free and not key.startswith(FREE_SECTIONS)]
     if barred:
         words = "; ".join(f"{key} was {changed[key][0]!r} and is now {changed[key][1]!r}" for key in barred)
         raise CheckpointError(
             f"cannot resume {checkpoint} with another recipe ({words}): set them back, or start a new run with "
             f"another checkpoint.folder"
         )
-    notices = []
+    notices = [f"{key} was {old.get(key)!r} and is now {new.get(key)!r}" for key in TUNED_KEYS if key in changed]
     if {"training.steps", "training.tokens"} & set(changed) and new.get("training.schedule") == "cosine":
         was, now_is = _length(old), _length(new)
         notices.append(f"the run's length changes from {was} to {now_is}: the cosine now ends there")
@@ -202,6 +257,14 @@ def check_same_recipe(before: dict[str, Any], now: dict[str, Any], checkpoint: P
     if rounding:
         notices.append(f"{', '.join(rounding)} changed: sums round differently, so losses agree but not bit for bit")
     return notices
+
+
+def _completed(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe as an earlier version wrote it, with the keys that came since at their defaults: what it computed then."""
+    try:
+        return build_recipe(recipe).as_dict()
+    except ConfigError:  # it holds what this version does not know, which the comparison names
+        return recipe
 
 
 def _length(flat: dict[str, Any]) -> str:

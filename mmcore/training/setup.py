@@ -7,7 +7,6 @@ half-written; then tokenizer, data and model; the run's folder is written last.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,11 @@ import numpy as np
 import torch
 import yaml
 
+from mmcore.checkpoint.contents import STATE
 from mmcore.checkpoint.formats import Checkpoint, open_checkpoint
 from mmcore.checkpoint.formats.modelconfig import config_json
 from mmcore.checkpoint.resolve import iterate_whole
+from mmcore.checkpoint.untrusted import read_json
 from mmcore.config import Recipe
 from mmcore.data.corpus import Corpus, prepare
 from mmcore.data.documents import PYTHON_LIBRARY, left_out
@@ -46,7 +47,7 @@ from mmcore.training.memory import explain_memory
 from mmcore.training.metrics import HealthLines, JsonLines, TensorBoard, keep_lines_until
 from mmcore.training.profile import Profile
 from mmcore.training.restoring import load_weights
-from mmcore.training.run_folder import RunFolder, check_same_recipe, disk_errors
+from mmcore.training.run_folder import TENSORBOARD_FILES, RunFolder, check_same_recipe, disk_errors, remove
 from mmcore.training.step import IGNORED
 from mmcore.training.tokenizers import find_tokenizer
 from mmcore.training.trainer import Trainer
@@ -103,8 +104,8 @@ def _prepare(
     """The trainer of this rank. Rank 0 writes the run's folder; the others wait for it where they need what it makes."""
     tell = _teller(listeners)
     run = RunFolder(recipe.run_folder)
-    resumed = _find_start(recipe, run, start, world, tell)
-    source = in_turn(world, lambda: _source(recipe, run, stage, world)) if resumed is None else None
+    resumed = _find_start(recipe, precision, run, start, world, tell)
+    source = _source(recipe, run, stage, world) if resumed is None else None
     with all_or_none(world):
         checks.check_memory(recipe, device, world)
     on_first(world, lambda: checks.check_disk(recipe))
@@ -178,7 +179,9 @@ def _agree_on_data(corpus: Corpus, world: World) -> None:
             )
 
 
-def _find_start(recipe: Recipe, run: RunFolder, start: Start, world: World, tell: Listener) -> Path | None:
+def _find_start(
+    recipe: Recipe, precision: str, run: RunFolder, start: Start, world: World, tell: Listener
+) -> Path | None:
     """The checkpoint to resume from, or None to begin at step 1; the same on every rank, all of which look for it.
 
     Raises ConfigError, CheckpointError.
@@ -195,7 +198,7 @@ def _find_start(recipe: Recipe, run: RunFolder, start: Start, world: World, tell
     if newest is None:
         tell(Notice(f"{run.path} holds no checkpoint yet: starting from the beginning"))
         return None
-    for sentence in on_first(world, lambda: _changes(recipe, newest)):
+    for sentence in on_first(world, lambda: _changes(recipe, precision, newest)):
         tell(Notice(sentence))
     return newest
 
@@ -208,31 +211,43 @@ def _look_at_folder(run: RunFolder, start: Start) -> bool:
     return run.holds_checkpoints()
 
 
-def _changes(recipe: Recipe, newest: Path) -> list[str]:
+def _changes(recipe: Recipe, precision: str, newest: Path) -> list[str]:
     """What to say about going on from a checkpoint. Raises CheckpointError where the recipe cannot."""
     if read_converted(newest, recipe.model):
         return [f"{newest} holds weights that were converted: training begins with them at step 1"]
     try:
         before = yaml.safe_load((newest / "recipe.yaml").read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
-        raise CheckpointError(f"{newest} has no readable recipe.yaml: go on from it with `mm finetune` instead") from None
-    return check_same_recipe(before, recipe.as_dict(), newest)
+    except (OSError, ValueError, yaml.YAMLError):
+        before = None
+    if not isinstance(before, dict):
+        raise CheckpointError(f"{newest} has no readable recipe.yaml: go on from it with `mm finetune` instead")
+    notices = check_same_recipe(before, recipe.as_dict(), newest)
+    was = read_json(newest / STATE).get("precision", precision)  # checkpoints of earlier versions do not tell
+    if was != precision and not any(text.startswith("training.precision ") for text in notices):
+        notices.append(f"training.precision is auto, which was {was} and is {precision} here: sums round differently")
+    return notices
 
 
 def _source(recipe: Recipe, run: RunFolder, stage: str, world: World) -> Checkpoint | None:
-    """The checkpoint that fine-tuning starts from. Raises ConfigError, CheckpointError."""
-    init_from = recipe.training.init_from
+    """The checkpoint that fine-tuning starts from, the same on every rank. Raises ConfigError, CheckpointError."""
     if stage == "pretrain":
         return None
+    # one rank hashes it for all, and says which it is: where a run's newest one is damaged, that is an older one
+    chosen = on_first(world, lambda: _choose_source(recipe.training.init_from, run))
+    with all_or_none(world):
+        return open_checkpoint(chosen, verify=False)
+
+
+def _choose_source(init_from: str | None, run: RunFolder) -> str:
     if init_from is None:
         raise ConfigError("the recipe has no training.init_from: name the checkpoint to go on from")
-    source = open_checkpoint(init_from, verify=world.is_first)  # one rank hashes it for all
+    source = open_checkpoint(init_from)
     if source.path.resolve().is_relative_to(run.path.resolve()):
         raise ConfigError(
             f"training.init_from {init_from} lies in the run's own folder {run.path}: choose another checkpoint.folder, "
             f"or another name"
         )
-    return source
+    return str(source.path)
 
 
 def build(
@@ -356,8 +371,8 @@ def _open_run_folder(trainer: Trainer, run: RunFolder, tokenizer: Tokenizer, cor
     run.write_identity(trainer.recipe, corpus.fingerprint)
     with disk_errors(run.path):
         tokenizer.save(run.tokenizer)
-        if trainer.step == 0 and run.tensorboard.exists():
-            shutil.rmtree(run.tensorboard)
+        if trainer.step == 0:
+            remove(run.tensorboard, TENSORBOARD_FILES)
     for path in (run.metrics, run.health):
         keep_lines_until(path, trainer.step)
     every = trainer.recipe.training.log_every

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ class StepResult:
     trained_tokens: int
     micro_losses: tuple[float, ...]
     """Each micro-batch's share of `loss`, this rank's."""
+    micro_sizes: tuple[int, ...] = ()
+    """Sequences in each micro-batch, of which the last may have fewer; empty: equally many."""
 
     @property
     def is_finite(self) -> bool:
@@ -77,7 +80,7 @@ def accumulate(
     micro = torch.stack(losses)
     mean = total(micro.sum(), world)
     *micro_losses, loss_value, norm_value = torch.cat([micro, mean[None], norm[None].to(micro)]).tolist()
-    return StepResult(loss_value, norm_value, kept, tuple(micro_losses))
+    return StepResult(loss_value, norm_value, kept, tuple(micro_losses), tuple(len(batch.tokens) for batch in batches))
 
 
 @torch.no_grad()
@@ -105,10 +108,11 @@ def what_is_not_finite(result: StepResult, model: nn.Module, own: range, whole: 
     own: this rank's global sample numbers of the step, in the order of the micro-batches; whole: those of all ranks,
     whose gradients are already summed.
     """
-    size = max(1, math.ceil(len(own) / max(1, len(result.micro_losses))))
+    even = max(1, math.ceil(len(own) / max(1, len(result.micro_losses))))
+    ends = list(itertools.accumulate(result.micro_sizes or (even,) * len(result.micro_losses)))
     bad = [i for i, loss in enumerate(result.micro_losses) if not math.isfinite(loss)]
     if bad:
-        where = ", ".join(_span(own[i * size : (i + 1) * size]) for i in bad[:4])
+        where = ", ".join(_span(own[ends[i - 1] if i else 0 : ends[i]]) for i in bad[:4])
         return f"the loss is {result.micro_losses[bad[0]]} on samples {where}"
     if math.isfinite(result.gradient_norm):
         return None

@@ -18,6 +18,7 @@ from mmcore.checkpoint.store import CheckpointWriter, load_state
 from mmcore.data.loader import Loader
 from mmcore.distributed.reduce import highest
 from mmcore.training import events
+from mmcore.training.checks import may_keep_one_more
 from mmcore.training.converted import is_converted
 from mmcore.training.events import Event, Listener
 from mmcore.training.faults import Faults
@@ -318,7 +319,7 @@ class Trainer:
             state=self._state(),
             config=self.job.config_json,
             files={**self.job.files, "recipe.yaml": recipe_text(self.recipe).encode()},
-            protect=(self.resumed_from,) if self.resumed_from else (),
+            protect=(self.resumed_from,) if self.resumed_from and may_keep_one_more(self.recipe) else (),
             wait=wait,
         )
         self._saved_step = self.step
@@ -337,6 +338,7 @@ class Trainer:
         """What trainer.json holds: all that `restore` needs beside weights and optimizer."""
         return {
             "stage": self.job.stage,
+            "precision": self.job.precision,
             "step": self.step,
             "sample_position": self.position,
             "tokens": self.tokens,

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mmcore.checkpoint.formats import open_checkpoint
+from mmcore.checkpoint.load import load_model, load_tokenizer
 from mmcore.checkpoint.resolve import resolve_checkpoint
 from mmcore.checkpoint.store import load_state, whole_checkpoints
 from mmcore.errors import CheckpointError
@@ -113,6 +114,17 @@ def test_a_run_falls_back_and_says_so(tmp_path, caplog):
     heard = []
     resolve_checkpoint(tmp_path, heard.append)
     assert len(heard) == 1
+
+
+def test_a_damaged_header_is_passed_over_by_whoever_asks_for_no_hashes(tmp_path, caplog):
+    """The tokenizer of a run is read so, before or after its model."""
+    save(tmp_path, 1)
+    newest = save(tmp_path, 2)
+    flip(newest / "model.safetensors", 14, 6)  # in the first tensor's name
+    assert open_checkpoint(tmp_path, verify=False).path.name == "step-000001" and "step-000002" in caplog.text
+    assert load_tokenizer(tmp_path).vocab_size > 256 and load_model(tmp_path) is not None
+    with pytest.raises(CheckpointError, match="step-000002"):
+        open_checkpoint(newest, verify=False)
 
 
 def test_a_run_without_a_whole_checkpoint(tmp_path):

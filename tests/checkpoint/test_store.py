@@ -107,6 +107,22 @@ def test_a_damaged_checkpoint_does_not_count_as_kept(tmp_path):
     assert names(tmp_path) == ["step-000001", "step-000002", "step-000003"]
 
 
+def test_a_file_or_a_link_with_the_name_of_a_step_is_in_nobodys_way(tmp_path):
+    checkpoints = save(tmp_path, 1).parent
+    (checkpoints / "step-000002").write_text("notes")
+    (checkpoints / "step-000003").symlink_to(tmp_path / "gone")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/model.safetensors").write_text("moved by its user")
+    (checkpoints / "step-000004").symlink_to(tmp_path / "elsewhere")
+    for step in (2, 3, 4):
+        assert load_state(save(tmp_path, step, keep_last=0)).step == step
+    (aside,) = [path for path in checkpoints.iterdir() if len(path.name) > len("step-000001")]
+    assert aside.name.startswith("step-000002.old-") and aside.read_text() == "notes"
+    assert (tmp_path / "elsewhere/model.safetensors").exists()
+    save(tmp_path, 5, keep_last=1)
+    assert aside.exists()
+
+
 def test_strangers_in_the_folder_are_left_alone(tmp_path):
     save(tmp_path, 1)
     strangers = ["notes", "step-1", "step-000001-copy", "step-abc", "latest"]

@@ -91,6 +91,8 @@ def test_ctrl_c_is_130(monkeypatch):
 
 
 def test_a_full_disk_and_a_missing_permission(monkeypatch, capsys):
+    assert raising(monkeypatch, OSError(errno.EFBIG, "File too large", "/x/y")) == 2
+    assert "a file may not grow further at /x/y: raise the limit" in capsys.readouterr().err
     assert raising(monkeypatch, OSError(errno.ENOSPC, "No space left on device", "/x/y")) == 2
     assert capsys.readouterr().err == "mm: the disk is full at /x/y: free some space and run the command again\n"
     assert raising(monkeypatch, PermissionError(errno.EACCES, "Permission denied", "/x/y")) == 2

@@ -1,13 +1,20 @@
 """The launcher's exit status, and what it says; real launches are in tests/distributed/test_launched.py."""
 
+import json
 import signal
 import sys
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
+from torch.distributed import HashStore
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
+from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 
 from mmcli import elastic
+from mmcli.launch import Launch
+from mmcore.errors import ConfigError
+from tests.helpers.ranks import free_port
 
 
 def result(*failures):
@@ -101,3 +108,49 @@ def test_whom_torchrun_ends_is_noted(tmp_path):
     found = agent._pcontext.wait(0)
     assert found.failures.keys() == {0, 1, 2} and agent._ended == {(ended.pid, signal.SIGTERM)}
     assert elastic.own_failures(found.failures, agent._ended).keys() == {0, 1}
+
+
+@pytest.fixture
+def launcher(monkeypatch):
+    """`run` for one of two nodes, in this process."""
+    before = {number: signal.getsignal(number) for number in elastic.FORWARDED}
+    monkeypatch.setenv("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGQUIT")
+    monkeypatch.setattr(elastic, "JOIN_SECONDS", 1)
+    monkeypatch.setattr(elastic, "SILENT_SECONDS", 0.5)
+    yield lambda port: elastic.run([json.dumps(asdict(Launch(1, True, nodes=2, rdzv=f"127.0.0.1:{port}"))), "--version"])
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.slow
+def test_a_node_that_does_not_come_is_waited_for_aloud_and_then_named(launcher, capfd):
+    assert launcher(free_port()) == 1
+    assert capfd.readouterr().err.splitlines() == [
+        "mm: waiting for 1 of 2 nodes",
+        "mm: 1 of 2 nodes did not come within 1 s: start the same command on every node, with --resume",
+    ]
+
+
+def test_a_meeting_place_that_is_lost_is_one_sentence(launcher, monkeypatch, capfd):
+    def lose(self, worker_group):
+        raise RendezvousConnectionError("The connection to the C10d store has failed. See inner exception for details.")
+
+    monkeypatch.setattr(elastic.LocalElasticAgent, "_rendezvous", lose)
+    port = free_port()
+    assert launcher(port) == 1
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"mm: the launchers of 2 nodes do not meet, or no longer, at 127.0.0.1:{port} (The connection to the C10d")
+
+
+@pytest.mark.parametrize("ranks", [(1, 1), (1, 2)])
+def test_nodes_with_other_numbers_of_ranks_are_told_so(ranks):
+    store = HashStore()
+    for node, count in enumerate(ranks):
+        store.set(f"mm-ranks/{node}", str(count))
+    agent = elastic.Agent.__new__(elastic.Agent)
+    group = SimpleNamespace(store=store, group_rank=0, group_world_size=2, spec=SimpleNamespace(local_world_size=ranks[0]))
+    if len(set(ranks)) == 1:
+        agent._check_equal(group)
+        return
+    with pytest.raises(ConfigError, match="the nodes have 1, 2 ranks: give the same --gpus or --ranks on every node"):
+        agent._check_equal(group)

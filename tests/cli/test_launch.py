@@ -1,5 +1,6 @@
 """Which processes a command line asks for, and how it becomes torchrun's agent."""
 
+import errno
 import json
 import os
 import subprocess
@@ -46,6 +47,8 @@ def test_what_is_asked_for():
         ((None, None, None, None, 2), "add --gpus N"),
         (("8", None, 2, None, None), "add --rdzv HOST:PORT"),
         (("8", None, 2, "node01", None), "write it as HOST:PORT"),
+        (("8", None, 2, "node01:99999", None), "--rdzv node01:99999: the port must lie between 1 and 65535"),
+        (("8", None, 2, "node01:0", None), "the port must lie between 1 and 65535"),
         (("0", 0, None, None, None), "--ranks is 0: it must be at least 1"),
         (("8", None, None, None, -1), "--max-restarts is -1"),
         (("-1", None, None, None, None), "--gpus -1"),
@@ -166,3 +169,10 @@ def test_launching_imports_no_torch():
     code = "import sys, mmcli.pretrain, mmcli.finetune, mmcli.launch; print([m for m in ('torch', 'numpy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_full_disk_is_no_failure_to_start_again_from(tmp_path):
+    with (tmp_path / "log").open("w") as log:
+        with pytest.raises(OSError, match="No space"), launch.failures_to(log, Rank()):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        assert log.tell() == 0

@@ -170,3 +170,27 @@ def test_a_batch_that_does_not_divide_is_refused():
 ])
 def test_names_that_drivers_give(name, mib, known):
     assert planning._table_name(name, mib) == known
+
+
+@pytest.mark.parametrize("name, gpus, overrides, words", [
+    ("8b", "1024xH100", (), "1024 does not divide into micro-batches of 2 on 1024 ranks"),
+    ("350m", "64xH100", (), "256 does not divide into micro-batches of 8 on 64 ranks"),
+    ("8b", "64xH100", ("training.sequence_length=8192",), "longer than model.max_position_embeddings 4096"),
+    ("8b", "64xH100", ("distributed.sharding=hybrid", "distributed.shard_size=7"), "shard_size 7 does not divide 64 ranks"),
+    ("8b", "12xH100", ("distributed.sharding=hybrid", "training.batch_size=1008"), "shard_size 8 does not divide 12 ranks"),
+    ("8b", "1xH100", ("distributed.cpu_offload=true",), "this is one process"),
+    ("8b", "64xH100", ("data.sources=[]",), "data.sources is empty"),
+])
+def test_what_training_refuses_is_not_planned(name, gpus, overrides, words):
+    with pytest.raises(ConfigError, match=words):
+        planning.plan(load(name, *overrides), planning.parse_machine(gpus))
+
+
+def test_a_micro_batch_that_is_recommended_can_be_trained_with(capsys):
+    recipe, machine = load("1.5b", "training.micro_batch_size=8"), planning.parse_machine("8xH100")
+    assert planning.largest_micro_batch(recipe, machine, 128) == 6
+    assert planning.plan(recipe, machine)["batch"]["largest_micro_batch"] == 4
+    show_plan(recipe, "8xH100", False)
+    assert "--set training.micro_batch_size=4 does." in capsys.readouterr().out
+    plan = planning.plan(load("1.5b", "training.micro_batch_size=4"), machine)
+    assert plan["memory_per_device"]["fits"]

@@ -1,6 +1,9 @@
 """`mm pretrain` and `mm finetune` from the outside: output, exit status, messages."""
 
 import json
+import os
+import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ from mmcli import app
 from mmcli.pretrain import Command
 from mmcore.kernels import dispatch
 from mmcore.kernels.linear import cpu as linear_cpu
+from mmcore.training import setup
 from tests.helpers.tiny_run import tiny_values, write_recipe
 
 
@@ -62,11 +66,13 @@ def test_a_used_folder(path, capsys):
     assert app.run(["pretrain", str(path)]) == 0
     capsys.readouterr()
     assert "go on with --resume, start over with --overwrite" in complaint(capsys, "pretrain", path)
-    assert "learning_rate was 0.003 and is now 0.5" in complaint(
-        capsys, "pretrain", path, "--resume", "--set", "training.learning_rate=0.5"
+    assert "weight_decay was 0.1 and is now 0.5" in complaint(
+        capsys, "pretrain", path, "--resume", "--set", "training.weight_decay=0.5"
     )
-    assert app.run(["pretrain", str(path), "--resume", "--set", "training.steps=3"]) == 0
-    assert "from step 2 on" in capsys.readouterr().out
+    changes = ["--set", "training.steps=3", "--set", "training.learning_rate=0.5"]
+    assert app.run(["pretrain", str(path), "--resume", *changes]) == 0
+    shown = capsys.readouterr().out
+    assert "from step 2 on" in shown and "learning_rate was 0.003 and is now 0.5" in " ".join(shown.split())
 
 
 def test_a_plan_needs_no_data(path, tmp_path, capsys):
@@ -78,3 +84,24 @@ def test_a_plan_needs_no_data(path, tmp_path, capsys):
 def test_the_command_to_go_on_keeps_the_overrides():
     command = Command("pretrain", Path("my recipe.yaml"), ["training.steps=5", "name=a b"], False, True, None)
     assert command.to_go_on() == "mm pretrain 'my recipe.yaml' --set training.steps=5 --set 'name=a b' --resume"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_signal_while_data_are_prepared_is_a_sentence_and_a_schedulers_status(path, tmp_path, monkeypatch, capsys, number):
+    def prepare(*_, **__):
+        os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    monkeypatch.setattr(setup, "prepare", prepare)
+    assert app.run(["pretrain", str(path)]) == 75
+    said = f"mm: {number.name} before the first step: nothing was trained, run the same command again\n"
+    assert capsys.readouterr().err == said and signal.getsignal(number) is before
+    monkeypatch.undo()
+    assert app.run(["pretrain", str(path)]) == 0
+
+
+def test_only_pretraining_speaks_of_plans(capsys):
+    for command, plans in (("pretrain", True), ("finetune", False)):
+        assert app.run([command, "--help"]) == 0
+        (gpus,) = re.findall(r"--gpus N(.*?)--ranks", capsys.readouterr().out, re.DOTALL)
+        assert ("64xH100" in gpus) == plans

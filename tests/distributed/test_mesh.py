@@ -65,3 +65,11 @@ def test_hybrid_sharding_cuts_over_a_node_unless_told_otherwise(size, local, sha
 def test_a_share_that_does_not_divide_the_ranks():
     with pytest.raises(ConfigError, match="shard_size 3 does not divide 8 ranks"):
         _mesh_shape(DistributedConfig(sharding="hybrid", shard_size=3), World(size=8, local_size=8))
+
+
+def test_a_world_that_nobody_launched_is_told_at_once(monkeypatch):
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(HardwareError, match="WORLD_SIZE is 2, but RANK and MASTER_ADDR and MASTER_PORT are not set: start"):
+        start_world(torch.device("cpu"))

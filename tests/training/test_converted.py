@@ -106,6 +106,6 @@ def test_weights_without_a_tokenizer_need_one_by_name(base, tmp_path):
 def test_an_untouched_recipe_is_still_what_resuming_needs(base, tmp_path):
     """A converted step of a run keeps its recipe, and so the check that nothing was changed."""
     convert_checkpoint(base / "run", tmp_path / "run", to="train")
-    with pytest.raises(CheckpointError, match="learning_rate was 0.003 and is now 0.5"):
-        prepare_trainer(recipe_for(base, tmp_path / "run", learning_rate=0.5), start=Start(resume=True))
+    with pytest.raises(CheckpointError, match="weight_decay was 0.1 and is now 0.5"):
+        prepare_trainer(recipe_for(base, tmp_path / "run", weight_decay=0.5), start=Start(resume=True))
     assert tiny_recipe(base).model == recipe_for(base, tmp_path / "run").model

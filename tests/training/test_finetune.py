@@ -6,9 +6,13 @@ import pytest
 import torch
 import yaml
 
+from mmcore.distributed.mesh import start_world, stop_world
 from mmcore.errors import CheckpointError, ConfigError
+from mmcore.training import setup
 from mmcore.training.finetune import load_finetune_recipe
+from mmcore.training.run_folder import RunFolder
 from mmcore.training.setup import Start, prepare_trainer
+from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_run import tiny_recipe, tiny_values
 
 
@@ -120,3 +124,23 @@ def test_resume_is_exact_here_too(base, tmp_path):
     unbroken.fit()
     for (name, p), (_, q) in zip(two.model.named_parameters(), unbroken.model.named_parameters(), strict=True):
         assert torch.equal(p, q), name
+
+
+def opened_source(folder):
+    """On a rank: which checkpoint fine-tuning takes from the run in `folder`."""
+    recipe = tiny_recipe(folder, init_from=str(folder / "run"))
+    world = start_world(torch.device("cpu"))
+    try:
+        return setup._source(recipe, RunFolder(folder / "tuned"), "finetune", world).path.name
+    finally:
+        stop_world(world)
+
+
+@pytest.mark.slow
+def test_all_ranks_start_from_the_same_checkpoint_where_the_newest_is_damaged(tmp_path):
+    prepare_trainer(tiny_recipe(tmp_path, steps=4)).fit()
+    weights = tmp_path / "run/checkpoints/step-000004/model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-5] ^= 1  # in a tensor, where only a hash finds it
+    weights.write_bytes(data)
+    assert run_ranks(opened_source, 2, tmp_path) == ["step-000002", "step-000002"]

@@ -2,12 +2,15 @@
 
 import json
 import math
+import resource
+import threading
 import time
 
 import pytest
 
-from mmcore.training.events import Saving, StepDone, Validated
-from mmcore.training.metrics import JsonLines, Smoothed, TensorBoard, keep_lines_until
+from mmcore.errors import ConfigError, HardwareError
+from mmcore.training.events import Health, Saving, StepDone, Validated
+from mmcore.training.metrics import HealthLines, JsonLines, Smoothed, TensorBoard, keep_lines_until
 
 
 def step(number, total=10, loss=2.0, **values):
@@ -96,3 +99,32 @@ def test_tensorboard_reads_back_what_was_written_and_hides_the_broken_end(tmp_pa
     assert [(e.step, e.value) for e in read.Scalars("step/loss")] == [(1, 1.0), (2, 2.0), (3, 30.0)]
     assert [(e.step, e.value) for e in read.Scalars("validation/loss")] == [(3, 1.5)]
     assert "validation/bits_per_byte" not in read.Tags()["scalars"]
+
+
+@pytest.fixture
+def no_room():
+    """Files of this process may not grow: a full disk takes one to mount."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("kind", [TensorBoard, JsonLines])
+def test_no_room_between_two_saves_is_one_sentence_that_names_the_place(tmp_path, kind, no_room):
+    threads = threading.active_count()
+    listener = kind(tmp_path / "out", 1, 0) if kind is TensorBoard else kind(tmp_path / "out", 1)
+    assert threading.active_count() == threads, "one that fails would print its traceback over the run's display"
+    no_room(8192)
+    with pytest.raises(HardwareError, match="out may not grow further: .* go on with --resume"):
+        for number in range(1, 100):
+            listener(step(number, total=100))
+    with pytest.raises(HardwareError, match="out may not grow further"):
+        listener.close()
+
+
+def test_a_run_folder_that_is_moved_away_is_one_sentence(tmp_path):
+    (tmp_path / "run").mkdir()
+    lines = HealthLines(tmp_path / "run/health.jsonl")
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="run/health.jsonl cannot be written, since a folder on the way to it is gone"):
+        lines(Health(5, ({"layer": 0, "memory": "long_term", "entropy": [0.5]},), 0.1))

@@ -88,7 +88,10 @@ def test_a_model_only_final(tmp_path):
     last, before = (load_state(path) for path in whole_checkpoints(tmp_path / "run"))
     assert (last.step, len(last.optimizer)) == (6, 0) and (before.step, len(before.optimizer) > 0) == (4, True)
     assert prepare_trainer(small, start=Start(resume=True)).fit().status == "done"
-    with pytest.raises(CheckpointError, match="step-000006 holds the model alone .*or remove it to go on from the"):
+    with pytest.raises(CheckpointError, match="step-000006 holds the model alone .*or remove it to go on from step-000004"):
+        prepare_trainer(recipe(tmp_path, steps=8, final="model"), start=Start(resume=True))
+    (before.path / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="step-000006 holds the model alone .*mm finetune` and training.init_from$"):
         prepare_trainer(recipe(tmp_path, steps=8, final="model"), start=Start(resume=True))
 
 

@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,10 +12,11 @@ import torch
 
 from mmcore.config import build_recipe
 from mmcore.errors import CheckpointError, ConfigError, DataError, HardwareError, MMError
+from mmcore.model.accounting import checkpoint_bytes
 from mmcore.training import checks
 from mmcore.training.events import Notice
 from mmcore.training.restoring import check_goes_on
-from mmcore.training.setup import Start, prepare_trainer
+from mmcore.training.setup import Start, _changes, prepare_trainer
 from mmcore.training.step import IGNORED
 from tests.helpers.tiny_run import tiny_values
 
@@ -93,6 +96,25 @@ def test_fewer_steps_than_are_done_change_nothing(tmp_path):
     with pytest.raises(CheckpointError, match="step-000008 is at step 8 and the recipe ends at step 5: raise training.steps"):
         prepare_trainer(changed(tmp_path, training__steps=5), start=Start(resume=True))
     assert (recipe.run_folder / "recipe.yaml").read_text() == before
+
+
+def test_a_precision_that_auto_chooses_anew_is_said_on_a_resume(tmp_path, monkeypatch):
+    def resumed(multiplies, **keys):
+        heard = []
+        monkeypatch.setattr(checks, "multiplies_bf16", lambda: multiplies)
+        prepare_trainer(changed(tmp_path, **keys), start=Start(resume=True), listeners=[heard.append]).fit()
+        said = [event.text for event in heard if isinstance(event, Notice)]
+        return [text for text in said if text.startswith("training.precision") and "slower" not in text]
+
+    assert resumed(False, training__precision="auto", training__steps=1) == []
+    assert resumed(True, training__precision="auto", training__steps=2) == [
+        "training.precision is auto, which was fp32 and is bf16 here: sums round differently"]
+    newest = tmp_path / "run/checkpoints/step-000002"
+    assert json.loads((newest / "trainer.json").read_text())["precision"] == "bf16"
+    same, other = (changed(tmp_path, training__precision=name) for name in ("auto", "fp32"))
+    assert [text for text in _changes(same, "bf16", newest) if "precision" in text] == []
+    assert [text for text in _changes(other, "fp32", newest) if "precision" in text] == [
+        "training.precision was 'auto' and is now 'fp32'"]
 
 
 def write_conversations(path, lengths):
@@ -187,7 +209,59 @@ def test_too_little_disk(tmp_path, monkeypatch):
         free = 1000
 
     monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: Little)
-    assert "keep_last (now 2)" in refusal(tmp_path, HardwareError)
+    text = refusal(tmp_path, HardwareError)
+    assert "keep_last (now 2)" in text and re.search(r"need about 1\.\d MiB and 0\.0 MiB are free", text)
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A disk with room for three checkpoints of the tiny model, and what else a run writes, but not for four."""
+    (tmp_path / "disk").mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2200k", "tmpfs", tmp_path / "disk"], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("this user mounts no disks")
+    yield tmp_path / "disk"
+    subprocess.run(["umount", "-l", tmp_path / "disk"], check=True)
+
+
+@pytest.mark.slow
+def test_a_run_that_there_was_room_for_goes_on_and_starts_over_on_its_own_disk(tmp_path, disk):
+    def train(steps, **start):
+        keys = {"checkpoint__folder": str(disk / "run"), "training__steps": steps, "training__validation_every": 0}
+        trainer = prepare_trainer(changed(tmp_path, **keys), start=Start(**start))
+        assert trainer.fit().status == "done"
+        return sorted(path.name for path in (disk / "run/checkpoints").iterdir())
+
+    size = checkpoint_bytes(changed(tmp_path).model)["total"]
+    assert 3 * size < shutil.disk_usage(disk).free < 4 * size
+    assert train(4) == ["step-000002", "step-000004"]
+    assert shutil.disk_usage(disk).free < 2 * size
+    # the checkpoint resumed from, which otherwise stays, would be the one too many
+    assert train(8, resume=True) == ["step-000006", "step-000008"]
+    assert train(2, overwrite=True) == ["step-000002"]
+    with pytest.raises(HardwareError, match="MiB beside those that are there and .* MiB are free at .*disk/run/checkpoints"):
+        prepare_trainer(changed(tmp_path, checkpoint__folder=str(disk / "run"), checkpoint__keep_last=5), start=Start(resume=True))
+
+
+def test_what_the_run_has_there_takes_no_more_room(tmp_path, disk):
+    recipe = changed(tmp_path, checkpoint__folder=str(disk / "run"))
+    checks.check_disk(recipe)
+    for step in (2, 4):
+        (disk / f"run/checkpoints/step-{step:06d}").mkdir(parents=True)
+        (disk / f"run/checkpoints/step-{step:06d}/model.safetensors").write_bytes(bytes(checkpoint_bytes(recipe.model)["total"]))
+    checks.check_disk(recipe)
+    assert not checks.may_keep_one_more(recipe)
+    (disk / "other").write_bytes(bytes(500_000))
+    with pytest.raises(HardwareError, match="MiB beside those that are there and"):
+        checks.check_disk(recipe)
+
+
+def test_the_disk_that_counts_is_the_one_that_a_link_leads_to(tmp_path, disk):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/checkpoints").symlink_to(disk)
+    checks.check_disk(changed(tmp_path))
+    with pytest.raises(HardwareError, match="are free at .*run/checkpoints"):
+        checks.check_disk(changed(tmp_path, checkpoint__keep_last=9, checkpoint__every=1))
 
 
 def test_pretraining_leaves_the_chat_template_out_and_conversations_bring_it(tmp_path):

@@ -112,6 +112,28 @@ def test_the_sentence_names_step_samples_checkpoint_and_remedies():
     assert "\n" not in text
 
 
+def test_the_samples_of_uneven_micro_batches():
+    network = model()
+    found, plain = [], network.loss
+    for poisoned in (0, 1):
+        calls = []
+        network.loss = lambda *rest, calls=calls, at=poisoned, **keys: calls.append(0) or (
+            plain(*rest, **keys) * (math.nan if len(calls) == at + 1 else 1.0))  # fmt: skip
+        result, _ = gradients((4, 2), network)
+        found.append(what_is_not_finite(result, network, range(40, 46), range(40, 46)))
+    assert found == ["the loss is nan on samples 40-43", "the loss is nan on samples 44-45"]
+
+
+def test_the_remedies_are_those_that_are_left():
+    bad = StepResult(math.nan, math.nan, 9, (math.nan,))
+    assert "training.on_nonfinite=skip passes over them" in refusal(bad)
+    faults = Faults(TrainingConfig(on_nonfinite="skip", max_skipped_steps=2), World())
+    faults.skip(6, "nan", range(6), None, 3e-4)
+    with pytest.raises(NonFiniteError, match="go on with --resume.*training.max_skipped_steps may allow more") as caught:
+        faults.skip(7, "nan", range(6), None, 3e-4)
+    assert "on_nonfinite" not in str(caught.value)
+
+
 def test_a_gradient_alone_names_all_samples_and_a_parameter():
     network = model()
     gradients((6,), network)

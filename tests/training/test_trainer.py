@@ -172,8 +172,8 @@ def test_a_longer_run_goes_on_from_a_finished_one(unbroken, tmp_path):
 
 def test_another_recipe_is_refused(unbroken, tmp_path):
     prepare_trainer(recipe(tmp_path, unbroken, steps=2)).fit()
-    with pytest.raises(CheckpointError, match="training.learning_rate was 0.003 and is now 0.1"):
-        prepare_trainer(recipe(tmp_path, unbroken, steps=2, learning_rate=0.1), start=Start(resume=True))
+    with pytest.raises(CheckpointError, match="training.weight_decay was 0.1 and is now 0.2"):
+        prepare_trainer(recipe(tmp_path, unbroken, steps=2, weight_decay=0.2), start=Start(resume=True))
 
 
 def test_a_used_folder_is_refused_and_overwritten_when_asked(unbroken, tmp_path):
