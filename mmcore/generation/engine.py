@@ -100,6 +100,7 @@ class Session:
         if chunk < 1:
             raise ConfigError(f"the prefill chunk is {chunk}: it must be at least 1 token")
         self.model = model
+        self._device = next(model.parameters()).device  # looked for once: a token takes less than a millisecond
         self._ahead = self._device.type in drawing.ASYNCHRONOUS if ahead is None else ahead
         self.chunk = chunk
         self.vocab_size = drawable(vocab_size, model.config.vocab_size)
@@ -229,10 +230,6 @@ class Session:
             if shapes[0] != shapes[1] or tensor.dtype != mine[name].dtype:
                 raise CheckpointError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}")
 
-    @property
-    def _device(self) -> torch.device:
-        return next(self.model.parameters()).device
-
     def _stream(
         self, max_new_tokens: int, sampling: Sampling, stop_ids: frozenset[int], progress: Progress | None
     ) -> Iterator[int]:
@@ -309,9 +306,9 @@ class Session:
         """One pass of the model over the tokens; returns the logits [1, V] behind the last."""
         self._require_whole()
         self._broken = True  # until the pass is over: a Ctrl-C or a lack of memory within leaves half a token
-        logits = self.model.advance(tokens_1T, self._state)[:, : self.vocab_size]
+        logits = self.model.advance(tokens_1T, self._state)
         self._broken = False
-        return logits
+        return logits if logits.shape[-1] == self.vocab_size else logits[:, : self.vocab_size]
 
     def _require_whole(self) -> None:
         if self._broken:

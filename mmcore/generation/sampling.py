@@ -7,6 +7,7 @@ state has to be kept, and the CPU and a GPU draw the same numbers.
 
 from __future__ import annotations
 
+import itertools
 import math
 import numbers
 from dataclasses import dataclass
@@ -138,7 +139,7 @@ def _draw(logits: Tensor, sampling: Sampling, uniforms: list[float], looks: tupl
             return torch.where(best.isfinite(), ids, _NOT_FINITE)
         _require_finite(best)
         return ids
-    best = _parts(logits).amax(-1).amax(-1, keepdim=True)
+    best = _parts(logits).amax(-1).amax(-1, keepdim=True) if blind else logits.amax(-1, keepdim=True)
     if not blind:
         _require_finite(best)
     weights, ids, further = _candidates(logits, best, sampling, looks, blind)
@@ -165,9 +166,9 @@ def _parts(x: Tensor) -> Tensor:
 
 def _greatest(logits: Tensor) -> tuple[Tensor, Tensor]:
     """(the maximum, its lowest index) of each row, [B] each; NaN is the greatest of all."""
-    parts = _parts(logits)
-    if parts.shape[1] == 1:
+    if logits.device.type not in ASYNCHRONOUS:  # a view more costs 3 us of a token there
         return logits.max(-1)
+    parts = _parts(logits)
     best, at = parts.max(-1)
     best, which = best.max(-1, keepdim=True)
     return best.squeeze(-1), (which * parts.shape[-1] + at.gather(-1, which)).squeeze(-1)
@@ -223,7 +224,8 @@ def _scramble(z: int) -> int:
 
 
 def _require_finite(best: Tensor) -> None:
-    if not all(map(math.isfinite, best.flatten().tolist())):
+    values = best.tolist()
+    if not all(map(math.isfinite, values if best.ndim == 1 else itertools.chain(*values))):
         raise NonFiniteError(_DAMAGED)
 
 
