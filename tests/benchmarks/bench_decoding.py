@@ -67,7 +67,7 @@ class HuggingFace:
 
     def _words(self, model: Callable, words: Tensor) -> Tensor:
         output = model(input_ids=words, use_cache=True, logits_to_keep=1, **{self.name: self.cache})
-        return output.logits[:, -1].argmax(-1, keepdim=True)
+        return output.logits[:, -1].max(-1, keepdim=True).indices  # faster than argmax
 
     def _cache(self, rows: int) -> Any:
         from transformers import DynamicCache, StaticCache
@@ -99,7 +99,7 @@ class Ours:
         return words
 
     def step(self, words: Tensor) -> Tensor:
-        return self.model.advance(words, self.state).argmax(-1, keepdim=True)
+        return self.model.advance(words, self.state).max(-1, keepdim=True).indices
 
     def pairs(self) -> list[Tensor]:
         """Keys and values that a step reads, as fp32, where a row of a store has a MiB of them and more: a shorter sum takes
