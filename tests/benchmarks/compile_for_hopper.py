@@ -52,6 +52,19 @@ def memory_read(dtype: torch.dtype) -> None:
     triton_few.memory_read(empty(B, 1, H, D, dtype=dtype), keys, keys, scalar, scalar, scalar, None, None, 64, T)
 
 
+def five_products(dtype: torch.dtype) -> None:
+    """The candidate for memory_read's backward pass, as part q of a visit times it."""
+    from tests.benchmarks import gpu_candidates, gpu_sweep
+
+    if dtype is not torch.bfloat16:
+        return
+    keys, scalar = empty(B, T, H, D, dtype=dtype), empty(H, dtype=torch.float32)
+    statistics = empty(B, H, T, dtype=torch.float32)
+    for gather, sums in gpu_sweep.five_kernels(gpu_sweep.FIVE):
+        for window, delay in gpu_sweep.READS.values():
+            gpu_candidates.run_backward(gather, keys, keys, keys, [scalar] * 3, window, delay, keys, statistics, sums)
+
+
 @torch.no_grad()
 def mosaic_step(dtype: torch.dtype) -> None:
     """A decoding step of the 1.5b shape, one row and eight; of padded rows, and with int8 weights."""
@@ -113,13 +126,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--every", action="store_true", help="all configurations, not the first of each")
     parser.add_argument("--dtypes", default="bf16,fp32")
-    parser.add_argument("--only", choices=("gated_scan", "memory_read", "mosaic_step", "small_ones"))
+    parser.add_argument("--only", choices=("gated_scan", "memory_read", "five_products", "mosaic_step", "small_ones"))
     parser.add_argument("--for-a-card", action="store_true", help="fill Triton's cache (TRITON_CACHE_DIR)")
     options = parser.parse_args()
     if options.for_a_card:
         from tests.helpers import no_card  # noqa: F401
     tuning.processors = lambda x: 132
-    works = (gated_scan, memory_read, mosaic_step, small_ones)
+    works = (gated_scan, memory_read, five_products, mosaic_step, small_ones)
     for name in options.dtypes.split(","):
         for work in works:
             if options.only not in (None, work.__name__):

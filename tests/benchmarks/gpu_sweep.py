@@ -96,6 +96,16 @@ FIVE = "128 64 8 2 3\n128 64 8 2 1\n128 64 8 2 0\n128 64 8 3 3\n128 32 8 3 3\n64
 """Keys R, queries, warps, stages, and the sums that gradients of bandwidths are made of."""
 
 
+def five_kernels(lines: str) -> Iterator[tuple[tuning.Tuned, int]]:
+    """The candidate's kernel in each configuration, and its sums."""
+    from mmcore.kernels.memory_read import triton as forward
+    from tests.benchmarks import gpu_candidates
+
+    for line in lines.split("\n"):
+        lengths, sums = line.rsplit(" ", 1)
+        yield gpu_candidates.columns(*forward.configs("R QB", lengths)), int(sums)
+
+
 def five_products(place: Place, report: dict[str, Any]) -> None:
     """The same pass in the form of gpu_candidates, which adds to memory; in ms, and how far it is off ours (of the norm)."""
     from mmcore.kernels.memory_read import triton as forward
@@ -103,11 +113,10 @@ def five_products(place: Place, report: dict[str, Any]) -> None:
     from tests.benchmarks import gpu_candidates
 
     for line in mine(place, place.pick(FIVE, "32 16 4 1 3").split("\n")):
-        lengths, sums = line.rsplit(" ", 1)
-        gather = gpu_candidates.columns(*forward.configs("R QB", lengths))
+        ((gather, sums),) = five_kernels(line)
         for name, (window, delay) in READS.items():
 
-            def times(gather=gather, sums=int(sums), window=window, delay=delay) -> dict[str, float]:
+            def times(gather=gather, sums=sums, window=window, delay=delay) -> dict[str, float]:
                 keys, values, scalars, upstream = _read_inputs(place)
                 kept = forward._run(keys, values, *scalars, None, None, window, delay, 0)
                 given = gather, upstream, keys, values, scalars, window, delay, *kept, sums

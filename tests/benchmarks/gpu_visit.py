@@ -40,7 +40,7 @@ def parts() -> dict[str, tuple[str, int, Callable]]:
         "k": ("products of a decoding step", 120, gpu_sweep.step),
         "t": ("shares of a decoding step", 60, gpu_sweep.shares),
         "r": ("configurations of memory_read forward", 60, gpu_sweep.read_forward),
-        "q": ("configurations of memory_read backward", 90, gpu_sweep.read_backward),
+        "q": ("configurations of memory_read backward", 150, gpu_sweep.read_backward),
     }
 
 
