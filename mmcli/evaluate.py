@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -178,7 +177,7 @@ def _measure_text(
     folder = out or folders.claim(folder)
     reports.write_results(report, folder)
     if as_json:
-        print(json.dumps(report | {"folder": str(folder)}, indent=2))
+        print(folders.strict_json(report | {"folder": str(folder)}, ascii=True))
         return
     show_report(report)
     print(f"Results and plot: {folder}")

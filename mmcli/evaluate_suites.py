@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import sys
@@ -19,7 +18,7 @@ def run_suites(
 ) -> None:
     """Measure, write the result folder, show the tables. `options`: limit, tasks, lengths, shots, ... as given."""
     from mmcli.evaluate_console import show_suites, suite_progress
-    from mmcore.evaluation import suite_data, suite_report
+    from mmcore.evaluation import folders, suite_data, suite_report
     from mmcore.evaluation import suites as suite
 
     names = suite_data.SUITES if "all" in suites else tuple(dict.fromkeys(suites))
@@ -40,7 +39,7 @@ def run_suites(
         raise
     suite_report.write(report, folder)
     if as_json:
-        print(json.dumps(report | {"folder": str(folder)}, indent=2))
+        print(folders.strict_json(report | {"folder": str(folder)}, ascii=True))
         return
     show_suites(report)
     print(f"Report: {folder / 'report.html'} (figures in results.json, items in items.jsonl)")

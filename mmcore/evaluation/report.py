@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmcore.errors import ConfigError
-from mmcore.evaluation.folders import drafted, require_writable
+from mmcore.evaluation.folders import drafted, require_writable, strict_json
 
 COLOURS = ("#1f6fb4", "#c8452f", "#2f8a57", "#8458b3", "#b8860b", "#555555")
 RESULTS = "results.json"
@@ -47,7 +47,7 @@ def write_results(report: dict[str, Any], folder: str | Path) -> list[Path]:
     """
     folder = check_folder(folder)
     with drafted(folder, last=RESULTS) as draft:
-        (draft / RESULTS).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        (draft / RESULTS).write_text(strict_json(report) + "\n", encoding="utf-8")
         (draft / "results.md").write_text(markdown(report), encoding="utf-8")
         if any(result.get("by_position") for result in report["results"]):
             plot(report, [draft / name for name in PICTURES])

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import base64
-import json
 import shlex
 from pathlib import Path
 from typing import Any
 
 from mmcore.evaluation import suite_plots
-from mmcore.evaluation.folders import drafted
+from mmcore.evaluation.folders import drafted, strict_json
 from mmcore.evaluation.journal import NAME as ITEMS
 from mmcore.evaluation.suite_plots import Picture
 from mmcore.evaluation.suite_tables import TITLES, Cell, Table, labels, tables
@@ -49,7 +48,7 @@ def write(report: dict[str, Any], folder: str | Path) -> list[Path]:
         pictures = suite_plots.draw_all(report, draft)
         (draft / "results.md").write_text(markdown(report, pictures), encoding="utf-8")
         (draft / "report.html").write_text(page(report, pictures, draft), encoding="utf-8")
-        (draft / "results.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (draft / "results.json").write_text(strict_json(report) + "\n", encoding="utf-8")
         names = sorted(path.name for path in draft.iterdir())
     return [Path(folder) / name for name in (*names, ITEMS)]
 

@@ -148,3 +148,16 @@ def test_default_folder_is_in_the_run(tmp_path):
     model = tmp_path / "model.bin"
     model.touch()
     assert folders.default_folder(model).parent == Path(), "others' data lie beside a file"
+
+
+def test_numbers_beyond_floats_are_null_in_json(tmp_path):
+    """Python would write Infinity, which no other reader takes."""
+    endless = report(result("runs/a") | {"perplexity": float("inf"), "loss": 900.0})
+    reports.write_results(endless, tmp_path / "out")
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    read = json.loads((tmp_path / "out" / "results.json").read_text(), parse_constant=refuse)
+    assert read["results"][0]["perplexity"] is None and read["results"][0]["loss"] == 900.0
+    assert "inf" in (tmp_path / "out" / "results.md").read_text()
