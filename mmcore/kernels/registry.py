@@ -71,12 +71,19 @@ def operator(
             with torch.no_grad():
                 found = backward(ctx, *given)
             if torch.is_grad_enabled():  # create_graph: PyTorch's once_differentiable takes what we saved for constants
-                found = tuple(g if g is None else _Last.apply(g, name, torch.empty(0, requires_grad=True)) for g in found)
+                found = _without_gradients(found, name)
             return found
 
         torch.library.register_autograd(f"mm::{name}", gradients, setup_context=setup, lib=_LIBRARY)
         _DIFFERENTIABLE[name] = made
     return made
+
+
+def _without_gradients(found: Any, name: str) -> Any:
+    """Gradients, and lists of them for inputs that are lists, as ones that refuse to have any themselves."""
+    if isinstance(found, (list, tuple)):
+        return type(found)(_without_gradients(part, name) for part in found)
+    return found if found is None else _Last.apply(found, name, torch.empty(0, requires_grad=True))
 
 
 class _Last(torch.autograd.Function):

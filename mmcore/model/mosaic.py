@@ -26,7 +26,6 @@ from mmcore.model.layers import (
     draw_normal,
     fan_in_sigma,
     hooked,
-    is_plain,
     project,
 )  # fmt: skip
 from mmcore.model.memories import ContextualMemory
@@ -88,12 +87,6 @@ class TwoMemoryBlock(nn.Module):
 
         return self._finish(x, read("short_term", self.SHORT_DELAY), read("long_term", delay), without)
 
-    def all_projections(self) -> list[nn.Module]:
-        """Every layer with a matrix."""
-        persistent = self.persistent
-        return [*self.short_term.projections(), *self.long_term.projections(), self.out_proj,
-                persistent.gate_proj, persistent.up_proj, persistent.down_proj]
-
     def _projected(self, y_BTd: Tensor, without: frozenset[str]) -> dict[str, list[Tensor]]:
         """All projections of y as one call: gates and decays of both memories are one product on a GPU, and on a CPU y is
         read once and its gradient summed once. A memory whose hooks may change what it is given makes its own."""
@@ -153,11 +146,8 @@ class MosaicBlock(TwoMemoryBlock):
     def whole_step(model: LanguageModel) -> Callable | bool:
         """The compiled step of a whole mosaic, or False where it cannot run."""
         config = model.config
-        projections = [projection for layer in model.model.layers for projection in layer.all_projections()]
-        if not config.gated_keys or not all(map(is_plain, (*projections, model.lm_head))):
-            return False  # something else (float8, an adapter) has taken the place of a Linear
-        if any(hooked(module) for module in model.modules() if module is not model):
-            return False  # the step calls no module
+        if not config.gated_keys or not all(_as_built(module) for module in model.modules() if module is not model):
+            return False  # the step calls no module: float8, adapters and hooks would be passed over
         layers = [layer.step_weights(config.long_term_delay) for layer in model.model.layers]
         classifier = model.lm_head.matrix()
         if mosaic_step.why_not(layers, classifier):
@@ -166,6 +156,16 @@ class MosaicBlock(TwoMemoryBlock):
             layers, model.model.norm.weight, classifier, config.num_attention_heads, config.rms_norm_eps,
             model.model.embed_tokens.weight,
         )
+
+
+_FORWARDS = frozenset(
+    kind.forward for kind in (nn.Module, nn.Embedding, MosaicBlock, ContextualMemory, PersistentMemory, RMSNorm, Linear)
+)
+
+
+def _as_built(module: nn.Module) -> bool:
+    """Whether a part of a mosaic does what build_mosaic made it to do, with nothing hung on it or put in its place."""
+    return type(module).forward in _FORWARDS and "forward" not in vars(module) and not hooked(module)
 
 
 def build_mosaic(config: ModelConfig, kernels: str = "auto") -> LanguageModel:

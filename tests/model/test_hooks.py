@@ -80,6 +80,40 @@ def test_adapters_in_the_place_of_projections(names):
     assert torch.allclose(whole, pieces, atol=3e-5) and (whole - plain).abs().max() > 1e-3
 
 
+class Scaled(nn.Embedding):
+    def forward(self, tokens):
+        return super().forward(tokens) * 3
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens", "model.norm", "model.layers.1.memory_norm", "model.layers.0.persistent"])
+@pytest.mark.parametrize("how", ["class", "instance"])
+def test_whatever_takes_the_place_of_a_part_is_called(name, how):
+    model, tokens = tiny(), random_tokens(2, 12)
+    plain = both_ways(model, tokens)[0]
+    part = model.get_submodule(name)
+    if how == "instance":
+        part.forward = lambda x, before=part.forward: before(x) * 3
+    elif isinstance(part, nn.Embedding):
+        part.__class__ = Scaled
+    else:
+        part.__class__ = type("Other", (type(part),), {"forward": lambda self, x: super(type(self), self).forward(x) * 3})
+    whole, pieces = both_ways(model, tokens)
+    assert torch.allclose(whole, pieces, atol=1e-4) and (whole - plain).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_second_derivatives_of_a_model_are_refused_in_words(model_type):
+    """Gradients may be asked for so that they could be differentiated; only differentiating them is refused."""
+    model, tokens = tiny(model_type), random_tokens(2, 12)
+    parameters = list(model.parameters())
+    want = torch.autograd.grad(model.loss(tokens, tokens), parameters, allow_unused=True)
+    found = torch.autograd.grad(model.loss(tokens, tokens), parameters, create_graph=True, allow_unused=True)
+    for a, b in zip(want, found, strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+    with pytest.raises(RuntimeError, match="no second derivatives: build or load the model with kernels='reference'"):
+        sum(gradient.square().sum() for gradient in found if gradient is not None).backward()
+
+
 def test_pruned_weights_are_made_anew_in_every_pass():
     model, tokens = tiny(), random_tokens(2, 12)
     layer = model.model.layers[0].short_term.key_proj
