@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -163,6 +164,7 @@ def _measure_text(
     checkpoints: list[Path], data: list[Path], text_key: str, options: dict[str, Any], out: Path | None, as_json: bool
 ) -> None:
     from mmcli.evaluate_console import show_report, text_progress
+    from mmcore.errors import ConfigError
     from mmcore.evaluation import folders
     from mmcore.evaluation import report as reports
     from mmcore.evaluation.runner import Settings
@@ -175,7 +177,12 @@ def _measure_text(
     with text_progress() as progress:
         report = measure(checkpoints, text, settings, progress)
     folder = out or folders.claim(folder)
-    reports.write_results(report, folder)
+    try:
+        reports.write_results(report, folder)
+    except ConfigError as error:  # somebody has put something there meanwhile; what was measured is not lost for it
+        folder = folders.claim(folders.default_folder(checkpoints[0]))
+        reports.write_results(report, folder)
+        print(f"Note: {error}. The results are in {folder}.", file=sys.stderr)
     if as_json:
         print(folders.strict_json(report | {"folder": str(folder)}, ascii=True))
         return

@@ -46,7 +46,7 @@ def with_tokenizer(checkpoint: Checkpoint, tokenizer: Tokenizer) -> tuple[Checkp
     tokenizer.check_fits(checkpoint.config.vocab_size)
     controls = set(tokenizer.model.controls.values())
     begin, ends = checkpoint.config_json.get("bos_token_id"), stop_ids(checkpoint)
-    kept = [end for end in ends if end in controls]
+    kept = [end for end in ends if end in controls and end != tokenizer.bos_id]
     values = dict(checkpoint.config_json)
     changes = []
     if tokenizer.bos_id not in (None, begin):

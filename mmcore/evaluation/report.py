@@ -19,8 +19,8 @@ FILES = (RESULTS, "results.md", *PICTURES)
 def check_folder(folder: str | Path) -> Path:
     """The folder, if a report may be written there: none yet, an empty one, or one of an earlier report and nothing else.
 
-    Raises ConfigError where something else is in it, HardwareError where it cannot be written; better before the measurement
-    than after it.
+    Raises ConfigError where something else is in it, HardwareError where it cannot be written; better before the
+    measurement than after it.
     """
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and _holds_own_files(folder)):
@@ -30,7 +30,7 @@ def check_folder(folder: str | Path) -> Path:
 
 
 def _holds_own_files(folder: Path) -> bool:
-    found = {path.name for path in folder.iterdir()}
+    found = {path.name for path in folder.iterdir() if not path.name.startswith(".")}  # such as what a killed mm left
     if RESULTS not in found:
         return not found
     try:

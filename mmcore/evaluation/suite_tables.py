@@ -135,7 +135,7 @@ def _glance(report: dict[str, Any]) -> list[Table]:
     lines: list[list[Cell]] = []
 
     def add(suite: str, what: str, chosen: Callable[[dict], bool], value: Callable[[dict], float]) -> None:
-        rows = [[row for row in result.get(suite, []) if chosen(row)] for result in results]
+        rows = _shared([[row for row in result.get(suite, []) if chosen(row)] for result in results])
         if any(rows):
             chances = {row["task"]: row.get("chance", 0.0) for found in rows for row in found}
             known = all(chance is not None for chance in chances.values())
@@ -178,14 +178,12 @@ def _persistent(report: dict[str, Any]) -> list[Table]:
             lines.append([Cell(RESTS_ON[group]), Cell(task, f"{first['metric']}, {first['items']:,} items"),
                           score(first["chance"]),
                           *(score(row["score"], row["interval"]) if row else Cell("-") for row in mine)])
-        scores = [group_scores(rows, group) for _, rows in models]
-        if any(scores):
+        shared = _shared([[row for row in rows if row["group"] == group and row["percent"]] for _, rows in models])
+        if any(shared):
             of = {PERSISTENT: " of 13", CONTEXTUAL: " of 6"}.get(group, "")
-            means.append([Cell("mean"), Cell(RESTS_ON[group], f"{len(tasks)}{of} benchmarks"), Cell(""),
-                          *(score(mean(found)) for found in scores)])
+            means.append(_mean_line(RESTS_ON[group], of, shared))
     if len(means) > 1:
-        every = [mean(row["score"] for row in rows if row["percent"]) for _, rows in models]
-        means.append([Cell("mean"), Cell("all", f"{len(lines)} benchmarks"), Cell(""), *map(score, every)])
+        means.append(_mean_line("all", "", _shared([[row for row in rows if row["percent"]] for _, rows in models])))
     lines += means
     lines = _best(lines, [[(row, 3 + column) for column in range(len(models))] for row in range(len(lines))])
     note = ("Through lm-evaluation-harness, each benchmark by its main metric, percent unless that is a perplexity. The "
@@ -194,9 +192,18 @@ def _persistent(report: dict[str, Any]) -> list[Table]:
     return [Table("persistent", "benchmarks", "Benchmarks", header, lines, note, groups=1, words=2)]
 
 
-def group_scores(rows: Rows, group: str) -> list[float]:
-    """Scores of a group's tasks, those in percent."""
-    return [row["score"] for row in rows if row["group"] == group and row["percent"]]
+def _shared(columns: list[list[dict]]) -> list[list[dict]]:
+    """The rows of each column whose tasks all columns have that have any: a mean over other tasks, where some were passed
+    over, would compare what cannot be compared."""
+    present = [{row["task"] for row in rows} for rows in columns if rows]
+    shared = set.intersection(*present) if present else set()
+    return [[row for row in rows if row["task"] in shared] for rows in columns]
+
+
+def _mean_line(what: str, of: str, columns: list[list[dict]]) -> list[Cell]:
+    count = len({row["task"] for rows in columns for row in rows})
+    means = [mean(row["score"] for row in rows) for rows in columns]
+    return [Cell("mean"), Cell(what, f"{count}{of} benchmarks"), Cell(""), *map(score, means)]
 
 
 def _order(task: str) -> tuple[int, str]:

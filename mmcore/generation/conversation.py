@@ -65,7 +65,7 @@ class Conversation:
         question, answer = {"role": "user", "content": text}, {"role": "assistant", "content": ""}
         ids = self._ids_of(question)
         # A question that is read in one piece cannot be left within: it needs no mark, which costs some memory.
-        long = len(ids) >= self.session.chunk
+        long = self.session.waiting + len(ids) >= self.session.chunk
         self._before = (self.session.mark(), self._decoder.copy(), self.ended, self.answer_ids) if long else None
         self.session.append(ids)
         self.messages += [question, answer]

@@ -123,6 +123,11 @@ class Session:
         return self._state.length + len(self._unread)
 
     @property
+    def waiting(self) -> int:
+        """Tokens of the text that are not read yet."""
+        return len(self._unread)
+
+    @property
     def state_bytes(self) -> int:
         """Bytes that the memories take."""
         return self._state.bytes

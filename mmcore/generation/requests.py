@@ -36,10 +36,10 @@ def drawable(vocab_size: int | None, size: int) -> int:
 def checked_ids(ids: Iterable[int] | Tensor, vocab_size: int) -> list[int]:
     """`ids`, those of one text, as a list: of whole numbers of any library, or an array of one row. Raises ConfigError for
     an id that is no whole number or not one of `vocab_size`, and for several rows."""
-    shape = tuple(getattr(ids, "shape", ()))
-    if len(shape) > 1 and math.prod(shape) != shape[-1]:
-        raise ConfigError(f"ids of shape {shape} are several texts: give one, or all of them to mmcore.generate_batch")
-    ids = ids.reshape(-1).tolist() if shape else list(ids)
+    shape = getattr(ids, "shape", None)  # of a tensor or an array
+    if shape is not None and math.prod(shape[:-1]) > 1:
+        raise ConfigError(f"ids of shape {tuple(shape)} are several texts: give one, or all to mmcore.generate_batch")
+    ids = list(ids) if shape is None else ids.reshape(-1).tolist()
     for token in ids:
         if not is_whole(token) or not 0 <= token < vocab_size:
             raise ConfigError(f"the token id {token!r} is not one of the model's {vocab_size:,}: check the tokenizer")

@@ -90,13 +90,17 @@ def check_memory(recipe: Recipe, device: torch.device, world: World | None = Non
     )
 
 
-def check_disk(recipe: Recipe) -> None:
+def check_disk(recipe: Recipe, overwriting: bool = False) -> None:
     """Raise HardwareError where the checkpoints that are kept at once do not fit on the disk that they lie on.
 
-    What the run has there already takes no more room, whether it goes on from it or overwrites it.
+    What the run has there already takes no more room, whether it goes on from it or overwrites it; but one that goes on
+    writes a checkpoint before it removes any.
     """
     there = sum(_bytes_of(folder) for folder in _checkpoints(recipe).glob("step-*"))
-    needed = planning.checkpoints_kept(recipe) * checkpoint_bytes(recipe.model)["total"] - there
+    one = checkpoint_bytes(recipe.model)["total"]
+    needed = planning.checkpoints_kept(recipe) * one - there
+    if there and not overwriting:
+        needed = max(needed, one)
     place = _existing(_checkpoints(recipe))
     free = shutil.disk_usage(place).free
     if needed > free:

@@ -163,10 +163,12 @@ class RunFolder:
 
     def clear(self) -> None:
         """Remove what a run writes, and nothing else that may lie in the folder."""
+        from mmcore.checkpoint.formats.folder import TOKENIZER_FILES
+
         with disk_errors(self.path):
             remove(self.checkpoints, "step-*")
             remove(self.tensorboard, TENSORBOARD_FILES)
-            remove(self.tokenizer, "*")
+            remove(self.tokenizer, *TOKENIZER_FILES)
             for name in ("metrics.jsonl", "health.jsonl", "wandb-id", "recipe.yaml", "environment.json", "data.json"):
                 (self.path / name).unlink(missing_ok=True)
 
@@ -183,14 +185,14 @@ class RunFolder:
             replace_text(here, json.dumps(current, indent=2) + "\n")
 
 
-def remove(folder: Path, written: str) -> None:
+def remove(folder: Path, *written: str) -> None:
     """Remove a folder of the run. Of one that is a link, to a larger disk say, the link and whatever else lies there
-    stay: only the entries that match `written` go. Raises OSError."""
+    stay: only the entries that match one of `written` go. Raises OSError."""
     if not folder.is_symlink():
         if folder.exists():
             shutil.rmtree(folder)
         return
-    for entry in folder.glob(written):
+    for entry in [entry for pattern in written for entry in folder.glob(pattern)]:
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
         else:

@@ -108,7 +108,7 @@ def _prepare(
     source = _source(recipe, run, stage, world) if resumed is None else None
     with all_or_none(world):
         checks.check_memory(recipe, device, world)
-    on_first(world, lambda: checks.check_disk(recipe))
+    on_first(world, lambda: checks.check_disk(recipe, start.overwrite))
 
     known = _known_tokenizer(recipe, resumed, source)
     tokenizer, corpus = in_turn(world, lambda: _data(recipe, known, tell))

@@ -158,6 +158,22 @@ def test_what_is_given_and_not_read_is_said(place, capsys):
     assert all(f"Note: {note}." in shown for note in notes)
 
 
+def test_what_was_measured_is_kept_where_its_folder_is_taken_meanwhile(place, capsys, monkeypatch):
+    from mmcore.evaluation import runner
+
+    def measure(*given, before=runner.evaluate):
+        (place / "out").mkdir()
+        (place / "out" / "thesis.tex").write_text("x")
+        return before(*given)
+
+    monkeypatch.setattr(runner, "evaluate", measure)
+    assert run(["eval", "mosaic", "--data", "text.txt", "--longest", "0", "--out", "out"]) == 0
+    (folder,) = (place / "mosaic").glob("eval-*")
+    captured = capsys.readouterr()
+    assert (folder / "results.json").is_file() and os.listdir(place / "out") == ["thesis.tex"]
+    assert "out exists and holds other things" in captured.err and str(folder.name) in captured.out
+
+
 def test_a_longer_context_is_said(place, capsys):
     report = evaluated(capsys, "mosaic", "--data", "text.txt", "--context", "48", "--longest", "0")
     assert any("longer than the 32 it was trained for" in note for note in report["notes"])

@@ -93,6 +93,13 @@ def test_the_working_folder_and_a_link(tmp_path, monkeypatch):
     assert "results.json" in os.listdir(tmp_path / "here")
 
 
+def test_what_a_killed_process_left_is_in_nobodys_way(tmp_path):
+    for _ in range(2):
+        (tmp_path / "out" / ".draft-abc").mkdir(parents=True, exist_ok=True)
+        reports.write_results(report(result("runs/a")), tmp_path / "out")
+    assert (tmp_path / "out" / "results.json").is_file()
+
+
 def test_two_results_of_one_second(tmp_path):
     """Both asked for a folder before either had written."""
     wanted = [folders.default_folder(tmp_path) for _ in range(2)]

@@ -82,6 +82,22 @@ def test_the_glance_has_the_means_of_all(report):
         ["In-context learning", "semantic labels, 2 shots 1 task", "25.0", "40.0", "41.0", "42.0"]]
 
 
+def test_means_are_over_the_tasks_that_all_have(report):
+    """One model's hard task was passed over: its mean must not win by that. A column with nothing at all keeps its dash."""
+    def row(task, score):
+        return {"task": task, "group": "persistent", "metric": "acc", "percent": True, "items": 10, "score": score,
+                "interval": None, "chance": 50.0, "metrics": {}, "shortened": 0}
+
+    first, second, third = report["results"]
+    first["persistent"] = [row("piqa", 80.0), row("arc-easy", 20.0)]
+    second["persistent"], third["persistent"] = [row("piqa", 70.0)], []
+    (line,) = [row for row in found(report, "glance").rows if "the weights" in str(row[1])]
+    assert [str(cell) for cell in line[1:]] == ["what rests on the weights 1 task", "50.0", "80.0", "70.0", "-"]
+    assert [cell.best for cell in line[3:]] == [True, False, False]
+    means = [row for row in found(report, "benchmarks").rows if row[0].text == "mean"]
+    assert [[cell.text for cell in row[3:5]] for row in means] == [["80.0", "70.0"]]
+
+
 def test_best_and_mean_of_the_forms_are_compared_apart(report):
     rows = found(report, "mine-by-shots").rows
     assert [[cell.text for cell in row[:3]] for row in rows[:2]] == [["semantic", "a", "best"], ["semantic", "a", "mean"]]

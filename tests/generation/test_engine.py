@@ -230,6 +230,12 @@ def test_generate_goes_on_from_a_state():
         assert state.length == len(PROMPT) + count  # whatever the device: every id but the last one given out
 
 
+def test_prompts_of_odd_shapes():
+    assert list(generate(FakeModel(), torch.tensor(5), max_new_tokens=3)) == greedy(FakeModel(), [5], 3)
+    with pytest.raises(ConfigError, match="the prompt is empty"):
+        generate(FakeModel(), torch.zeros(0, 5, dtype=torch.int64), max_new_tokens=3)
+
+
 @pytest.mark.parametrize("prompt", [
     torch.tensor(PROMPT), torch.tensor([PROMPT]), np.array(PROMPT), np.array([PROMPT], dtype=np.int32),
     list(np.array(PROMPT)),
@@ -280,7 +286,7 @@ def test_rows_without_a_token_are_never_drawn():
     (lambda m: generate_batch(m, [[1], []], max_new_tokens=3), "a prompt is empty"),
     (lambda m: Session(m, chunk=0), "chunk is 0"),
     (lambda m: generate(m, [True], max_new_tokens=3), "token id True is not one"),
-    (lambda m: generate(m, torch.tensor([PROMPT, PROMPT]), max_new_tokens=3), "are several texts: give one, or all of them to mmcore.generate_batch"),
+    (lambda m: generate(m, torch.tensor([PROMPT, PROMPT]), max_new_tokens=3), "are several texts: give one, or all to mmcore.generate_batch"),
     (lambda m: generate(m, PROMPT, max_new_tokens=3, vocab_size=0), "vocab_size is 0"),
     (lambda m: generate_batch(m, [PROMPT], max_new_tokens=3, vocab_size=-5), "vocab_size is -5"),
 ], ids=range(13))

@@ -256,6 +256,19 @@ def test_what_the_run_has_there_takes_no_more_room(tmp_path, disk):
         checks.check_disk(recipe)
 
 
+def test_a_run_that_goes_on_has_room_for_the_checkpoint_that_it_writes_before_any_goes(tmp_path, disk):
+    """Also where more lie there than are to be kept."""
+    recipe = changed(tmp_path, checkpoint__folder=str(disk / "run"), checkpoint__keep_last=1)
+    size = checkpoint_bytes(recipe.model)["total"]
+    for step in (2, 4, 6):
+        (disk / f"run/checkpoints/step-{step:06d}").mkdir(parents=True)
+        (disk / f"run/checkpoints/step-{step:06d}/model.safetensors").write_bytes(bytes(size))
+    assert 0 < shutil.disk_usage(disk).free < size
+    checks.check_disk(recipe, overwriting=True)
+    with pytest.raises(HardwareError, match="MiB beside those that are there and"):
+        checks.check_disk(recipe)
+
+
 def test_the_disk_that_counts_is_the_one_that_a_link_leads_to(tmp_path, disk):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/checkpoints").symlink_to(disk)

@@ -94,7 +94,8 @@ class _Reader:
             except SecurityError:
                 raise
             except FAILURES as error:
-                raise _Fault(f"the template {key} fails ({error}): complete or correct the row") from None
+                raise _Fault(f"the template {key} fails ({error}): complete or correct the row, or let the template ask "
+                             f"whether a field `is defined`") from None
         value = self._settings.get(key)
         if not isinstance(value, str):
             return value
