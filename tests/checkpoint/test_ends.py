@@ -75,6 +75,12 @@ def test_a_token_that_ends_a_turn_stays(tmp_path, tokenizer):
     assert mmcore.load_model(tmp_path / "out").stop_ids == {2, 5}
 
 
+def test_the_begin_token_ends_nothing(tmp_path, tokenizer):
+    """Where the source's end token has the number of the tokenizer's begin token."""
+    convert_checkpoint(source(tmp_path, {"bos_token_id": 0, "eos_token_id": 1}), tmp_path / "out", tokenizer=tokenizer)
+    assert mmcore.load_model(tmp_path / "out").stop_ids == {2}
+
+
 def test_a_tokenizer_for_chats_ends_turns_too(tmp_path, tokenizer):
     chat = mmcore.data.load_tokenizer(tokenizer)
     chat.chat_template = CHAT_TEMPLATE

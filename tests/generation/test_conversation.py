@@ -265,6 +265,15 @@ class TestTakenBack:
             assert list(talks[0].say(text, 9, HOT)) == list(talks[1].say(text, 9, HOT))
         assert talks[0].session.history == talks[1].session.history
 
+    def test_what_waited_before_counts_among_what_is_read(self, model, chat_tokenizer):
+        """A short question behind one whose stream was never begun is left within as well."""
+        conversation = Conversation(model, chat_tokenizer)
+        conversation.say("hello there", 9)
+        before = list(conversation.session.history)
+        self.leave(conversation, "a")
+        conversation.take_back()
+        assert conversation.session.history == before and len(conversation.messages) == 2
+
     def test_one_that_was_read_stays(self, model, chat_tokenizer):
         conversation = Conversation(model, chat_tokenizer)
         conversation.session.chunk = 16
