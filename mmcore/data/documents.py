@@ -22,7 +22,7 @@ from typing import IO, Any
 
 from mmcore.config import SourceConfig
 from mmcore.data.conversations import check_messages
-from mmcore.data.source_files import SourceFile, file_state, find_files
+from mmcore.data.source_files import SourceFile, file_hash, file_state, find_files
 from mmcore.errors import ConfigError, DataError
 
 PYTHON_LIBRARY = "python-library"
@@ -318,7 +318,7 @@ class HashBook:
         except (OSError, ValueError):  # a missing or damaged book only costs hashing again
             known = {}
         if isinstance(known, dict):
-            self._known = {key: entry for key, entry in known.items() if isinstance(entry, list) and len(entry) == 5}
+            self._known = {key: entry for key, entry in known.items() if isinstance(entry, list) and len(entry) == 4}
 
     def sha256(self, path: Path) -> str:
         """The file's hash. Raises DataError where it cannot be read."""
@@ -326,10 +326,9 @@ class HashBook:
             state = list(file_state(path))
             key = str(path.resolve())
             entry = self._known.get(key)
-            if entry is not None and entry[:4] == state:
-                return entry[4]
-            with open(path, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if entry is not None and entry[:3] == state:
+                return entry[3]
+            digest = file_hash(path)
         except OSError as error:
             raise DataError(f"{path} cannot be read ({error.strerror}): check its permissions") from None
         self._known[key] = [*state, digest]
@@ -348,10 +347,12 @@ class HashBook:
 
 
 def source_hash(source: Source, book: HashBook) -> str:
-    """SHA-256 over the names and contents of a source's files; for hf: the library's own fingerprint."""
+    """SHA-256 over the names and contents of a source's files; for hf: the library's own fingerprint. The files keep
+    theirs."""
     digest = hashlib.sha256()
     if source.dataset is not None:
         digest.update(f"hf:{source.dataset._fingerprint}".encode())
     for file in source.files:
-        digest.update(f"{file.name}\0{book.sha256(file.path)}\n".encode())
+        file.sha256 = book.sha256(file.path)
+        digest.update(f"{file.name}\0{file.sha256}\n".encode())
     return digest.hexdigest()

@@ -140,13 +140,15 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, folder: str | Pat
 
     Ids 0, 1, 2 are <unk>, <|begin_of_text|>, <|end_of_text|>; the chat tokens follow, then 256 bytes. The result
     depends on the texts and their order alone; `seed` is there for samplers that other trainers use.
-    Raises DataError where the texts are too few for the vocabulary, or the vocabulary too small for the texts.
+    Raises DataError where the texts are too few for the vocabulary, or the vocabulary too small for the texts, and
+    whatever `texts` raises.
     """
     output = io.BytesIO()
+    raised: list[BaseException] = []
     sentencepiece.set_random_generator_seed(seed)
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_sentences(texts), model_writer=output, model_type="bpe", vocab_size=vocab_size,
+            sentence_iterator=_sentences(texts, raised), model_writer=output, model_type="bpe", vocab_size=vocab_size,
             normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
             byte_fallback=True, split_digits=True, allow_whitespace_only_pieces=True, character_coverage=0.9999,
             max_sentence_length=8 * _LONGEST_SENTENCE, num_threads=_THREADS, minloglevel=2,
@@ -154,6 +156,8 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, folder: str | Pat
             control_symbols=list(CHAT_TOKENS),
         )
     except RuntimeError as error:
+        if raised:
+            raise raised[0] from None
         raise DataError(_explain(str(error), vocab_size)) from None
     tokenizer = Tokenizer(SentencePieceModel(output.getvalue()), origin=f"the tokenizer {folder or 'trained here'}")
     if folder is not None:
@@ -161,13 +165,20 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, folder: str | Pat
     return tokenizer
 
 
-def _sentences(texts: Iterable[str]) -> Iterator[str]:
-    """Lines of at most _LONGEST_SENTENCE characters: pieces never cross a line break."""
-    for text in texts:
-        for line in text.split("\n"):
-            for start in range(0, len(line), _LONGEST_SENTENCE):
-                # SPACE in the text would be learned as a space; a NUL ends the trainer's sentence
-                yield line[start:start + _LONGEST_SENTENCE].replace(SPACE, "").replace("\0", "")
+def _sentences(texts: Iterable[str], raised: list[BaseException]) -> Iterator[str]:
+    """Lines of at most _LONGEST_SENTENCE characters: pieces never cross a line break. What ends them early goes into
+    `raised` too, an exit included: the trainer makes a RuntimeError of it."""
+    try:
+        for text in texts:
+            for line in text.split("\n"):
+                for start in range(0, len(line), _LONGEST_SENTENCE):
+                    # SPACE in the text would be learned as a space; a NUL ends the trainer's sentence
+                    yield line[start:start + _LONGEST_SENTENCE].replace(SPACE, "").replace("\0", "")
+    except GeneratorExit:  # the trainer wants no more
+        raise
+    except BaseException as error:
+        raised.append(error)
+        raise
 
 
 def _explain(message: str, vocab_size: int) -> str:

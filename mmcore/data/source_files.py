@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -10,24 +11,32 @@ from pathlib import Path
 
 from mmcore.errors import DataError
 
-State = tuple[int, int, int, int]
-"""Size, time of modification, time of change (both ns) and inode: equal as long as nobody writes to a file. Whoever
-keeps the size and sets the time of modification back still moves the time of change."""
+State = tuple[int, int, int]
+"""Size, time of modification and time of change (both ns): equal as long as nobody writes to a file. Whoever keeps the
+size and sets the time of modification back still moves the time of change; so does a new link, owner or permission."""
 
 
 def file_state(path: Path) -> State:
     """The State of a file. Raises OSError."""
     stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
-@dataclass(frozen=True)
+def file_hash(path: Path) -> str:
+    """The SHA-256 of a file. Raises OSError."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(eq=False)
 class SourceFile:
-    """A file of a source: `name` is relative to the source, `state` that in which it was found."""
+    """A file of a source: `name` is relative to the source, `state` that in which it was found, `sha256` is known once it
+    was hashed."""
 
     name: str
     path: Path
     state: State
+    sha256: str | None = None
 
     @classmethod
     def found(cls, name: str, path: Path) -> SourceFile:
@@ -42,15 +51,24 @@ class SourceFile:
         """In bytes."""
         return self.state[0]
 
+    def unchanged(self) -> bool:
+        """Whether it is as it was when it was found. Where the time of change alone is another, its hash decides."""
+        try:
+            state = file_state(self.path)
+            if state == self.state:
+                return True
+            if self.sha256 is None or state[:2] != self.state[:2] or file_hash(self.path) != self.sha256:
+                return False
+        except OSError:
+            return False
+        self.state = state  # not to hash it again at every look
+        return True
+
 
 def check_unchanged(files: Iterable[SourceFile]) -> None:
     """Raise DataError for the first file that is not as it was when it was found."""
     for file in files:
-        try:
-            state = file_state(file.path)
-        except OSError:
-            state = None
-        if state != file.state:
+        if not file.unchanged():
             raise DataError(f"{file.path} changed while it was read: start again once nothing writes to it")
 
 

@@ -8,37 +8,32 @@ transformers does; this project's own template has its pieces encoded apart, as 
 from __future__ import annotations
 
 import itertools
-import json
 import re
-from collections.abc import Iterable
 from datetime import datetime
 from typing import Any
 
 import jinja2
 from jinja2.ext import Extension
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mmcore.data.conversations import CHAT_TEMPLATE
 from mmcore.data.tokenizer import Tokenizer
 from mmcore.errors import ConfigError
+from mmcore.generation.template_sandbox import MOST_TEXT, Sandbox, up_to
 
 Message = dict[str, str]
 """{"role": "system" | "user" | "assistant", "content": text}."""
 
 _FAULTS = (
-    jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError, MemoryError,
-    SyntaxError,
+    jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, MemoryError,
+    RuntimeError, SyntaxError,
 )  # fmt: skip
 """What a template can raise while it is compiled, and while it runs in the sandbox."""
-_MOST_TEXT = 1 << 20
-"""Characters that a template may write beside eight times what was said, and items of a list or bits of a number that it
-may compute."""
 
 
 class ChatTemplate:
     """A chat template with the tokenizer that it is for. Raises ConfigError for a template that cannot be used.
 
-    The template is a program from a checkpoint: it runs in jinja's immutable sandbox and sees roles and texts.
+    The template is a program from a checkpoint: it runs in a sandbox, with bounds, and sees roles and texts.
     `end_of_turn` is the control token that it writes behind an answer, or None.
     """
 
@@ -103,8 +98,7 @@ class ChatTemplate:
 
 def compiled(source: str) -> jinja2.Template:
     """A chat template in jinja's sandbox, with what transformers gives to one. Raises ConfigError."""
-    sandbox = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation])
-    sandbox.filters["tojson"] = _to_json
+    sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation])
     sandbox.globals["raise_exception"] = _raise_template_error
     sandbox.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
     try:
@@ -119,30 +113,14 @@ def rendered(
     """The text of a template that `compiled` gave; `begin` and `end` name those tokens. Raises ConfigError."""
     values = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt,
               "bos_token": begin or "", "eos_token": end or ""}  # fmt: skip
-    most = _MOST_TEXT + 8 * sum(len(message["content"]) for message in messages)
+    most = MOST_TEXT + 8 * sum(len(message["content"]) for message in messages)
+    template.environment.begin(most)
     try:
-        return "".join(_up_to(most, template.generate(values)))
+        return "".join(up_to(most, template.generate(values)))
     except _FAULTS as error:
         roles = ", ".join(message["role"] for message in messages)
         told = str(error) or "it needs more memory than there is"
         raise ConfigError(f"the checkpoint's chat template fails on the turns {roles} ({told})") from None
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """Refuses products and powers that are too large before they are computed; as they are intercepted, the compiler does
-    not compute them either."""
-
-    intercepted_binops = frozenset(["*", "**"])
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "*":
-            pair = (left, right) if hasattr(left, "__len__") else (right, left)
-            size = len(pair[0]) * pair[1] if hasattr(pair[0], "__len__") and isinstance(pair[1], int) else 0
-        else:
-            size = left.bit_length() * right if isinstance(left, int) and isinstance(right, int) else 0
-        if size > _MOST_TEXT:
-            raise jinja2.TemplateError(f"{operator} makes something too large")
-        return super().call_binop(context, operator, left, right)
 
 
 class _Generation(Extension):
@@ -157,23 +135,6 @@ class _Generation(Extension):
 
     def _same(self, caller: Any) -> str:
         return caller()
-
-
-def _to_json(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    """jinja's own filter would write < and > as \\u003c and \\u003e."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _up_to(most: int, pieces: Iterable[str]) -> Iterable[str]:
-    """The pieces. Raises TemplateError where they are longer than `most` characters together."""
-    total = 0
-    for piece in pieces:
-        total += len(piece)
-        if total > most:
-            raise jinja2.TemplateError(f"it writes more than {most:,} characters")
-        yield piece
 
 
 def _unused(texts: list[str]) -> tuple[str, str, str]:

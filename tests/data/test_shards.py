@@ -15,10 +15,11 @@ import pytest
 
 import mmcore
 from mmcore.config import DataConfig, SourceConfig
-from mmcore.data import load_tokenizer, prepare, shard_files, shards, workers
+from mmcore.data import load_tokenizer, prepare, shard_files, shards, source_files, workers
 from mmcore.data.corpus import cache_folder
 from mmcore.data.documents import open_source
 from mmcore.data.files import PART_MARK
+from mmcore.data.source_files import file_hash
 from mmcore.data.workers import Workers
 from mmcore.errors import DataError
 
@@ -250,6 +251,26 @@ def test_nothing_is_kept_of_a_file_that_changes_while_it_is_tokenized(small_toke
     (tmp_path / "a.jsonl").write_bytes(before)
     (stream,) = prepare(data, small_tokenizer).train.streams
     assert stream.read(0, stream.tokens).tolist() == [i for row in rows for i in (1, *small_tokenizer.encode(row), 2)]
+
+
+@pytest.mark.parametrize("touch", [lambda path: os.link(path, path.with_suffix(".link")), lambda path: path.chmod(0o640)],
+                         ids=["link", "chmod"])  # fmt: skip
+def test_a_new_link_or_permission_is_no_change(small_tokenizer, library_text, tmp_path, monkeypatch, touch):
+    path = tmp_path / "a.jsonl"
+    write_documents(path, library_text, 0.05)
+    hashed = []
+
+    def tokenize_then_touch(*arguments):
+        shard_files.write_shard(*arguments)
+        before = path.stat().st_ctime_ns
+        time.sleep(0.02)  # a kernel's clock moves every few milliseconds
+        touch(path)
+        assert path.stat().st_ctime_ns != before
+        monkeypatch.setattr(source_files, "file_hash", lambda path: hashed.append(path) or file_hash(path))
+
+    monkeypatch.setattr(workers, "write_shard", tokenize_then_touch)
+    assert prepare(config(path, tmp_path / "cache"), small_tokenizer).train.tokens
+    assert hashed == [path]  # once, however often it is looked at
 
 
 def test_a_file_cut_off_while_it_is_tokenized_is_said_to_change(small_tokenizer, library_text, tmp_path, monkeypatch):

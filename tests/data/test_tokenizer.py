@@ -67,6 +67,17 @@ def test_training_gives_the_size_and_names_asked_for(small_tokenizer, library_te
     assert again.fingerprint == small_tokenizer.fingerprint
 
 
+@pytest.mark.parametrize("error", [SystemExit(75), KeyboardInterrupt(), DataError("a.txt cannot be read")], ids=repr)
+def test_what_ends_the_texts_ends_the_training(error):
+    def texts():
+        yield "Once upon a time"
+        raise error
+
+    with pytest.raises(type(error)) as raised:
+        train_sentencepiece(texts(), 300)
+    assert raised.value is error
+
+
 def test_training_says_what_does_not_fit(tmp_path):
     with pytest.raises(DataError, match=r"too short for a vocabulary of 4096: give more text or .* at most \d+"):
         train_sentencepiece(["hello world"], 4096, tmp_path)

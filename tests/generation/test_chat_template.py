@@ -12,6 +12,7 @@ from mmcore.data.huggingface_tokenizer import from_json
 from mmcore.data.sentencepiece_model import SentencePieceModel, train_sentencepiece
 from mmcore.data.tokenizer import Tokenizer
 from mmcore.errors import ConfigError
+from mmcore.generation import chat_template
 from mmcore.generation.chat_template import ChatTemplate, compiled, rendered
 from mmcore.generation.conversation import Conversation
 from tests.generation.fakes import FakeModel
@@ -211,6 +212,64 @@ def test_our_own_template_stays_as_in_training(spaced):
 def test_a_template_cannot_fill_the_memory(source, told):
     with pytest.raises(ConfigError, match=f"chat template fails on the turns user, assistant .*{told}"):
         ChatTemplate(source, train_sentencepiece([TEXT] * 20, 340))
+
+
+DOUBLED = "{%% set n = namespace(t='x', l=[1]) %%}{%% for i in range(31) %%}{%% set n.t = %s %%}{%% endfor %%}"
+LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}BODY{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize("source", [
+    "{{ 'x'|center(2000000000)|length }}", "{{ 'x'.ljust(2000000000)|length }}", "{{ 'x'.zfill(2000000000)|length }}",
+    "{{ '{:>2000000000}'.format(1)|length }}", "{{ '{:>{}}'.format(1, 2000000000)|length }}",
+    "{{ '{a:>2000000000}'.format_map({'a': 1})|length }}", "{{ '%1900000000d' % 1 }}", "{{ '%*d' % (1900000000, 1) }}",
+    "{{ '%(a)1900000000d'|format(a=1)|length }}", DOUBLED % "n.t + n.t", DOUBLED % "n.t ~ n.t",
+    DOUBLED % "n.t.replace('x', 'xx')", DOUBLED % "n.t|replace('x', 'xx')", DOUBLED % "'{0}{0}'.format(n.t)",
+    DOUBLED % "[n.t, n.t]|join", DOUBLED % "n.t.join(['', n.t, ''])", DOUBLED % "'%s%s' % (n.t, n.t)",
+    "{% set n = namespace(l=[1]) %}{% for i in range(31) %}{% set n.l = n.l + n.l %}{% endfor %}",
+    "{% set n = namespace(l=3) %}{% for i in range(31) %}{% set n.l = n.l * n.l %}{% endfor %}",
+    "{% set n = namespace(l=3) %}{% for i in range(31) %}{% set l %}{{ n.l }}{{ n.l }}{% endset %}{% set n.l = l %}{% endfor %}",
+    "{{ (('\t' * 99999).expandtabs(99999))|length }}", "{{ ('\n' * 99999)|indent(99999)|length }}",
+    "{{ ([('x' * 999999)] * 99999)|string|length }}", "{{ ([('x' * 999999)] * 99999)|tojson|length }}",
+    "{{ [('x' * 999999)] * 99999 }}", "{{ [1]|batch(2000000000, 0)|list|length }}", "{{ 1|tojson(indent=2000000000) }}",
+    "{{ lipsum(n=100000000) }}", "{{ cycler() }}", "{{ (1).to_bytes(2000000000) }}", "{{ 'x'.encode() }}",
+])  # fmt: skip
+def test_a_hostile_template_ends_soon(source):
+    with pytest.raises(ConfigError, match="chat template fails on the turns user"):
+        rendered(compiled(source), [{"role": "user", "content": "x"}], True, None, None)
+
+
+@pytest.mark.parametrize("source", [
+    LOOPS, LOOPS.replace("%}BODY", "if false %}BODY"), LOOPS.replace("BODY", "{% continue %}"),
+    "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(50) }}",
+    "{% for i in [50] recursive %}{% if i %}{{ loop([i - 1, i - 1]) }}{% endif %}{% endfor %}",
+], ids=["loops", "filtered", "continued", "macro", "recursive"])  # fmt: skip
+def test_a_template_does_not_go_round_for_ever(source, monkeypatch):
+    monkeypatch.setattr(chat_template, "MOST_TEXT", 1 << 17)
+    with pytest.raises(ConfigError, match=r"\(it computes too much\)"):
+        rendered(compiled(source.replace("BODY", "")), [{"role": "user", "content": "x"}], True, None, None)
+
+
+@pytest.mark.parametrize("source, text", [
+    ("{{ 'a' ~ 1 ~ none ~ [2] }}", "a1None[2]"), ("{{ '%5.1f %s 20240101' % (1, 'a') }}", "  1.0 a 20240101"),
+    ("{{ '{{\"a\": {}}}'.format(3) }}", '{"a": 3}'), ("{{ '{:>4}'.format('x') }}", "   x"),
+    ("{{ 'a\nb'|indent(2) }}{{ 'a'|center(3) }}", "a\n  b a "), ("{{ ', '.join(['a', 'b']) }}", "a, b"),
+    ("{{ messages|map(attribute='role')|join(', ') }}", "user"), ("{{ {'a': [1, '<']}|tojson }}", '{"a": [1, "<"]}'),
+    ("{% for i in [1, 2, 3] if i > 1 %}{{ loop.index }}{{ i }}{{ loop.last }}{% endfor %}", "12False23True"),
+    ("{% for i in [] %}{% else %}none{% endfor %}{{ 7 % 4 }}{{ x is defined }}{{ x }}", "none3False"),
+    ("{{ messages[0]['content'].split('a', 1)[-1]|replace('b', 'c')|default(10000000) }}", "x"),
+    ("{{ messages|length }}{{ (messages|selectattr('role', 'eq', 'user')|list|last).role }}", "1user"),
+    ("{{ '{{x: 20240101}} {0}'.format(1) }}", "{x: 20240101} 1"),
+    ("{% macro f(a, b=2) %}{{ a }}{{ b }}{% endmacro %}{{ f(1) ~ f(3, b=4) }}", "1234"),
+])  # fmt: skip
+def test_what_a_right_template_does_is_as_ever(source, text):
+    assert rendered(compiled(source), [{"role": "user", "content": "x"}], True, None, None) == text
+
+
+def test_long_conversations_are_in_bounds():
+    source = ("{% set n = namespace(t='') %}{% for m in messages %}"
+              "{% set n.t = n.t + '<|' ~ m.role + '|>' + m.content|trim %}{% endfor %}{{ n.t }}")  # fmt: skip
+    talk = [{"role": "user", "content": "word " * 100}] * 1000
+    assert len(rendered(compiled(source), talk, True, None, None)) == 1000 * (499 + 8)
 
 
 def test_a_lack_of_memory_is_told():
