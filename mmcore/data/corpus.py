@@ -22,7 +22,7 @@ from mmcore.data.sentencepiece_model import train_sentencepiece
 from mmcore.data.shard_files import DOCUMENT, document_record
 from mmcore.data.shards import ShardSet, open_shards, shard_identity, tokenize
 from mmcore.data.source_files import check_unchanged
-from mmcore.data.splitting import HeldOut, Split, choose_held_out, split_documents
+from mmcore.data.splitting import HeldOut, Split, choose_held_out, split_documents, words_of
 from mmcore.data.store import Stream, TokenStore
 from mmcore.data.tokenizer import Tokenizer
 from mmcore.data.tokenizer_files import load_tokenizer
@@ -31,7 +31,6 @@ from mmcore.errors import DataError
 Progress = Callable[[int, int, float], None]
 """Hears (bytes done, bytes in all, bytes per second) of tokenizing; bytes of files as they lie on disk."""
 
-_HELD_OUT_BY = 2  # 1: hashes of texts with the line ends around them; other documents were held out of a tokenizer then
 _READ_TWICE_BELOW = 1 << 28  # bytes; larger data holds so many documents that the threshold alone decides
 
 
@@ -125,7 +124,7 @@ def _all_shards(sources: Sequence[Source], hashes: Sequence[str], tokenizer: Tok
 def _fingerprint(split: Split, sources: Sequence[Source], tokenizer: Tokenizer, data: DataConfig) -> dict[str, Any]:
     def side(streams: Sequence[Stream], weights: Sequence[float | None]) -> list[dict[str, Any]]:
         return [
-            {"source": stream.name, "sha256": stream.shards.source_sha256, "shards": _data_identity(stream.shards, split),
+            {"source": stream.name, "sha256": stream.shards.source_sha256, "shards": _data_identity(stream.shards),
              "weight": weight, "tokens": stream.tokens, "documents": stream.documents, "bytes": stream.bytes}
             for stream, weight in zip(streams, weights, strict=True)
         ]
@@ -151,10 +150,9 @@ def _fingerprint(split: Split, sources: Sequence[Source], tokenizer: Tokenizer, 
     return record
 
 
-def _data_identity(shards: ShardSet, split: Split) -> str:
+def _data_identity(shards: ShardSet) -> str:
     """The name of what a run learns: that of format 1 where it is the same, so that runs begun with it go on."""
-    as_before = all(shard.as_before for shard in shards.shards)
-    return shards.identity_before if as_before or not (split.by_hash or shards.masked) else shards.identity
+    return shards.identity_before if all(shard.as_before for shard in shards.shards) else shards.identity
 
 
 # --- the tokenizer of a recipe ---
@@ -174,7 +172,7 @@ def obtain_tokenizer(config: TokenizerConfig, data: DataConfig, vocab_size: int)
     sources = [open_source(source, data.kind) for source in data.sources]
     size = config.train_vocab_size or vocab_size
     facts = [_hashes(sources, cache), [_facts(source) for source in data.sources], data.kind, size,
-             config.train_megabytes, data.validation_fraction if not data.validation else 0, _HELD_OUT_BY]
+             config.train_megabytes, data.validation_fraction if not data.validation else 0, 1]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
     folder = cache.parent / "tokenizers" / key if not data.cache else cache / "tokenizers" / key
     if (folder / "tokenizer.model").is_file() and (folder / "tokenizer_config.json").is_file():
@@ -206,7 +204,7 @@ def _training_texts(sources: Sequence[Source], config: TokenizerConfig, data: Da
         shuffled = Source(source.config, source.kind, files, dataset=source.dataset)
         for document in shuffled.documents():
             text = document.text
-            if held_out is not None and held_out(_table([text])["hash"])[0]:
+            if held_out is not None and held_out(_table([text]))[0]:
                 continue
             if source.kind == "conversations":
                 text = "\n\n".join(message["content"] for message in json.loads(text))
@@ -216,15 +214,17 @@ def _training_texts(sources: Sequence[Source], config: TokenizerConfig, data: Da
                 break
 
 
-def _held_out_of(sources: Sequence[Source], data: DataConfig) -> HeldOut | None:
-    """The documents that `prepare` will hold out, before anything is tokenized."""
+def _held_out_of(sources: Sequence[Source], data: DataConfig) -> Callable[[np.ndarray], np.ndarray] | None:
+    """Which documents `prepare` will hold out, or leave out with them, before anything is tokenized."""
     if data.validation or data.validation_fraction == 0:
         return None
     if sum(source.total_bytes for source in sources) > _READ_TWICE_BELOW:
-        return HeldOut.below(data.validation_fraction)
+        return HeldOut.below(data.validation_fraction).records
     tables = [_table([document.text for document in source.documents() if document.text.strip()])
               for source in sources]
-    return choose_held_out(tables, data.validation_fraction, data.kind)
+    chosen = choose_held_out(tables, data.validation_fraction, data.kind)
+    words = None if chosen is None else words_of(tables, chosen.records)
+    return None if words is None else lambda table: np.isin(table["words"], words)
 
 
 def _table(texts: Sequence[str]) -> np.ndarray:

@@ -14,9 +14,9 @@ from mmcore.data.conversations import ChatFormat, is_learnt
 from mmcore.data.files import write_atomically
 from mmcore.data.tokenizer import Tokenizer
 
-DOCUMENT = np.dtype([("tokens", "<u8"), ("bytes", "<u8"), ("hash", "<u8")])
-"""Of one document: framed length in tokens, text length in UTF-8 bytes, and the first 64 bits of the BLAKE2b of its
-text without the line ends around it: a part of a .txt has none, a row of a .jsonl may keep them."""
+DOCUMENT = np.dtype([("tokens", "<u8"), ("bytes", "<u8"), ("hash", "<u8"), ("words", "<u8")])
+"""Of one document: framed length in tokens, text length in UTF-8 bytes, and the first 64 bits of the BLAKE2b of its text,
+and of its text without the line ends around it: a part of a .txt has none, a row of a .jsonl may keep them."""
 
 _ENCODED_AT_ONCE = 1 << 20  # characters; keeps the Python lists of ids small
 
@@ -32,7 +32,7 @@ def write_shard(stem: Path, texts: Sequence[bytes], tokenizer: Tokenizer, kind: 
         as_before = not any("weight" in message for row in rows for message in row)
     else:
         ids, answers = list(_framed(texts, tokenizer, dtype)), 0
-        as_before = all(_without_line_ends(text) == text for text in texts)
+        as_before = True
     table = np.array([document_record(text, len(row)) for text, row in zip(texts, ids, strict=True)], DOCUMENT)
     parts = {".bin": np.concatenate(ids), ".docs": table}
     if masks:
@@ -46,14 +46,13 @@ def write_shard(stem: Path, texts: Sequence[bytes], tokenizer: Tokenizer, kind: 
     write_atomically(stem.with_suffix(".json"), json.dumps(facts).encode())
 
 
-def document_record(text: bytes, tokens: int = 0) -> tuple[int, int, int]:
+def document_record(text: bytes, tokens: int = 0) -> tuple[int, int, int, int]:
     """The DOCUMENT record of a text."""
-    digest = hashlib.blake2b(_without_line_ends(text), digest_size=8).digest()
-    return tokens, len(text), int.from_bytes(digest, "little")
+    return tokens, len(text), _hash(text), _hash(text.strip(b"\r\n"))
 
 
-def _without_line_ends(text: bytes) -> bytes:
-    return text.strip(b"\r\n")
+def _hash(text: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
 def _conversations(rows: Sequence[list[dict[str, Any]]], tokenizer: Tokenizer,

@@ -31,7 +31,7 @@ from mmcore.data.workers import Workers
 from mmcore.errors import DataError
 
 FORMAT = 2
-"""1 hashed a document with the line ends around it and learnt answers of weight 0. Its shards are made anew."""
+"""1 knew nothing of the line ends around a document and learnt answers of weight 0. Its shards are made anew."""
 
 _SMALLEST_SHARD, _LARGEST_SHARD = 1 << 20, 64 << 20  # bytes of text
 _SHARDS_WANTED = 256  # enough for even work and fine-grained resuming; few enough files
@@ -41,7 +41,7 @@ _ALONE_BELOW = 2 << 20  # bytes of text; a worker process takes about 0.3 s to s
 @dataclass(frozen=True)
 class Shard:
     """A whole shard: `stem` is its path without ending, `answers` counts what conversations have to learn that is not
-    blank. `as_before`: format 1 gave the same tokens, masks and hashes."""
+    blank. `as_before`: format 1 gave the same tokens and masks."""
 
     stem: Path
     tokens: int

@@ -1,14 +1,15 @@
 """Which documents are held out for validation.
 
 A document is held out where the hash of its text lies below validation_fraction: the choice does not depend on the
-other documents, the tokenizer or the order, and documents that are identical but for the line ends around them always
-fall on the same side. Where that leaves far too little (few documents), the next ones in the order of their hashes are
-added; where there are too few documents even for that, the end of the longest one is held out.
+other documents, the tokenizer or the order, and identical documents always fall on the same side. What differs from a
+document that is held out in the line ends around it alone is left out of training. Where hashes leave far too little (few
+documents), the next ones in the order of their hashes are added; where there are too few documents even for that, the end
+of the longest one is held out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -35,6 +36,10 @@ class HeldOut:
         """Whether each is held out; bool, of the same shape."""
         return (hashes < np.uint64(self.threshold)) | np.isin(hashes, self.more)
 
+    def records(self, table: np.ndarray) -> np.ndarray:
+        """The same of DOCUMENT records."""
+        return self(np.asarray(table["hash"]))
+
     @property
     def description(self) -> str:
         added = f", and the next {len(self.more)} in the order of hashes" if len(self.more) else ""
@@ -49,9 +54,7 @@ class Split:
     validation: list[Stream]
     how: str
     excluded: int = 0
-    """Training documents left out because validation holds the same text."""
-    by_hash: bool = True
-    """Whether hashes of documents had a say."""
+    """Training documents left out because validation holds the same text, or the same but for line ends around it."""
 
 
 def choose_held_out(tables: Sequence[np.ndarray], fraction: float, kind: str) -> HeldOut | None:
@@ -87,24 +90,35 @@ def split_documents(train: Sequence[ShardSet], validation: Sequence[ShardSet], n
     """
     if validation:
         kept = [select(s, n, _everything) for s, n in zip(validation, names[len(train):], strict=True)]
-        hashes = np.unique(np.concatenate([table["hash"] for s in validation for table in _tables(s)]))
-        used = [select(s, n, lambda h: ~np.isin(h, hashes)) for s, n in zip(train, names, strict=False)]
-        excluded = sum(_count(s) for s in train) - sum(stream.documents for stream in used)
+        used, excluded = _without(words_of([t for s in validation for t in _tables(s)], _everything), train, names)
         return Split(used, kept, "data.validation", excluded)
     everything = [select(s, n, _everything) for s, n in zip(train, names, strict=True)]
     if data.validation_fraction == 0:
-        return Split(everything, [], "none", by_hash=False)
-    chosen = choose_held_out([t for s in train for t in _tables(s)], data.validation_fraction, data.kind)
+        return Split(everything, [], "none")
+    tables = [t for s in train for t in _tables(s)]
+    chosen = choose_held_out(tables, data.validation_fraction, data.kind)
     if chosen is not None:
-        return Split([select(s, n, lambda h: ~chosen(h)) for s, n in zip(train, names, strict=True)],
-                     [select(s, n, chosen) for s, n in zip(train, names, strict=True)], chosen.description)
+        kept = [select(s, n, chosen.records) for s, n in zip(train, names, strict=True)]
+        used, left_out = _without(words_of(tables, chosen.records), train, names)
+        return Split(used, kept, chosen.description, left_out - sum(stream.documents for stream in kept))
     if data.kind == "conversations":
         return Split(everything, [], "none: there is one conversation only")
     return _split_tail(everything, data.validation_fraction)
 
 
-def _everything(hashes: np.ndarray) -> np.ndarray:
-    return np.ones(len(hashes), dtype=bool)
+def words_of(tables: Sequence[np.ndarray], chosen: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """The texts of the chosen documents, as hashes that leave out the line ends around them."""
+    return np.unique(np.concatenate([table["words"][chosen(table)] for table in tables]))
+
+
+def _without(words: np.ndarray, train: Sequence[ShardSet], names: Sequence[str]) -> tuple[list[Stream], int]:
+    """The sources without documents of these texts, and how many those are."""
+    used = [select(s, n, lambda t: ~np.isin(t["words"], words)) for s, n in zip(train, names, strict=False)]
+    return used, sum(_count(s) for s in train) - sum(stream.documents for stream in used)
+
+
+def _everything(table: np.ndarray) -> np.ndarray:
+    return np.ones(len(table), dtype=bool)
 
 
 def _tables(shards: ShardSet) -> Iterator[np.ndarray]:
@@ -128,7 +142,7 @@ def _split_tail(everything: Sequence[Stream], fraction: float) -> Split:
             start = at = 0
             for row in stream.shards.documents(shard):
                 at += int(row["tokens"])
-                if row["hash"] == longest["hash"]:
+                if row["words"] == longest["words"]:
                     cut = at - min(tail, int(row["tokens"]))  # a copy with fewer line ends around it is shorter
                     runs.append(Run(number, start, cut - start))
                     cuts += 1
@@ -139,4 +153,4 @@ def _split_tail(everything: Sequence[Stream], fraction: float) -> Split:
         runs = [run for run in runs if run.length]
         text_bytes = stream.bytes - cuts * tail_bytes
         train.append(Stream(stream.shards, stream.name, runs, stream.documents, text_bytes))
-    return Split(train, held, f"the last {tail} tokens of the longest document", by_hash=len(table) > 1)
+    return Split(train, held, f"the last {tail} tokens of the longest document")

@@ -124,12 +124,12 @@ class TokenStore:
 
 
 def select(shards: ShardSet, name: str, chosen: Callable[[np.ndarray], np.ndarray]) -> Stream:
-    """The stream of documents for whose hashes (uint64 [n]) `chosen` is true."""
+    """The stream of documents for whose records (DOCUMENT [n]) `chosen` is true."""
     runs: list[Run] = []
     documents = text_bytes = 0
     for number, shard in enumerate(shards.shards):
         table = shards.documents(shard)
-        keep = chosen(np.asarray(table["hash"]))
+        keep = chosen(table)
         documents += int(keep.sum())
         text_bytes += int(table["bytes"][keep].sum())
         runs += [Run(number, start, length) for start, length in _stretches(shard, table, keep)]

@@ -10,7 +10,6 @@ from mmcore.config import DataConfig, SourceConfig, TokenizerConfig
 from mmcore.data import Loader, Samples, obtain_tokenizer, prepare, train_sentencepiece
 from mmcore.data import corpus as corpus_module
 from mmcore.data.documents import open_source
-from mmcore.data.shard_files import document_record
 from mmcore.errors import DataError
 from tests.helpers.real_data import DATA, needs_data
 
@@ -89,7 +88,8 @@ def test_line_ends_around_a_document_do_not_bring_it_to_both_sides(small_tokeniz
     corpus = prepare(DataConfig(sources=(both,), cache=str(tmp_path.with_suffix(".cache")), validation_fraction=0.1),
                      small_tokenizer)
     held, trained = (documents_of(store, small_tokenizer) for store in (corpus.validation, corpus.train))
-    assert len(held) + len(trained) == 160 and len(held) >= 6
+    left_out = corpus.fingerprint["excluded_from_training"]
+    assert len(held) + len(trained) + left_out == 160 and len(held) >= 6 and left_out >= 6
     assert not {text.strip() for text in held} & {text.strip() for text in trained}
     assert any(text.endswith("\n") for text in held) and not all(text.endswith("\n") for text in held)
     rows = write(tmp_path / "validation.jsonl", [story + "\n" for story in stories[:5]])
@@ -98,12 +98,15 @@ def test_line_ends_around_a_document_do_not_bring_it_to_both_sides(small_tokeniz
 
 
 def test_a_copy_with_fewer_line_ends_does_not_give_the_end_away(small_tokenizer, tmp_path):
-    text = next(t for t in (f"one two {n}" for n in range(999)) if document_record(t.encode())[2] > 0.9 * 2**64)
-    rows = ["\r\n" * 40 + text, text]
-    data = DataConfig(sources=(write(tmp_path / "a.jsonl", rows),), cache=str(tmp_path / "cache"), validation_fraction=0.9)
+    """Two documents are too few to choose among: the end of the longer one is held out, and cut off the other."""
+    text = "once there was a cat that had seven lives and lost them all in a day"
+    data = DataConfig(sources=(write(tmp_path / "a.jsonl", [text + "\n", text]),), cache=str(tmp_path / "cache"),
+                      validation_fraction=0.3)
     corpus = prepare(data, small_tokenizer)
-    (trained,) = corpus.train.streams
-    assert small_tokenizer.decode(trained.read(0, trained.tokens).tolist()).strip() == ""
+    (trained,), (held,) = corpus.train.streams, corpus.validation.streams
+    end = small_tokenizer.decode(held.read(0, held.tokens).tolist()).strip()
+    assert text.endswith(end) and len(end) > 10
+    assert end not in small_tokenizer.decode(trained.read(0, trained.tokens).tolist())
     assert all(run.length > 0 for run in trained.runs)
 
 
@@ -112,18 +115,21 @@ def identity_before(corpus, contents, tokenizer, **source):
     facts = {"format": 1, "contents": contents, "kind": "text", "text_key": "text", "separator": "<|endoftext|>",
              "tokenizer": tokenizer.fingerprint} | source
     shards = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    sides = [[shards, None, store.tokens] for store in (corpus.train, corpus.validation) if store]
+    everything = sum(shard.tokens for shard in corpus.train.streams[0].shards.shards)
+    held = corpus.validation.tokens if corpus.validation else 0
+    sides = [[shards, None, tokens] for tokens in (everything - held, held) if tokens]
     essence = [tokenizer.fingerprint, facts["kind"], corpus.fingerprint["held_out"], *sides]
     return hashlib.sha256(json.dumps(essence).encode()).hexdigest()
 
 
 @pytest.mark.parametrize(("rows", "fraction", "same"), [
-    (["\n one ", "two", "three", "four"], 0.25, False), ([" one ", "two", "three", "four"], 0.25, True),
+    (["\n one ", "two", "three", "four"], 0.25, True), ([" one ", "two", "three", "four"], 0.25, True),
     (["one\n", "two\n"], 0.0, True), (["one and its end\n"], 0.2, True),
+    ([text for n in range(40) for text in (f"number {n}", f"number {n}\n")], 0.25, False),
 ])
 def test_runs_begun_before_go_on_where_the_split_is_the_same(rows, fraction, same, small_tokenizer, tmp_path):
-    """Since FORMAT 2 the line ends around a document have no say in its hash; where that changes nothing, nor does the
-    identity by which a run knows its data."""
+    """Since FORMAT 2 what differs from a held-out document in line ends alone is not trained on; where there is no such
+    document, the identity by which a run knows its data is what it was."""
     data = DataConfig(sources=(write(tmp_path / "a.jsonl", rows),), cache=str(tmp_path / "cache"), validation_fraction=fraction)
     corpus = prepare(data, small_tokenizer)
     file = hashlib.sha256((tmp_path / "a.jsonl").read_bytes()).hexdigest()
