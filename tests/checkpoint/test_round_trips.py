@@ -89,6 +89,7 @@ def test_llama2c_to_everything(tmp_path, tied):
     assert same(dict(open_checkpoint(tmp_path / "m.bin").tensors), open_checkpoint(end).tensors)
 
 
+@pytest.mark.slow
 @needs_data("models/stories260K")
 def test_the_tokenizer_goes_along(tmp_path):
     source = DATA / "models/stories260K/stories260K.bin"

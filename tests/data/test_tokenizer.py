@@ -98,7 +98,7 @@ def test_saved_tokenizer_is_the_same(part, prose, tmp_path):
     assert (again.bos_id, again.eos_id, again.vocab_size) == (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size)
 
 
-@pytest.mark.parametrize("part", KINDS)
+@pytest.mark.parametrize("part", SLOW_KINDS)
 def test_text_never_becomes_control_tokens(part):
     tokenizer = given_tokenizer(part)
     controls = set(tokenizer.model.controls.values())
@@ -323,7 +323,9 @@ SAMPLES = (
 
 
 @needs_data("tokenizers/gpt2")
-@pytest.mark.parametrize("names", [("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")])
+@pytest.mark.parametrize("names", [
+    ("encoder.json", "vocab.bpe"), pytest.param(("vocab.json", "merges.txt"), marks=pytest.mark.slow),
+])  # fmt: skip
 def test_gpt2s_two_files_give_the_ids_of_tiktoken(tmp_path, names):
     """Against OpenAI's own library, built from the same files; whichever file or folder is named."""
     tiktoken = pytest.importorskip("tiktoken")

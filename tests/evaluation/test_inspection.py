@@ -97,6 +97,7 @@ def test_removed_memories_are_left_out():
     assert {read.memory for read in reads} == {"short_term"}
 
 
+@pytest.mark.slow
 def test_weight_by_distance(tmp_path):
     ids = random_tokens(40, seed=8).tolist()
     reads = inspect(tiny(), ids)

@@ -189,6 +189,7 @@ def test_triton_step_of_large_activations_in_fp16():
     assert got.isfinite().all()
 
 
+@pytest.mark.slow
 def test_triton_step_built_in_inference_mode_goes_on_outside_it():
     model, _ = pair(num_hidden_layers=1)
     state, step, tokens = model.new_state(1), graphed(model), random_tokens(1, 4)
