@@ -450,7 +450,7 @@ def test_triton_gradients_of_a_document_have_the_same_bits_behind_any_other(smal
 
 @needs_triton
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("lengths", [(1,), (1, 2, 1, 30), (33, 31)])
+@pytest.mark.parametrize("lengths", [(1, 2, 1, 30), *(pytest.param(n, marks=pytest.mark.slow) for n in ((1,), (33, 31)))])
 def test_triton_documents_do_not_mix(small_chunks, monkeypatch, lengths, way):
     go(small_chunks, monkeypatch, way)
     check("triton", *problem(2, 50, 1, 16, seed=3), resets=cut(2, 50, *lengths))

@@ -586,7 +586,7 @@ def test_triton_in_half_precision_on_a_card(name, dtype):
 
 
 @needs_triton
-@pytest.mark.parametrize("shares", [None, 44, pytest.param(99, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("shares", [None, *(pytest.param(n, marks=pytest.mark.slow) for n in (44, 99))])
 @pytest.mark.parametrize("case", FEW_CASES.values(), ids=FEW_CASES.keys())
 def test_triton_few_queries(case, shares, monkeypatch):
     """Shares of the memory, joined; also more of them than lie in registers at a time, some of them empty."""

@@ -206,7 +206,7 @@ def test_values_too_large_for_fp16_are_kept_as_they_are(log_scale, dtype):
     assert {memory.store.keys.dtype for memory in state.memories.values()} == {dtype}
 
 
-@pytest.mark.parametrize("threads", [1, pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("threads", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2)), 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("sizes", ODD_SIZES)
 @pytest.mark.usefixtures("exact_pairs")

@@ -65,6 +65,7 @@ def test_fast_kernels_in_fp32(case, kernels):
         assert (got[row] - want).abs().max() < 3e-6 * want.abs().max()
 
 
+@pytest.mark.slow
 def test_decoding_equals_the_full_pass(case):
     """Pieces of any size, rows of unequal length, a state saved and gone on from, a memory removed."""
     model = load_model(case[0], dtype=torch.float64)

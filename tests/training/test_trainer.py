@@ -93,7 +93,7 @@ def test_the_checkpoint_loads_as_a_model_and_equals_the_trained_one(unbroken):
 
 
 @pytest.mark.parametrize("step", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 7))])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_stopped_and_resumed_is_the_unbroken_run_to_the_last_bit(unbroken, tmp_path, step, number):
     same = recipe(tmp_path, unbroken)
     outcome = prepare_trainer(same, listeners=[StopAfter(step, number)]).fit()
