@@ -92,7 +92,7 @@ def _open(
     import torch
 
     import mmcore
-    from mmcli.terminal import tell_of_slow_kernels
+    from mmcli.terminal import names_in, tell_of_slow_kernels
     from mmcore.checkpoint.load import weight_format
     from mmcore.generation.conversation import Conversation
     from mmcore.generation.engine import generate
@@ -101,8 +101,7 @@ def _open(
     chosen = None if dtype is None else weight_format(dtype)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    memories = tuple(name.strip() for name in (without or "").split(",") if name.strip())
-    model = mmcore.load_model(checkpoint, dtype=chosen, device=device, without=memories)
+    model = mmcore.load_model(checkpoint, dtype=chosen, device=device, without=names_in(without))
     if device == "cpu":
         keep_pages()
         tell_of_slow_kernels(device)

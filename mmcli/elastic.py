@@ -196,7 +196,7 @@ class Agent(LocalElasticAgent):
         why = "" if told else f": {failure.message}"
         left = self._remaining_restarts
         then = f"; starting all ranks again from the newest checkpoint (may do so {left - 1} more times)" if left else ""
-        print(f"mm: rank {rank} {how}{why}{then}", file=sys.stderr, flush=True)
+        say(f"rank {rank} {how}{why}{then}")
 
 
 def say(sentence: str) -> None:

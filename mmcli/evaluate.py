@@ -109,11 +109,11 @@ def evaluate(
       mm eval runs/stories --suite in-context --data my-labels.csv --shots 1,2,4
       mm eval runs/stories --inspect story.txt --token -1
     """
-    from mmcli.terminal import tell_of_slow_kernels
+    from mmcli.terminal import names_in, tell_of_slow_kernels
     from mmcore.errors import ConfigError
 
     given = _given(command)
-    removed = tuple(name.strip() for names in without or () for name in names.split(",") if name.strip())
+    removed = names_in(",".join(without or ()))
     if "text_key" in given and not data:
         raise ConfigError("--text-key names a field of --data, and there is none: give --data FILE or leave it out")
     if inspect and (suite or data or len(checkpoints) > 1):

@@ -38,6 +38,11 @@ def dim(text: str, stream: TextIO) -> str:
     return text if plain else f"\x1b[2m{text}\x1b[0m"
 
 
+def names_in(text: str | None) -> tuple[str, ...]:
+    """The names of an option that takes several with commas between them."""
+    return tuple(name.strip() for name in (text or "").split(",") if name.strip())
+
+
 def tolerate_narrow_encodings() -> None:
     """Let a terminal that cannot show a character show a stand-in, instead of the program failing there."""
     for stream in (sys.stdout, sys.stderr):

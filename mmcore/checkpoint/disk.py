@@ -15,6 +15,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import time
@@ -115,6 +116,15 @@ def write_file(path: Path, chunks: Iterable[bytes]) -> FileRecord:
 def write_json(path: Path, values: dict[str, Any]) -> FileRecord:
     """Write a new JSON file durably. Raises OSError; ValueError for what JSON cannot hold (NaN included)."""
     return write_file(path, [json_bytes(values)])
+
+
+def finite(values: Any) -> Any:
+    """Plain values with null for numbers that are not finite, which JSON cannot hold: Python would write Infinity."""
+    if isinstance(values, dict):
+        return {key: finite(value) for key, value in values.items()}
+    if isinstance(values, (list, tuple)):
+        return [finite(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
 def json_bytes(values: dict[str, Any]) -> bytes:

@@ -223,8 +223,10 @@ def _held_out_of(sources: Sequence[Source], data: DataConfig) -> Callable[[np.nd
     tables = [_table([document.text for document in source.documents() if document.text.strip()])
               for source in sources]
     chosen = choose_held_out(tables, data.validation_fraction, data.kind)
-    words = None if chosen is None else words_of(tables, chosen.records)
-    return None if words is None else lambda table: np.isin(table["words"], words)
+    if chosen is None:
+        return None
+    words = words_of(tables, chosen.records)
+    return lambda table: np.isin(table["words"], words)
 
 
 def _table(texts: Sequence[str]) -> np.ndarray:

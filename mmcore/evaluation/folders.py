@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import tempfile
 import time
@@ -12,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mmcore.checkpoint.disk import finite
 from mmcore.errors import HardwareError
 
 
@@ -82,15 +82,7 @@ def drafted(folder: str | Path, last: str) -> Iterator[Path]:
 def strict_json(values: Any, ascii: bool = False) -> str:
     """Plain values as JSON that any reader takes: null for numbers that are not finite, as a perplexity beyond floats.
     `ascii`: for terminals of any encoding."""
-    return json.dumps(_finite(values), indent=2, ensure_ascii=ascii, allow_nan=False)
-
-
-def _finite(values: Any) -> Any:
-    if isinstance(values, dict):
-        return {key: _finite(value) for key, value in values.items()}
-    if isinstance(values, (list, tuple)):
-        return [_finite(value) for value in values]
-    return None if isinstance(values, float) and not math.isfinite(values) else values
+    return json.dumps(finite(values), indent=2, ensure_ascii=ascii, allow_nan=False)
 
 
 def _refused(folder: Path, error: OSError) -> HardwareError:

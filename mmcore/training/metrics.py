@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from mmcore.checkpoint.disk import finite
 from mmcore.training.event_file import EventFile
 from mmcore.training.events import Ended, Event, Health, RolledBack, Saved, Saving, Skipped, StepDone, Validated
 from mmcore.training.run_folder import disk_errors, replace_text
@@ -52,8 +53,7 @@ def as_line(event: Event) -> dict:
     """The event as one flat JSON object: `kind` first, then the event's fields; a number that is not finite, which
     JSON cannot hold, is null, and a path its last part."""
     fields = {k: v.name if isinstance(v, Path) else v for k, v in dataclasses.asdict(event).items()}
-    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
-    return {"kind": _KINDS[type(event)]} | finite
+    return {"kind": _KINDS[type(event)]} | finite(fields)
 
 
 def wanted(event: Event, log_every: int) -> bool:
