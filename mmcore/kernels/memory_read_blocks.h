@@ -12,7 +12,6 @@
 
 #define MAX_PANELS 8
 #define MAX_QUERIES (MAX_PANELS * PANEL)
-#define MAX_TILE 96
 #define LOWEST (-3.0e38f) /* the score of a pair that may not be read */
 #define LOG2_E 1.4426950408889634f
 

@@ -37,7 +37,9 @@ static void pack_split_rows(float *out, const char *rows, long row, long count, 
 /* Columns of `count` rows, of `width` numbers each; zeros beyond the rows and beyond `size`. */
 static void pack_columns(float *out, const char *rows, long row, long width, long count, long size, const int narrow) {
     const long bytes = narrow ? 2 : 4;
-    for (long j = 0; j < count; j += SIDE)
+    for (long j = 0; j < count; j += SIDE) {
+        for (long r = j + SIDE; r < (count < j + 2 * SIDE ? count : j + 2 * SIDE); r++)
+            for (long d = 0; d < size * bytes; d += 64) __builtin_prefetch(rows + r * row * bytes + d);
         for (long d = 0; d < width; d += LANES, out += LANES * TILE_SIDE) {
             vec words[LANES];
             for (int r = 0; r < LANES; r++) {
@@ -48,6 +50,7 @@ static void pack_columns(float *out, const char *rows, long row, long width, lon
             transpose(words);
             for (int r = 0; r < LANES; r++) store(out + r * TILE_SIDE, words[r]);
         }
+    }
 }
 static long columns_floats(long rows, long width) { return (rows + SIDE - 1) / SIDE * width * TILE_SIDE; }
 
@@ -69,11 +72,8 @@ NOINLINE static void split_rows_times_panel(float *out, const float *rows, const
         for (int i = 0; i < PANEL; i += SIDE) {
             const float *a = rows + j * depth, *b = panel + i;
             open_sums(NULL, 0, 0, 1, 1);
-            for (long k = 0; k < half; k += TILE_SIDE) {
-                add_tiles(a + k, depth, b + (half + k) * PANEL, PANEL, 1, 1);
-                add_tiles(a + k, depth, b + k * PANEL, PANEL, 1, 1);
-                add_tiles(a + half + k, depth, b + k * PANEL, PANEL, 1, 1);
-            }
+            for (long k = 0; k < half; k += TILE_SIDE)
+                add_split_tiles(a + k, a + half + k, depth, b + k * PANEL, b + (half + k) * PANEL, PANEL);
             close_sums(out + j * PANEL + i, PANEL, 1, 1);
         }
 }

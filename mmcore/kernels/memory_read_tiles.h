@@ -152,6 +152,9 @@ NOINLINE static void add_columns_times_panel(float *out, const float *scale, con
 /* out[d][PANEL] = column d of `count` rows, each times its scale; zeros beyond count and beyond size. */
 static void pack_panel(float *out, const float *rows, long row, const float *scale, long count, long size) {
     for (long i = 0; i < PANEL; i += LANES) {
+        for (long r = i + LANES; r < i + 2 * LANES; r++)
+            if (r < count)
+                for (long d = 0; d < size; d += 16) __builtin_prefetch(rows + r * row + d);
         for (long d = 0; d < size; d += LANES) {
             vec x[LANES];
 #pragma GCC unroll 16
@@ -168,6 +171,9 @@ static void pack_panel(float *out, const float *rows, long row, const float *sca
 static void unpack_panel(float *rows, long row, const float *panel, const float *scale, long count, long size,
                          int add) {
     for (long i = 0; i < count; i += LANES) {
+        for (long r = i + LANES; r < i + 2 * LANES; r++)
+            if (r < count)
+                for (long d = 0; d < size; d += 16) __builtin_prefetch(rows + r * row + d, 1);
         for (long d = 0; d < size; d += LANES) {
             vec x[LANES];
 #pragma GCC unroll 16

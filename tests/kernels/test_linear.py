@@ -94,6 +94,26 @@ def test_narrow_weights_without_gradients(rows, inside):
             assert product_error(y, x, weight, scale) < 1e-6
 
 
+@needs_compiler
+@pytest.mark.parametrize("rows, threads", [(2_100, 1), (2_100, 3), (6_500, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+def test_more_rows_than_are_kept_from_round_to_round(rows, threads, dtype):
+    """Panels of several rounds, and more tiles of x than a thread keeps (64), by columns and by rows; the number of threads
+    changes no bit."""
+    x, weight = torch.randn(rows, 513), torch.randn(1_600, 513)
+    scale = torch.rand(len(weight)) + 0.1 if dtype is torch.int8 else None
+    weight = torch.randint(-128, 128, weight.shape).to(dtype) if dtype is torch.int8 else weight.to(dtype)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        (y,) = cpu.products(x, [weight], None if scale is None else [scale])
+    finally:
+        torch.set_num_threads(before)
+    assert product_error(y, x, weight, scale) < 1e-6
+    (part,) = cpu.products(x[-70:], [weight], None if scale is None else [scale])
+    assert torch.equal(part, y[-70:])
+
+
 rounds = pytest.mark.skipif(not cpu.multiplies_bf16(), reason="this processor has no products of bf16")
 
 

@@ -3,6 +3,7 @@
 #include "linear_call.h"
 
 #define HELD 16       /* tiles of X that are kept for all threads, of 8 to 66 KiB */
+#define KEPT 64       /* tiles that a thread keeps for itself from round to round where a matrix unit multiplies */
 #define EVEN_TILES 32 /* for each thread: with fewer, one more or less leaves another waiting (5 % of 512 rows) */
 
 /* Columns [n, n + count) of all Y, from a block that is not written where they lie. */
@@ -136,64 +137,83 @@ static struct ahead rows_of(const struct call *c, whole row, whole end, whole k,
                           .rows = rows};
 }
 
-/* A tile meets the panels of a round, outputs from n on. */
-static void forward_round(const struct call *c, whole row, whole n, whole held, whole k, whole depth, const float *tile,
-                          const float *panels, struct ahead *next) {
-    for (whole p = 0; p < held; p++)
-        forward_block(c, row, least(c->height, c->rows - row), n + p * COLUMNS, k > 0, depth, tile,
-                      panels + p * panel_floats(depth, c->format), next);
+/* Floats of a tile of X. */
+static whole tile_floats(int format) { return rows_of_block(format) * TILE_ROW; }
+
+/* Tiles that a thread keeps of so many rows: beside the matrix unit's products packing them for each round of panels took a sixth
+   of the time. fp32's are as fast packed again, into the first-level cache. */
+static whole kept_tiles(whole rows, int format) {
+    return by_matrix(format) ? least(KEPT, parts_of(rows, rows_of_block(format))) : 1;
+}
+
+/* Rows [row, end) of X meet the panels of a round, outputs from n on. In the `first` round they are packed into the thread's
+   tiles, each just before its products, while the next is asked for; later ones find them there if they are kept. */
+static void forward_round(const struct call *c, whole row, whole end, whole n, whole held, int first, whole k, whole depth,
+                          float *tiles, const float *panels, struct ahead *then) {
+    whole each = panel_floats(depth, c->format);
+    int keep = kept_tiles(c->rows, c->format) > 1;
+    for (whole number = 0; row < end; row += c->height, number += keep) {
+        float *tile = tiles + number * tile_floats(c->format);
+        whole rows = least(c->height, end - row);
+        struct ahead next = rows_of(c, row + c->height, first || !keep ? end : 0, k, depth);
+        next.then = then;
+        if (first || !keep) pack_tile(c, tile, row, rows, k, depth);
+        for (whole p = 0; p < held; p++)
+            forward_block(c, row, rows, n + p * COLUMNS, k > 0, depth, tile, panels + p * each, &next);
+    }
 }
 
 /* Y where there are many rows: threads share the panels, and each takes rows of its own. */
-static void forward(const struct call *c, float *tile) {
-    whole first, end, deep = depth_of(DEPTH, c->format);
+static void forward(const struct call *c, float *tiles) {
+    whole first, end, deep = depth_of(DEPTH, c->format), all = parts_of(c->rows, c->height);
+    whole longest = parts_of(all, omp_get_num_threads()) * c->height, kept = kept_tiles(c->rows, c->format);
+    whole group = kept > 1 ? kept * c->height : longest;
     my_rows(c, &first, &end);
     for (whole k = 0; k < c->in; k += deep) {
         whole depth = least(deep, c->in - k), each = panel_floats(depth, c->format), most = ROUND_FLOATS / each;
-        for (whole n = 0; n < c->total; n += most * COLUMNS) {
-            whole held = least(most, parts_of(c->total - n, COLUMNS));
+        for (whole top = first; top < first + longest; top += group) /* as often for each thread */
+            for (whole n = 0; n < c->total; n += most * COLUMNS) {
+                whole held = least(most, parts_of(c->total - n, COLUMNS));
 #pragma omp for schedule(static, 1)
-            for (whole p = 0; p < held; p++) pack_weights(c, c->panels + p * each, n + p * COLUMNS, k, depth);
-            for (whole row = first; row < end; row += c->height) {
-                struct ahead next = rows_of(c, row + c->height, end, k, depth);
-                pack_tile(c, tile, row, least(c->height, end - row), k, depth);
-                forward_round(c, row, n, held, k, depth, tile, c->panels, &next);
-            }
+                for (whole p = 0; p < held; p++) pack_weights(c, c->panels + p * each, n + p * COLUMNS, k, depth);
+                forward_round(c, top, least(end, top + group), n, held, n == 0, k, depth, tiles, c->panels, NULL);
 #pragma omp barrier
-        }
+            }
     }
 }
 
 /* Y where there are few: each thread takes panels of its own, and all rows. Up to HELD tiles are packed once, by all threads for
-   all, and meet the panels one by one; more are packed for each round of panels, by each thread for itself. */
+   all, and meet the panels one by one; more are packed by each thread for itself. */
 static void forward_columns(const struct call *c, float *panels, float *shared, float *own) {
-    whole first, end, deep = depth_of(DEPTH, c->format);
+    whole first, end, deep = depth_of(DEPTH, c->format), kept = kept_tiles(c->rows, c->format);
     my_share(parts_of(c->total, COLUMNS), &first, &end);
-    int keep = parts_of(c->rows, c->height) <= HELD;
+    int share = parts_of(c->rows, c->height) <= HELD;
+    whole group = kept > 1 && !share ? kept * c->height : c->rows;
     for (whole k = 0; k < c->in; k += deep) {
-        whole depth = least(deep, c->in - k), each = panel_floats(depth, c->format), most = keep ? 1 : ROUND_FLOATS / each;
-        if (keep) {
+        whole depth = least(deep, c->in - k), each = panel_floats(depth, c->format), most = share ? 1 : ROUND_FLOATS / each;
+        if (share) {
 #pragma omp for schedule(static)
             for (whole row = 0; row < c->rows; row += c->height)
                 pack_tile(c, shared + row * TILE_ROW, row, least(c->height, c->rows - row), k, depth);
         }
-        for (whole p = first; p < end; p += most) {
-            whole held = least(most, end - p), after = p + held;
-            struct ahead weights = {0};
-            if (after < end)
-                weights = weights_of(c, after * COLUMNS, least(most, end - after), k, depth);
-            else if (k + deep < c->in)
-                weights = weights_of(c, first * COLUMNS, least(most, end - first), k + deep, least(deep, c->in - k - deep));
-            for (whole i = 0; i < held; i++) pack_weights(c, panels + i * each, (p + i) * COLUMNS, k, depth);
-            for (whole row = 0; row < c->rows; row += c->height) {
-                float *tile = keep ? shared + row * TILE_ROW : own;
-                struct ahead next = rows_of(c, row + c->height, keep ? 0 : c->rows, k, depth);
-                next.then = &weights;
-                if (!keep) pack_tile(c, tile, row, least(c->height, c->rows - row), k, depth);
-                forward_round(c, row, p * COLUMNS, held, k, depth, tile, panels, &next);
+        for (whole top = 0; top < c->rows; top += group)
+            for (whole p = first; p < end; p += most) {
+                whole held = least(most, end - p), after = p + held;
+                struct ahead weights = {0};
+                if (after < end)
+                    weights = weights_of(c, after * COLUMNS, least(most, end - after), k, depth);
+                else if (k + deep < c->in)
+                    weights = weights_of(c, first * COLUMNS, least(most, end - first), k + deep, least(deep, c->in - k - deep));
+                for (whole i = 0; i < held; i++) pack_weights(c, panels + i * each, (p + i) * COLUMNS, k, depth);
+                if (!share) {
+                    forward_round(c, top, least(c->rows, top + group), p * COLUMNS, held, p == first, k, depth, own, panels, &weights);
+                    continue;
+                }
+                for (whole row = 0; row < c->rows; row += c->height)
+                    forward_block(c, row, least(c->height, c->rows - row), p * COLUMNS, k > 0, depth, shared + row * TILE_ROW, panels,
+                                  &weights);
             }
-        }
-        if (keep && k + deep < c->in) {
+        if (share && k + deep < c->in) {
 #pragma omp barrier
         }
     }
@@ -212,13 +232,10 @@ static void narrow_x(const struct call *c) {
     }
 }
 
-/* Floats of a tile of X. */
-static whole tile_floats(int format) { return rows_of_block(format) * TILE_ROW; }
-
 /* Floats of scratch for so many rows. */
 whole mm_linear_scratch(whole rows, whole in, int format, int threads) {
     whole narrow = in_steps(format) ? rows * (words_of(in) + 1) : 0;
-    return threads * (ROUND_FLOATS + tile_floats(format)) + HELD * tile_floats(format) + narrow;
+    return threads * (ROUND_FLOATS + kept_tiles(rows, format) * tile_floats(format)) + HELD * tile_floats(format) + narrow;
 }
 
 /* Whether this processor multiplies in bf16 faster than in fp32: without that nothing is to be ROUNDED. */
@@ -229,7 +246,8 @@ whole mm_linear_depth(int format) { return depth_of(DEPTH, format); }
 
 void mm_linear(const struct matrix *list, whole count, int format, const char *x, whole rows, whole in, whole x_row,
                int x_halves, int y_halves, float *scratch, int threads) {
-    float *tiles = scratch + threads * (whole)ROUND_FLOATS, *shared = tiles + threads * tile_floats(format);
+    whole own = kept_tiles(rows, format) * tile_floats(format);
+    float *tiles = scratch + threads * (whole)ROUND_FLOATS, *shared = tiles + threads * own;
     float *steps = shared + HELD * tile_floats(format);
     struct call c = {.list = list, .x = x, .count = count, .total = outputs_of(list, count), .rows = rows, .in = in,
                      .x_row = x_row, .height = rows_of_block(format), .format = format, .x_halves = x_halves,
@@ -238,7 +256,7 @@ void mm_linear(const struct matrix *list, whole count, int format, const char *x
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         whole thread = omp_get_thread_num(), team = omp_get_num_threads();
-        float *mine = tiles + thread * tile_floats(format);
+        float *mine = tiles + thread * own;
         if (by_matrix(format)) open_tiles();
         if (in_steps(format)) narrow_x(&c);
         if (parts_of(rows, c.height) < EVEN_TILES * team)

@@ -71,18 +71,20 @@ static void add_and_norm(const struct piece *p, int64_t rows, const float *delta
         add_and_norm_row(p->input + r * d, p->x + r * d, delta ? delta + r * d : NULL, weight, d, p->shape->eps);
 }
 
-/* Head h of one row: its pairs of these tokens are stored, but for the last, and its keys become queries. */
+/* Heads [from, end) of one row: their pairs of these tokens are stored, but for the last, and their keys become queries. Token by
+   token: a head's numbers of one lie a page from its next ones. */
 static void remember_all(const struct piece *p, const struct memory *m, float *const projected[4], float *queries,
-                         int64_t row, int64_t h) {
+                         int64_t row, int64_t from, int64_t end) {
     int64_t heads = p->shape->heads, width = p->shape->width, size = width / heads;
-    for (int64_t t = 0; t < p->steps; t++) {
-        int64_t n = row * p->steps + t, place = n * width + h * size, slot = m->used + t - m->fresh;
-        int first = m->fresh && t == 0, begins = first || (p->padding && p->padding[row] == p->position + t);
-        struct projected token = {projected[0] + place, projected[1] + place, projected[2][n * heads + h],
-                                  projected[3][n * heads + h]};
-        remember(m, p->shape, row, h, first ? -1 : slot, begins, token);
-        memcpy(queries + place, m->pending_key + row * width + h * size, size * sizeof *queries);
-    }
+    for (int64_t t = 0; t < p->steps; t++)
+        for (int64_t h = from; h < end; h++) {
+            int64_t n = row * p->steps + t, place = n * width + h * size, slot = m->used + t - m->fresh;
+            int first = m->fresh && t == 0, begins = first || (p->padding && p->padding[row] == p->position + t);
+            struct projected token = {projected[0] + place, projected[1] + place, projected[2][n * heads + h],
+                                      projected[3][n * heads + h]};
+            remember(m, p->shape, row, h, first ? -1 : slot, begins, token);
+            memcpy(queries + place, m->pending_key + row * width + h * size, size * sizeof *queries);
+        }
 }
 
 /* What the last `wanted` queries of each row read of a memory whose pairs of these tokens are stored. */
@@ -124,10 +126,15 @@ static void one_layer(const struct piece *p, struct layer *l, const float *befor
     }
     add_and_norm(p, rows, before, l->memory_norm);
     multiply(p, memories, 8, p->input, rows, d);
-#pragma omp parallel for schedule(static) num_threads(threads_for(p, 2 * rows * d))
-    for (int64_t i = 0; i < 2 * p->rows * H; i++) {
-        int64_t k = i / (p->rows * H);
-        remember_all(p, &l->memories[k], p->projected[k], p->queries[k], i / H % p->rows, i % H);
+    int64_t all = 2 * p->rows * H; /* heads of both memories, of which each thread takes neighbours */
+#pragma omp parallel num_threads(threads_for(p, 2 * rows * d))
+    {
+        int64_t thread = omp_get_thread_num(), team = omp_get_num_threads(), end = all * (thread + 1) / team;
+        for (int64_t i = all * thread / team, next; i < end; i = next) {
+            int64_t k = i / (p->rows * H), h = i % H;
+            next = smaller(end, i + H - h);
+            remember_all(p, &l->memories[k], p->projected[k], p->queries[k], i / H % p->rows, h, h + next - i);
+        }
     }
     for (int k = 0; k < 2; k++) read_memory(p, &l->memories[k], wanted, p->queries[k], p->input + k * d);
     rows = p->rows * wanted;
