@@ -25,7 +25,7 @@ from mmcore.generation.sampling import Draw, Sampling, uniform
 if TYPE_CHECKING:
     from mmcore.model.language_model import LanguageModel
 
-PREFILL_CHUNK = 1024
+PREFILL_CHUNK = 2048
 """Tokens of a prompt read in one pass: long enough for matrix products at full speed, short enough to stop
 within a moment and to bound the memory a long prompt takes."""
 
