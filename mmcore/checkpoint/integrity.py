@@ -62,7 +62,8 @@ def _faults(folder: Path, records: Records, hashes: Hashes, messages: Messages) 
     mine = by_size[messages.rank :: messages.size]
     read = set(records) if hashes is True else hashes or ()
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # hashing releases the interpreter's lock
-        faults = dict(zip(mine, pool.map(lambda name: _fault(folder / name, records[name], name in read), mine), strict=True))
+        looks = pool.map(lambda name: _fault(folder / name, records[name], name in read), mine)
+        faults = dict(zip(mine, looks, strict=True))
     problems = [fault for fault in faults.values() if fault]
     if hashes is True and sharded.NAME in records and not faults.get(sharded.NAME):
         problems += _shard_faults(folder, records, [name for name in mine if not faults[name]])

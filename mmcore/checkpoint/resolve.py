@@ -38,8 +38,8 @@ def iterate_whole(run_folder: str | Path, on_skip: Report | None = None, *, veri
     """A run's whole checkpoints, newest first, each verified when its turn comes.
 
     on_skip hears of each that is not whole; without it a warning is logged. verify=False checks only that all
-    files are there with their sizes, and a set of names reads those files besides. messages: of the ranks that look together; each verifies a part, and all are
-    given the same checkpoints and hear the same reasons.
+    files are there with their sizes, and a set of names reads those files besides. messages: of the ranks that look
+    together; each verifies a part, and all are given the same checkpoints and hear the same reasons.
     """
     report = on_skip or _log.warning
     done = set()

@@ -24,7 +24,7 @@ CONTEXT_KEYS = (
 
 
 _SETTINGS = frozenset({"config.json"})
-"""What is taken from the checkpoint here, and so must be as it was written; its weights are verified when they are loaded."""
+"""What is taken from a checkpoint here, and so must be as it was written. Its weights are verified when they are loaded."""
 
 
 def load_finetune_recipe(path: str | Path, overrides: Sequence[str] = (), resume: bool = False) -> Recipe:

@@ -76,8 +76,8 @@ def open_checkpoint(path: str | Path, *, verify: Hashes = True, allow_nonfinite:
                     messages: Messages = ALONE) -> Checkpoint:  # fmt: skip
     """Open whatever `path` means (see resolve_checkpoint), without reading weights yet.
 
-    verify=False leaves out the hashes of a training checkpoint, for one that was verified a moment ago, and a set of names all
-    but theirs; where a run's newest one then turns out damaged, the newest whole one is taken, as with the hashes.
+    verify=False leaves out the hashes of a training checkpoint, for one that was verified a moment ago, and a set of names
+    all but theirs; where a run's newest one then turns out damaged, the newest whole one is taken, as with the hashes.
     allow_nonfinite=True hands out weights with NaN or infinity, to look at what went wrong. messages: of ranks that
     open it together, which share the reading for the hashes. Raises CheckpointError where the checkpoint is
     missing, damaged, or does not fit its configuration.
