@@ -27,7 +27,7 @@ class TokenizerConfig:
     path: str | None = None
     """A sentencepiece .model, a Hugging Face tokenizer.json, a tiktoken-style file, or a folder with one."""
     train_vocab_size: int | None = None
-    """Size of the sentencepiece vocabulary to train; none means model.vocab_size."""
+    """Size of the sentencepiece vocabulary to train, where one is; none means model.vocab_size."""
     train_megabytes: float = 20.0
     """At most so much text is read to train it."""
 
