@@ -109,6 +109,8 @@ def run(arguments: list[str]) -> int:
             return _complain(f"the disk is full{_at(error)}: free some space and run the command again")
         if error.errno == errno.EFBIG:
             return _complain(f"a file may not grow further{_at(error)}: raise the limit on the size of files (ulimit -f)")
+        if error.errno == errno.ENAMETOOLONG:
+            return _complain(f"a name is too long{_at(error)}: give a shorter one")
         if isinstance(error, PermissionError):
             return _complain(f"no permission{_at(error)}: change the permissions, or choose another place")
         raise

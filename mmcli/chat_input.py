@@ -16,6 +16,8 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import Output
 
 from mmcli.chat_commands import COMMANDS, Settings
+from mmcore.config.words import expanded
+from mmcore.errors import ConfigError
 
 
 class LineEditor:
@@ -76,16 +78,16 @@ def history_path() -> Path | None:
     """The file for what was typed, made readable by its owner only: $MM_CACHE/chat_history, or in
     $XDG_STATE_HOME/mm or ~/.local/state/mm. None where it cannot be written."""
     cache, state = os.environ.get("MM_CACHE"), os.environ.get("XDG_STATE_HOME")
-    folder = Path(cache) if cache else Path(state or "~/.local/state").expanduser() / "mm"
-    path = folder / "chat_history"
     try:
+        folder = Path(expanded(cache)) if cache else Path(expanded(state or "~/.local/state")) / "mm"
+        path = folder / "chat_history"
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         descriptor = os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY | os.O_NOFOLLOW, 0o600)
         try:
             os.fchmod(descriptor, 0o600)
         finally:
             os.close(descriptor)
-    except OSError:
+    except (OSError, ConfigError):
         return None
     return path
 
