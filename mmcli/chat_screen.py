@@ -6,7 +6,6 @@ import secrets
 import signal
 import sys
 from dataclasses import replace
-from pathlib import Path
 from types import FrameType
 
 from mmcli.chat_commands import COMMANDS, Settings, parse_command, text_of
@@ -140,11 +139,10 @@ class Screen:
             self._draw_seed()
             self._note("everything said is forgotten")
         elif command == "/save":
-            path = Path(rest).expanduser()
-            self.conversation.save(path)
-            self._note(f"saved; `/load {path}` goes on from here with the same checkpoint")
+            self.conversation.save(rest)
+            self._note(f"saved; `/load {rest}` goes on from here with the same checkpoint")
         elif command == "/load":
-            self.conversation.load(Path(rest).expanduser())
+            self.conversation.load(rest)
             self._replay()
 
     def _replay(self) -> None:

@@ -1,5 +1,6 @@
 """`mm chat`: one shot, commands, the line editor, hygiene; and the real program in a terminal."""
 
+import errno
 import io
 import json
 import os
@@ -336,6 +337,38 @@ class TestScreen:
                      "seed sets nothing: write seed=0"):
             assert text in out, text
         assert len(screen.conversation.messages) == 2
+
+    @pytest.mark.parametrize("line, message", [
+        ("/save ~nosuchuser/x.mm", "[~nosuchuser/x.mm: there is no home folder ~nosuchuser: write the whole path]"),
+        ("/load ~nosuchuser/x.mm", "[~nosuchuser/x.mm: there is no home folder ~nosuchuser: write the whole path]"),
+        ("/save " + "a" * 300, "aaa is too long for a file's name: give a shorter one]"),
+        ("/load " + "a" * 300, "aaa is too long for a file's name: give a shorter one]"),
+        ("/save " + "a" * 250, "aaa: File name too long: check the disk and the path; the conversation goes on unsaved]"),
+        ("/save file/x", "[cannot write file/x: Not a directory: check the disk and the path; the conversation goes on unsaved]"),
+        ("/load file/x", "[there is no saved session file/x: check the name]"),
+        ("/save /", "[/ is a folder: name a file to save the session in]"),
+        ("/save .", "[. is a folder: name a file to save the session in]"),
+        ("/why ²", "[/why ²: there is no such token; /why takes how many tokens from the end, 1 to"),
+        ("/why " + "9" * 5000, "there is no such token"),
+    ])
+    def test_a_mistyped_name_or_number_is_a_line(self, base_tokenizer, capsys, tmp_path, monkeypatch, line, message):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "file").write_text("")
+        screen = talk(base_tokenizer, "hello", line, "again")
+        out = capsys.readouterr().out
+        assert message in out and len(screen.conversation.messages) == 4
+        assert os.listdir() == ["file"]
+
+    def test_a_file_that_may_not_be_seen(self, base_tokenizer, capsys, monkeypatch):
+        """As another user's folder; the superuser of these tests may see all."""
+
+        def refuse(self, **_):
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+        monkeypatch.setattr(Path, "stat", refuse)
+        talk(base_tokenizer, "/save talk.mm", "/load talk.mm")
+        out = capsys.readouterr().out
+        assert "[cannot write talk.mm: no permission to write there" in out and "[talk.mm cannot be read (" in out
 
     def test_why(self, tokenizer, capsys):
         """What the heads read before a token, as mm eval --inspect has it for the text up to there."""
