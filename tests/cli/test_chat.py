@@ -314,7 +314,7 @@ class TestScreen:
             return plain(tokens, state)
 
         model.advance = advance
-        screen = talk(tokenizer, "hello " * 800, "again", model=model)
+        screen = talk(tokenizer, "hello " * 1600, "again", model=model)
         out = capsys.readouterr().out
         assert "stopped; the model has not read all of it, so it counts as not said" in out
         assert "what was said so far is remembered" not in out
