@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import stat
 import subprocess
@@ -447,6 +448,23 @@ class TestLineEditor:
         path = tmp_path / "history"
         typed("first\rone\\\rtwo\r", 2, path)
         assert typed("\x1b[A\x1b[A\x1b[A\r", 1, path) == ["first"]  # up: two lines of the last, then the first
+
+    def test_a_file_that_can_no_longer_be_written_is_told_once(self, capsys, tmp_path):
+        path = tmp_path / "cache" / "history"
+        path.parent.mkdir()
+        with create_pipe_input() as pipe:
+            editor = chat_input.LineEditor(path, pipe, DummyOutput())
+            shutil.rmtree(path.parent)
+            pipe.send_text("first\rsecond\r")
+            pipe.close()
+            assert [editor.read(), editor.read()] == ["first", "second"]
+        assert editor.history.get_strings() == ["first", "second"]  # what the arrow keys go through
+        message = "[what you type is no longer kept, for its file cannot be written (No such file or directory)]\n"
+        assert capsys.readouterr().out == message
+
+    def test_a_file_that_cannot_be_read(self, typed, capsys, tmp_path):
+        assert typed("first\r", 1, tmp_path) == ["first"]  # a folder
+        assert capsys.readouterr().out.count("no longer kept") == 1
 
     def test_the_history_file_is_private(self, monkeypatch, tmp_path):
         monkeypatch.setenv("MM_CACHE", str(tmp_path / "cache"))
