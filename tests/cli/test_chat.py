@@ -339,6 +339,27 @@ class TestScreen:
             assert text in out, text
         assert len(screen.conversation.messages) == 2
 
+    def test_a_loaded_conversation_goes_on_with_its_settings(self, tokenizer, capsys, tmp_path):
+        path, chosen = tmp_path / "talk.mm", Settings(temperature=1.5, top_k=200, top_p=None, max_new_tokens=20, seed=7)
+        said = talk(tokenizer, "hello", f"/save {path}", "more", chosen=chosen)
+        other = talk(tokenizer, f"/load {path}", "more", chosen=Settings(0.1, max_new_tokens=3, seed=1), fixed_seed=False)
+        assert other.settings == chosen
+        assert other.conversation.session.history == said.conversation.session.history
+        assert f"nothing was read again; settings as saved: {chosen}]" in capsys.readouterr().out
+
+    def test_a_conversation_saved_without_settings_or_with_others(self, tokenizer, capsys, tmp_path):
+        old, chosen = Conversation(FakeModel(300), tokenizer), Settings(seed=3)
+        list(old.say("hello", 3))
+        old.save(tmp_path / "old")
+        screen = talk(tokenizer, f"/load {tmp_path / 'old'}", chosen=chosen)
+        assert screen.settings == chosen and screen.conversation.messages == old.messages
+        assert f"settings as before, for none were saved: {chosen}]" in capsys.readouterr().out
+        for values in (3, {"min_p": 0.1}, {"seed": -1}, {"temperature": "hot"}, {"max_new_tokens": None}):
+            old.save(tmp_path / "bad", values)
+            screen = talk(tokenizer, f"/load {tmp_path / 'bad'}", chosen=chosen)
+            assert screen.settings == chosen and screen.conversation.session.length == 0
+            assert "bad holds settings that cannot be used: " in capsys.readouterr().out
+
     @pytest.mark.parametrize("line, message", [
         ("/save ~nosuchuser/x.mm", "[~nosuchuser/x.mm: there is no home folder ~nosuchuser: write the whole path]"),
         ("/load ~nosuchuser/x.mm", "[~nosuchuser/x.mm: there is no home folder ~nosuchuser: write the whole path]"),
