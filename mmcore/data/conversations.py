@@ -2,8 +2,9 @@
 
 A message becomes <|start_header_id|>role<|end_header_id|>\\n\\ncontent<|eot_id|>, a conversation is framed by the
 begin and end tokens, and the loss is on the assistant's words and the <|eot_id|> that closes them, but for answers
-with "weight": 0. The header's line breaks and the content are encoded apart, as they are when a model is prompted with
-a header and answers.
+with "weight": 0. Text that follows a control token is encoded as it is within the whole text (`encode_after_control`),
+so that transformers makes the same ids of the chat template. Only an answer is encoded apart from the line breaks of its
+header, for a model is asked with these alone, and its words go on from there.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from mmcore.data.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant")
+_LINE_BREAKS = "\n\n"  # between a header and the words
+_FIRST_WORDS = 64  # characters; no tokenizer's pieces reach so far into a text
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
@@ -89,15 +92,32 @@ class ChatFormat:
         self.header_start = ids["<|start_header_id|>"]
         self.header_end = ids["<|end_header_id|>"]
         self.end_of_turn = ids["<|eot_id|>"]
-        self._line_breaks = tokenizer.encode("\n\n")
 
-    def header(self, role: str) -> list[int]:
-        """The ids that open a message of `role`; the message's words follow."""
-        return [self.header_start, *self.tokenizer.encode(role), self.header_end, *self._line_breaks]
+    def header(self, role: str, begun: str = "") -> list[int]:
+        """The ids that open a message of `role`, and of what it says first."""
+        encode = self.tokenizer.encode_after_control
+        return [self.header_start, *encode(role), self.header_end, *encode(_LINE_BREAKS + begun)]
 
     def message(self, role: str, content: str) -> list[int]:
         """The ids of a whole message, closed by <|eot_id|>."""
-        return [*self.header(role), *self.tokenizer.encode(content), self.end_of_turn]
+        head, words = self._parts(role, content)
+        return head + words
+
+    def _parts(self, role: str, content: str) -> tuple[list[int], list[int]]:
+        """The ids of a message in two parts, the second of which an assistant learns."""
+        if role == "assistant":
+            return self.header(role), [*self.tokenizer.encode(content, continues=True), self.end_of_turn]
+        return self.header(role, content), [self.end_of_turn]
+
+    def is_same_apart(self, messages: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether `conversation` gives the ids of roles, line breaks and contents that are encoded each as a text of its
+        own, which it did once. How a content begins decides that: what is blank there, and a word or a few."""
+        if self.tokenizer.model.leading_space:
+            return False
+        breaks, encode = self.tokenizer.encode(_LINE_BREAKS), self.tokenizer.encode
+        said = (message["content"] for message in messages if message["role"] != "assistant")
+        begun = (text[: len(text) - len(text.lstrip()) + _FIRST_WORDS] for text in said)
+        return all(encode(_LINE_BREAKS + text) == breaks + encode(text) for text in begun)
 
     def prompt(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """The ids that ask for the assistant's next message: begin token, messages, the assistant's header."""
@@ -111,8 +131,7 @@ class ChatFormat:
         begin, end = self.tokenizer.frame()
         ids, trained = [begin], [False]
         for message in messages:
-            head = self.header(message["role"])
-            words = [*self.tokenizer.encode(message["content"]), self.end_of_turn]
+            head, words = self._parts(message["role"], message["content"])
             ids += head + words
             trained += [False] * len(head) + [is_learnt(message)] * len(words)
         return [*ids, end], [*trained, False]

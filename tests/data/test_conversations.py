@@ -5,9 +5,12 @@ import json
 import pytest
 
 from mmcore.config import DataConfig, SourceConfig
-from mmcore.data import CHAT_TEMPLATE, ChatFormat, Loader, Samples, load_tokenizer, prepare
+from mmcore.data import CHAT_TEMPLATE, ChatFormat, Loader, Samples, Tokenizer, load_tokenizer, prepare
 from mmcore.data.conversations import check_messages
+from mmcore.data.huggingface_tokenizer import _byte_letters, from_gpt2, from_json
+from mmcore.data.tokenizer import CHAT_TOKENS
 from mmcore.errors import ConfigError, DataError
+from tests.data.test_corpus import identity_of
 from tests.helpers.real_data import DATA, needs_data
 
 MESSAGES = [
@@ -16,6 +19,16 @@ MESSAGES = [
     {"role": "assistant", "content": "Bye!"},
 ]
 CALL = {"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]}
+
+
+@pytest.fixture(scope="module")
+def pair_tokenizer():
+    """GPT-2's way to cut text, by which two line breaks are one token at the end of a text and two before a word."""
+    rows = [*(_byte_letters()[byte] for byte in range(256)), "\u010a\u010a", "<|endoftext|>"]
+    model = from_gpt2(json.dumps({row: i for i, row in enumerate(rows)}).encode(), "\u010a \u010a".encode(), "pairs")
+    values = json.loads(model.file_bytes)
+    values["added_tokens"] += [values["added_tokens"][0] | {"id": 258 + n, "content": name} for n, name in enumerate(CHAT_TOKENS)]
+    return Tokenizer(from_json(json.dumps(values).encode(), {}, "pairs"))
 
 
 def test_mask_is_the_assistants_words_and_their_end(small_tokenizer):
@@ -38,6 +51,36 @@ def test_prompt_is_the_beginning_of_the_conversation(small_tokenizer):
     prompt = chat.prompt(MESSAGES[:2])
     assert whole[:len(prompt)] == prompt
     assert trained.index(True) == len(prompt)
+
+
+def test_text_is_encoded_as_in_the_whole_and_answers_as_they_are_asked_for(pair_tokenizer):
+    chat, pair = ChatFormat(pair_tokenizer), pair_tokenizer.encode("\n\n")
+    assert len(pair) == 1
+    for text in ("Who?", "\nWho?", " \n\n", ""):
+        row = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
+        ids, trained = chat.conversation(row)
+        asked = [chat.header_start, *pair_tokenizer.encode("assistant"), chat.header_end, *pair]
+        words = [*pair_tokenizer.encode(text), chat.end_of_turn]
+        first = [chat.header_start, *pair_tokenizer.encode("user"), chat.header_end, *pair_tokenizer.encode("\n\n" + text)]
+        assert ids == [257, *first, chat.end_of_turn, *asked, *words, 257]
+        assert chat.prompt(row[:1]) == ids[: trained.index(True)]
+        assert [i for i, counted in zip(ids, trained, strict=True) if counted] == words
+
+
+@pytest.mark.parametrize(("which", "content", "weight", "version"), [
+    ("small", "Who?", 1, 1), ("small", "\nWho?", 1, 1), ("small", "Who?", 0, 2),
+    ("pair", "Who?", 1, 3), ("pair", "Who?", 0, 3), ("pair", " Who?", 0, 2), ("pair", " Who?", 1, 1),
+])  # fmt: skip
+def test_runs_begun_before_go_on_where_the_tokens_are_the_same(which, content, weight, version, request, tmp_path):
+    """The identity by which a run knows its data is that of the first version that gave them; 3 encodes texts as a whole."""
+    answers = [{"role": "assistant", "content": "me", "weight": given} for given in (weight, 1)]
+    write(tmp_path / "a.jsonl", [[{"role": "user", "content": content}, *answers]])
+    tokenizer = request.getfixturevalue(f"{which}_tokenizer")
+    source = SourceConfig(str(tmp_path / "a.jsonl"))
+    data = DataConfig(sources=(source,), kind="conversations", cache=str(tmp_path / "cache"), validation_fraction=0.0)
+    corpus = prepare(data, tokenizer)
+    known = identity_of(corpus, tmp_path / "a.jsonl", tokenizer, format=version, kind="conversations")
+    assert corpus.fingerprint["identity"] == known
 
 
 def test_template_writes_the_same_text(small_tokenizer):
