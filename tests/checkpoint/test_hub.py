@@ -55,6 +55,8 @@ def test_generation_ends_where_texts_and_turns_do(trained):
         trained.chat_template = CHAT_TEMPLATE
     assert settings({"model_type": "llama"}) == {}
     assert settings({"model_type": "llama", "eos_token_id": [7, 8]}) == {"eos_token_id": [7, 8], "pad_token_id": 7}
+    stale = {"generation_config.json": b'{"eos_token_id": 2}'}  # of a chat model that an earlier mm tuned on text
+    assert settings(BASE, trained, stale)["eos_token_id"] == chat["eos_token_id"]
     source = {"generation_config.json": b'{"temperature": 0.3, "eos_token_id": null}'}
     assert settings(BASE, None, source) == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "temperature": 0.3}
 
