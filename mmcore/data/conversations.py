@@ -31,12 +31,38 @@ CHAT_TEMPLATE = (
 """The same format as jinja text, for chat_template in an exported checkpoint."""
 
 
+BESIDE_MESSAGES = ("system", "tools", "functions")
+"""The fields of a row that say something of its messages."""
+_CALLS = ("tool_calls", "function_call")
+_NOT_LEARNT = ("reasoning_content", "reasoning", "thinking", "refusal", "audio")  # what others write beside content
+
+
+def conversation_of(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
+    """The messages of a row as `check_messages` gives them; a text `system` beside them becomes the first one.
+
+    Raises DataError also for a system message in both places, and for tools that the row offers.
+    """
+    for key in ("tools", "functions"):
+        if row.get(key):
+            raise DataError(
+                f"{where} offers tools ({key}), which mm cannot learn to call: remove the row, or leave {key} out of it"
+            )
+    checked, system = check_messages(row.get("messages"), where), row.get("system")
+    if not system:
+        return checked
+    if not isinstance(system, str):
+        raise DataError(f"{where}: system must be text: write it so, or leave it out")
+    if checked[0]["role"] == "system":
+        raise DataError(f"{where} has a system message and system beside the messages: leave one of them out")
+    return [{"role": "system", "content": system}, *checked]
+
+
 def check_messages(messages: Any, where: str) -> list[dict[str, Any]]:
     """The messages of a row, checked and reduced to role and content, and "weight": 0 of an answer that is not to be
     learnt; `where` names the row in the error.
 
-    Raises DataError for anything but a list of messages with known roles and text, a call of a tool, a weight other
-    than 0 and 1, a system message anywhere but first, or no answer to learn.
+    Raises DataError for anything but a list of messages with known roles and text, a call of a tool or anything else that
+    would be lost, a weight other than 0 and 1, a system message anywhere but first, or no answer to learn.
     """
     if not isinstance(messages, list) or not messages:
         raise DataError(f"{where}: messages must be a list of at least one message")
@@ -54,11 +80,17 @@ def _check_message(message: Any, number: int, where: str) -> dict[str, Any]:
     role, content, weight = message.get("role"), message.get("content"), message.get("weight")
     if role not in ROLES:
         raise DataError(f"{where}: message {number} has the role {role!r}: use one of {', '.join(ROLES)}")
-    for key in ("tool_calls", "function_call"):
+    for key in _CALLS:
         if message.get(key):  # its content is empty as a rule: the model would be taught to answer nothing
             raise DataError(
                 f"{where}: message {number} calls a tool ({key}), which mm cannot learn: remove the row, or write the "
                 f"call into content and leave {key} out"
+            )
+    for key in _NOT_LEARNT:
+        if message.get(key):
+            raise DataError(
+                f"{where}: message {number} has {key}, which mm does not learn: remove the row, or write it into content "
+                f"and leave {key} out"
             )
     if not isinstance(content, str):
         raise DataError(f"{where}: the content of message {number} must be text")

@@ -15,13 +15,13 @@ import json
 import sysconfig
 import tokenize
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from mmcore.config import SourceConfig
-from mmcore.data.conversations import check_messages
+from mmcore.data.conversations import BESIDE_MESSAGES, conversation_of
 from mmcore.data.source_files import SourceFile, file_hash, file_state, find_files
 from mmcore.errors import ConfigError, DataError
 
@@ -89,7 +89,8 @@ class Source:
 
     def _rows(self, file: SourceFile) -> Iterator[Document]:
         if file.name.endswith(".parquet"):
-            for number, row, position in _parquet_rows(file, self._key):
+            beside = BESIDE_MESSAGES if self.kind == "conversations" else ()
+            for number, row, position in _parquet_rows(file, self._key, beside):
                 yield Document(self._row_text(row, f"{file.path}, row {number}"), position)
         else:
             for number, row, position in _json_rows(file.path):
@@ -106,7 +107,7 @@ class Source:
             raise DataError(f"{where} has no field {self._key!r}; it has {keys}: {remedy}")
         value = row[self._key]
         if self.kind == "conversations":
-            value = json.dumps(check_messages(value, where), ensure_ascii=False)
+            value = json.dumps(conversation_of(row, where), ensure_ascii=False)
         elif not isinstance(value, str):
             raise DataError(f"{where}: {self._key!r} holds {type(value).__name__}, not text: correct the row")
         if not value.isascii():
@@ -267,8 +268,9 @@ def _zstd_error() -> type[Exception]:
     return zstandard.ZstdError
 
 
-def _parquet_rows(file: SourceFile, key: str) -> Iterator[tuple[int, dict[str, Any], int]]:
-    """Row number (from 1), the one column of the row, position in the file by share of rows read."""
+def _parquet_rows(file: SourceFile, key: str, beside: Sequence[str]) -> Iterator[tuple[int, dict[str, Any], int]]:
+    """Row number (from 1), the column `key` of the row and those `beside` it that are there, position in the file by share
+    of rows read."""
     _library("pyarrow", "parquet", str(file.path))
     import pyarrow
     import pyarrow.parquet
@@ -279,10 +281,10 @@ def _parquet_rows(file: SourceFile, key: str) -> Iterator[tuple[int, dict[str, A
         if key not in names:
             raise DataError(f"{file.path} has no column {key!r}; it has {', '.join(map(repr, names))}: {_NAME_ONE}")
         rows, number = max(1, table.metadata.num_rows), 0
-        for batch in table.iter_batches(batch_size=1024, columns=[key]):
-            for value in batch.column(0).to_pylist():
+        for batch in table.iter_batches(batch_size=1024, columns=[key, *(name for name in beside if name in names)]):
+            for row in batch.to_pylist():
                 number += 1
-                yield number, {key: value}, file.size * number // rows
+                yield number, row, file.size * number // rows
     except pyarrow.ArrowException as error:
         raise DataError(f"{file.path} is no whole parquet file ({' '.join(str(error).split())}): fetch it again") from None
 

@@ -1,5 +1,6 @@
 """Conversations as tokens: format, mask, template, and what is refused."""
 
+import importlib
 import json
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from mmcore.config import DataConfig, SourceConfig
 from mmcore.data import CHAT_TEMPLATE, ChatFormat, Loader, Samples, Tokenizer, load_tokenizer, prepare
 from mmcore.data.conversations import check_messages
+from mmcore.data.documents import open_source
 from mmcore.data.huggingface_tokenizer import _byte_letters, from_gpt2, from_json
 from mmcore.data.tokenizer import CHAT_TOKENS
 from mmcore.errors import ConfigError, DataError
@@ -123,12 +125,37 @@ def test_tokenizer_without_chat_tokens_is_refused():
     ([CALL | {"content": ""}], r"message 1 calls a tool \(tool_calls\), which mm cannot learn: remove the row, or write"),
     ([CALL | {"content": None}], r"message 1 calls a tool \(tool_calls\), which mm cannot learn: remove the row, or write"),
     ([{"role": "assistant", "content": None, "function_call": {"name": "f"}}], r"message 1 calls a tool \(function_call\)"),
+    ([{"role": "assistant", "content": "x", "reasoning_content": "y"}], "message 1 has reasoning_content, which mm does not"),
     ([{"role": "assistant", "content": "x", "weight": 0.5}], "message 1 has the weight 0.5: give 0"),
     ([{"role": "assistant", "content": "x", "weight": 0}], "gives every answer the weight 0, so there is nothing to learn"),
 ])
 def test_faulty_rows_are_named(messages, message):
     with pytest.raises(DataError, match=f"f.jsonl, line 7.*{message}"):
         check_messages(messages, "f.jsonl, line 7")
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_what_stands_beside_the_messages_is_read_or_refused(tmp_path, ending):
+    def read(*rows):
+        path = tmp_path / f"a.{ending}"
+        if ending == "parquet":
+            table = pytest.importorskip("pyarrow").Table.from_pylist([dict.fromkeys(rows[-1]) | row for row in rows])
+            importlib.import_module("pyarrow.parquet").write_table(table, path)
+        else:
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return [json.loads(d.text) for d in open_source(SourceConfig(str(path)), "conversations").documents()]
+
+    talk, system = MESSAGES[1:3], {"role": "system", "content": "You are a pirate"}
+    plain = {"messages": talk, "system": "", "tools": [], "id": 3}
+    assert read({"system": "You are a pirate", "messages": talk}, plain) == [[system, *talk], talk]
+    for row, told in [
+        ({"system": "x", "messages": MESSAGES}, "2 has a system message and system beside the messages: leave one of them out"),
+        ({"system": ["x"], "messages": talk}, "2: system must be text"),
+        ({"messages": talk, "tools": [{"name": "f"}]}, r"2 offers tools \(tools\), which mm cannot learn to call: remove the row"),
+        ({"messages": talk, "functions": [{"name": "f"}]}, r"2 offers tools \(functions\), which mm cannot learn to call"),
+    ]:
+        with pytest.raises(DataError, match=rf"a\.{ending}, (line|row) {told}"):
+            read({"messages": talk, "id": 3}, row)
 
 
 def test_conversations_from_file_to_batch(small_tokenizer, tmp_path):
