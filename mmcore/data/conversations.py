@@ -10,12 +10,10 @@ header, for a model is asked with these alone, and its words go on from there.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from mmcore.data.tokenizer import CHAT_TOKENS, Tokenizer
 from mmcore.errors import DataError
-
-if TYPE_CHECKING:
-    from mmcore.data.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant")
 _LINE_BREAKS = "\n\n"  # between a header and the words
@@ -107,23 +105,22 @@ def is_learnt(message: Mapping[str, Any]) -> bool:
     return message["role"] == "assistant" and message.get("weight") != 0
 
 
+def missing_token(tokenizer: Tokenizer) -> str | None:
+    """The first of the tokens that frame messages which the tokenizer lacks, None where it has them all."""
+    return next((name for name in CHAT_TOKENS if tokenizer.special(name) is None), None)
+
+
 class ChatFormat:
     """Turns messages into ids with one tokenizer. Raises DataError where it lacks the chat tokens."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
-        ids = {}
-        for name in ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"):
-            index = tokenizer.special(name)
-            if index is None:
-                raise DataError(
-                    f"{tokenizer.origin} has no token {name}, which conversations need: use a tokenizer with Llama 3's "
-                    f"chat tokens, such as one trained by mm"
-                )
-            ids[name] = index
-        self.header_start = ids["<|start_header_id|>"]
-        self.header_end = ids["<|end_header_id|>"]
-        self.end_of_turn = ids["<|eot_id|>"]
+        if missing := missing_token(tokenizer):
+            raise DataError(
+                f"{tokenizer.origin} has no token {missing}, which conversations need: use a tokenizer with Llama 3's "
+                f"chat tokens, such as one trained by mm"
+            )
+        self.header_start, self.header_end, self.end_of_turn = map(tokenizer.model.controls.__getitem__, CHAT_TOKENS)
 
     def header(self, role: str, begun: str = "") -> list[int]:
         """The ids that open a message of `role`, and of what it says first."""

@@ -9,12 +9,14 @@ import yaml
 from mmcore.checkpoint.formats import write_exported
 from mmcore.checkpoint.load import load_model, load_tokenizer
 from mmcore.data.conversations import CHAT_TEMPLATE
+from mmcore.data.tokenizer import CHAT_TOKENS
 from mmcore.distributed.mesh import start_world, stop_world
 from mmcore.errors import CheckpointError, ConfigError
 from mmcore.training import setup
 from mmcore.training.finetune import load_finetune_recipe
 from mmcore.training.run_folder import RunFolder
 from mmcore.training.setup import Start, prepare_trainer
+from mmcore.training.tokenizers import find_tokenizer
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_run import tiny_recipe, tiny_values
 
@@ -125,6 +127,17 @@ def test_what_ended_a_turn_still_does_after_tuning_on_text(base, tmp_path, named
         trainer.fit()
         trainer = prepare_trainer(recipe, stage="finetune", start=Start(resume=True))
         assert trainer.job.config_json["eos_token_id"] == ends
+
+
+def test_weights_whose_tokenizer_has_no_chat_tokens_are_not_trained_on_conversations(base, tmp_path):
+    """As those of Llama 2, GPT-2 and llama2.c: another tokenizer would be refused as well."""
+    values = json.loads(load_tokenizer(base / "run").files()["tokenizer.json"])
+    values["added_tokens"] = [token for token in values["added_tokens"] if token["content"] not in CHAT_TOKENS]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    recipe = load_finetune_recipe(write(base, tmp_path), ["data.kind=conversations"])
+    told = r"has no token <\|start_header_id\|>, which conversations need, and its weights .* set data\.kind to text, or begin"
+    with pytest.raises(ConfigError, match=told):
+        find_tokenizer(recipe, tmp_path, print)
 
 
 def test_resume_is_exact_here_too(base, tmp_path):
