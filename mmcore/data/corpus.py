@@ -75,10 +75,12 @@ def prepare(data: DataConfig, tokenizer: Tokenizer, *, progress: Progress | None
     fingerprint = _fingerprint(split, sources, tokenizer, data)
     train = TokenStore(tuple(split.train), weights, begin, end, data.kind, fingerprint)
     if train.tokens == 0:
-        raise DataError("no text is left to train on, for data.validation holds every document of data.sources: give other "
-                        "documents in one of the two" if data.validation else
-                        "no text is left to train on once validation is held out: give more text or lower "
-                        "data.validation_fraction")
+        raise DataError(
+            "no text is left to train on, for data.validation holds every document of data.sources: give other documents "
+            "in one of the two"
+            if data.validation
+            else "no text is left to train on once validation is held out: give more text or lower data.validation_fraction"
+        )
     validation = None
     if any(stream.tokens for stream in split.validation):
         validation = TokenStore(tuple(split.validation), None, begin, end, data.kind, fingerprint)

@@ -290,9 +290,7 @@ def _job(
 ) -> Job:
     length = recipe.training.sequence_length
     samples = Samples(corpus.train, length, recipe.data.seed)
-    if samples.cut:
-        lost = f", and with them all that {samples.lost} of them had to learn" if samples.lost else ""
-        tell(Notice(f"{samples.cut} conversations are longer than {length} tokens: their ends are left out{lost}"))
+    _tell_cut(samples, "conversations", tell)
     validation = _validation_batches(recipe, corpus, world.size, tell)
     return Job(
         recipe=recipe,
@@ -306,7 +304,7 @@ def _job(
         flops_per_token=training_flops_per_token(recipe.model, length),
         config_json=config_json(recipe.model, torch.float32, tokenizer.bos_id, one_or_more(ends)),
         files=tokenizer.files(),
-        data_identity=corpus.fingerprint["identity"],
+        data_identity=samples.identity,
         training_tokens=corpus.train.tokens,
         stage=stage,
     )
@@ -330,6 +328,12 @@ def _remark(recipe: Recipe, corpus: Corpus, device: torch.device, precision: str
             tell(Notice(left_out(path, found["skipped"])))
 
 
+def _tell_cut(samples: Samples, what: str, tell: Listener) -> None:
+    if samples.cut:
+        lost = f", and {samples.lost} of them altogether, for they keep no word to learn" if samples.lost else ""
+        tell(Notice(f"{samples.cut} {what} are longer than {samples.sequence_length} tokens: their ends are left out{lost}"))
+
+
 def _validation_batches(recipe: Recipe, corpus: Corpus, ranks: int, tell: Listener) -> Sequence:
     """Windows spread over the held-out text, the same at every validation of every run on this data."""
     training = recipe.training
@@ -340,14 +344,13 @@ def _validation_batches(recipe: Recipe, corpus: Corpus, ranks: int, tell: Listen
     samples = Samples(corpus.validation, training.sequence_length, shuffle=False, limit=count)
     size = min(training.micro_batch_size or training.batch_size, training.batch_size // ranks)
     starts = range(0, len(samples), size)
-    batches = [make_batch(samples, range(start, min(start + size, len(samples)))) for start in starts]
-    if not any((batch.labels != IGNORED).any() for batch in batches):
+    if not starts:
         tell(Notice(
-            f"this run has no validation loss: none of the held-out conversations that are read has a word of the assistant "
-            f"within its first {training.sequence_length} tokens"
+            f"this run has no validation loss: none of the held-out conversations has a word of the assistant within its "
+            f"first {training.sequence_length} tokens"
         ))  # fmt: skip
         return ()
-    return batches
+    return [make_batch(samples, range(start, min(start + size, len(samples)))) for start in starts]
 
 
 def bytes_per_label(batches: Sequence, tokenizer: Tokenizer) -> float | None:

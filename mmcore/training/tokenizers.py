@@ -56,4 +56,3 @@ def _load(path: str) -> Tokenizer:
     """A tokenizer file or folder; a run folder keeps its own in tokenizer/."""
     inside = Path(path) / "tokenizer"
     return load_tokenizer(inside if inside.is_dir() else path)
-

@@ -135,7 +135,9 @@ def test_weights_whose_tokenizer_has_no_chat_tokens_are_not_trained_on_conversat
     values["added_tokens"] = [token for token in values["added_tokens"] if token["content"] not in CHAT_TOKENS]
     (tmp_path / "tokenizer.json").write_text(json.dumps(values))
     recipe = load_finetune_recipe(write(base, tmp_path), ["data.kind=conversations"])
-    told = r"has no token <\|start_header_id\|>, which conversations need, and its weights .* set data\.kind to text, or begin"
+    told = (
+        r"has no token <\|start_header_id\|>, which conversations need, and its weights .* set data\.kind to text, or begin"
+    )
     with pytest.raises(ConfigError, match=told):
         find_tokenizer(recipe, tmp_path, print)
 
