@@ -350,6 +350,7 @@ def _validation_batches(recipe: Recipe, corpus: Corpus, ranks: int, tell: Listen
             f"first {training.sequence_length} tokens"
         ))  # fmt: skip
         return ()
+    _tell_cut(samples, "held-out conversations", tell)
     return [make_batch(samples, range(start, min(start + size, len(samples)))) for start in starts]
 
 

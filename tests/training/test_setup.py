@@ -144,6 +144,7 @@ def test_conversations_whose_answers_lie_past_the_window(tmp_path):
     trainer = prepare_trainer(recipe, listeners=[heard.append])
     said = [event.text for event in heard if isinstance(event, Notice)]
     assert any(re.match(r"\d+ conversations are longer than 64 .* left out, and \d+ of them altogether", text) for text in said)
+    assert any(text.startswith("1 held-out conversations are longer than 64 tokens") for text in said)
     assert all(trainer.job.samples[n].trained.any() for n in range(len(trainer.job.samples)))
     assert trainer.job.data_identity != json.loads((recipe.run_folder / "data.json").read_text())["identity"]
 
