@@ -196,7 +196,8 @@ def _beside(
     checkpoint: Checkpoint, files: dict[str, bytes | Path], chosen: str | Path | None, kept_ids: bool
 ) -> _Beside:
     """`files` are the tokenizer's, as the source has them; one that only another program can read stays as it is.
-    `kept_ids`: the ids in the source's generation_config.json hold for this tokenizer."""
+    `kept_ids`: the ids in the source's generation_config.json hold for this tokenizer. Raises CheckpointError."""
+    ends.stop_ids(checkpoint)  # what is no token id ends the conversion here
     given = {}
     settings = checkpoint.path / ends.GENERATION
     settings = {settings.name: settings} if checkpoint.path.is_dir() and os.path.lexists(settings) else {}

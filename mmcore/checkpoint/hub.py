@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmcore.checkpoint.ends import all_ends, named_ends, one_or_more
 from mmcore.data.tokenizer import FILE_KEY
 from mmcore.errors import CheckpointError
 
@@ -29,10 +30,11 @@ AUTO_MAP = {
 """config.json's pointer to the classes in those files, for users who pass trust_remote_code."""
 
 CHAT_SAMPLING = {"do_sample": True, "temperature": 0.8, "top_p": 0.95}
-"""How `mm chat` draws where nothing else is said; a base model's generate() stays greedy."""
+"""How `mm chat` draws where nothing else is said. A checkpoint of mm's that has a chat template and no settings of its own
+is exported with it; a base model's generate() stays greedy."""
 
+_IDS = {"bos_token_id", "eos_token_id", "pad_token_id"}
 _PADDING = ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>")
-_END_OF_TURN = "<|eot_id|>"
 _MOSAIC = "memory_mosaics_v2"
 _GENERATION, _TOKENIZER = "generation_config.json", "tokenizer_config.json"
 
@@ -69,8 +71,12 @@ def hub_files(
         folder = Path(__file__).parents[1] / "hf"
         files |= {name: (folder / name).read_bytes() for name in MODULES}
     known = {key: value for key, value in read_object(given, _GENERATION).items() if value is not None}
-    generation = generation_config(values, tokenizer) | known
-    if made_elsewhere(given):
+    elsewhere = made_elsewhere(given)
+    generation = generation_config(dict(values) | known, tokenizer)  # a chat model's own may lack the end of a turn
+    generation |= {key: value for key, value in known.items() if elsewhere or key != "eos_token_id"}
+    if tokenizer is not None and tokenizer.chat_template is not None and _made_here(given) and not set(known) - _IDS:
+        generation = CHAT_SAMPLING | generation
+    if elsewhere:
         files |= {name: content for name, content in given.items() if name != _GENERATION}
     elif tokenizer is not None:
         files |= _tokenizer_files(tokenizer)
@@ -79,28 +85,27 @@ def hub_files(
 
 def made_elsewhere(given: Mapping[str, bytes]) -> bool:
     """Whether a folder's tokenizer files are another program's, whole with their tokenizer_config.json."""
-    config = read_object(given, _TOKENIZER)
-    return "tokenizer_class" in config and not {FILE_KEY, "tokenizer_file"} & set(config)  # this project's own marks
+    return "tokenizer_class" in read_object(given, _TOKENIZER) and not _made_here(given)
+
+
+def _made_here(given: Mapping[str, bytes]) -> bool:
+    """Whether a folder's tokenizer files bear this project's own marks."""
+    return bool({FILE_KEY, "tokenizer_file"} & set(read_object(given, _TOKENIZER)))
 
 
 def generation_config(values: Mapping[str, Any], tokenizer: Tokenizer | None = None) -> dict[str, Any]:
-    """generation_config.json: the ids at which texts begin and end, <|eot_id|> too for a model that converses, the id
-    that pads a batch, and how to draw."""
+    """generation_config.json: the ids at which texts begin and end, <|eot_id|> too for a model that converses, and the id
+    that pads a batch."""
     first = values.get("bos_token_id")
-    ends = values.get("eos_token_id")
-    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    ends = named_ends(values)
     padding = values.get("pad_token_id")
-    result: dict[str, Any] = {}
     if tokenizer is not None:
         first = tokenizer.bos_id if first is None else first
-        turn = tokenizer.special(_END_OF_TURN) if tokenizer.chat_template is not None else None
-        ends += [end for end in (tokenizer.eos_id, turn) if end is not None and end not in ends]
+        ends = all_ends(ends, tokenizer)
         padding = tokenizer.special(_padding_token(tokenizer)) if padding is None else padding
-        if tokenizer.chat_template is not None:
-            result |= CHAT_SAMPLING
     if padding is None and ends:
         padding = ends[0]
-    result |= {"bos_token_id": first, "eos_token_id": ends[0] if len(ends) == 1 else ends or None, "pad_token_id": padding}
+    result = {"bos_token_id": first, "eos_token_id": one_or_more(ends), "pad_token_id": padding}
     return {key: value for key, value in result.items() if value is not None}
 
 

@@ -66,8 +66,8 @@ class DataConfig:
     validation_fraction: float = 0.01
     """The share of documents held out, chosen by a hash of their content, where `validation` is empty."""
     kind: str = "text"
-    """text, or conversations: jsonl rows with `messages`, loss on the assistant's words only, and not on those of a
-    message with "weight": 0."""
+    """text, or conversations: jsonl rows with `messages`, and `system` beside them where a row has one, loss on the
+    assistant's words only, and not on those of a message with "weight": 0."""
     cache: str | None = None
     """Folder for tokenized shards; none: $MM_CACHE/data or ~/.cache/mm/data."""
     workers: int | None = None

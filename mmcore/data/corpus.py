@@ -20,7 +20,7 @@ from mmcore.data.documents import HashBook, Source, open_source, source_hash
 from mmcore.data.files import disk_faults, write_atomically
 from mmcore.data.sentencepiece_model import train_sentencepiece
 from mmcore.data.shard_files import DOCUMENT, document_record
-from mmcore.data.shards import ShardSet, open_shards, shard_identity, tokenize
+from mmcore.data.shards import ShardSet, open_shards, shard_identities, tokenize
 from mmcore.data.source_files import check_unchanged
 from mmcore.data.splitting import HeldOut, Split, choose_held_out, split_documents, words_of
 from mmcore.data.store import Stream, TokenStore
@@ -74,8 +74,12 @@ def prepare(data: DataConfig, tokenizer: Tokenizer, *, progress: Progress | None
     fingerprint = _fingerprint(split, sources, tokenizer, data)
     train = TokenStore(tuple(split.train), weights, begin, end, data.kind, fingerprint)
     if train.tokens == 0:
-        raise DataError("no text is left to train on once validation is held out: give more text or lower "
-                        "data.validation_fraction")
+        raise DataError(
+            "no text is left to train on, for data.validation holds every document of data.sources: give other documents "
+            "in one of the two"
+            if data.validation
+            else "no text is left to train on once validation is held out: give more text or lower data.validation_fraction"
+        )
     validation = None
     if any(stream.tokens for stream in split.validation):
         validation = TokenStore(tuple(split.validation), None, begin, end, data.kind, fingerprint)
@@ -103,8 +107,7 @@ def _all_shards(sources: Sequence[Source], hashes: Sequence[str], tokenizer: Tok
     """The shards of every source; `progress` counts only those that have to be made."""
     sets: list[ShardSet | None] = []
     for source, digest in zip(sources, hashes, strict=True):
-        identity = shard_identity(source, digest, tokenizer)
-        sets.append(open_shards(cache / identity[:32], identity, verify=verify))
+        sets.append(open_shards(cache, shard_identities(source, digest, tokenizer), verify=verify))
     total = sum(source.total_bytes for source, found in zip(sources, sets, strict=True) if found is None)
     before, started = 0, time.monotonic()
 
@@ -150,8 +153,8 @@ def _fingerprint(split: Split, sources: Sequence[Source], tokenizer: Tokenizer, 
 
 
 def _data_identity(shards: ShardSet) -> str:
-    """The name of what a run learns: that of format 1 where it is the same, so that runs begun with it go on."""
-    return shards.identity_before if all(shard.as_before for shard in shards.shards) else shards.identity
+    """The name of what a run learns: that of the first format that gave the same, so that runs begun with it go on."""
+    return shards.identities[max(shard.as_before for shard in shards.shards) - 1]
 
 
 # --- the tokenizer of a recipe ---

@@ -15,14 +15,14 @@ import json
 import sysconfig
 import tokenize
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from mmcore.config import SourceConfig
 from mmcore.config.words import expanded
-from mmcore.data.conversations import check_messages
+from mmcore.data.conversations import BESIDE_MESSAGES, conversation_of
 from mmcore.data.source_files import SourceFile, file_hash, file_state, find_files
 from mmcore.errors import ConfigError, DataError
 
@@ -90,10 +90,10 @@ class Source:
 
     def _rows(self, file: SourceFile) -> Iterator[Document]:
         if file.name.endswith(".parquet"):
-            for number, row, position in _parquet_rows(file, self._key):
+            for number, row, position in _parquet_rows(file, self._key, self.kind):
                 yield Document(self._row_text(row, f"{file.path}, row {number}"), position)
         else:
-            for number, row, position in _json_rows(file.path):
+            for number, row, position in _json_rows(file.path, self.kind):
                 yield Document(self._row_text(row, f"{file.path}, line {number}"), position)
 
     @property
@@ -103,13 +103,13 @@ class Source:
     def _row_text(self, row: dict[str, Any], where: str) -> str:
         if self._key not in row:
             keys = ", ".join(map(repr, row)) or "nothing"
-            remedy = "give rows with messages" if self.kind == "conversations" else _NAME_ONE
-            raise DataError(f"{where} has no field {self._key!r}; it has {keys}: {remedy}")
+            raise DataError(f"{where} has no field {self._key!r}; it has {keys}: {_other_field(self.kind, row)}")
         value = row[self._key]
         if self.kind == "conversations":
-            value = json.dumps(check_messages(value, where), ensure_ascii=False)
+            value = json.dumps(conversation_of(row, where), ensure_ascii=False)
         elif not isinstance(value, str):
-            raise DataError(f"{where}: {self._key!r} holds {type(value).__name__}, not text: correct the row")
+            remedy = _AS_CONVERSATIONS if self._key == "messages" else "correct the row"
+            raise DataError(f"{where}: {self._key!r} holds {type(value).__name__}, not text: {remedy}")
         if not value.isascii():
             try:
                 value.encode("utf-8")
@@ -118,7 +118,15 @@ class Source:
         return value
 
 
-_NAME_ONE = "name one of these as text_key (mm eval: --text-key)"
+_AS_CONVERSATIONS = "set data.kind to conversations to train on them (mm eval measures plain text alone)"
+_ROWS = {"text": '{"text": "..."}', "conversations": '{"messages": [{"role": ..., "content": ...}, ...]}'}
+
+
+def _other_field(kind: str, names: Iterable[str]) -> str:
+    """What to do about rows that lack the field which is read and have these."""
+    if kind == "conversations":
+        return f"write rows such as {_ROWS[kind]}"
+    return _AS_CONVERSATIONS if "messages" in names else "name one of these as text_key (mm eval: --text-key)"
 
 
 def open_source(config: SourceConfig, kind: str = "text") -> Source:
@@ -224,7 +232,7 @@ def _python_documents(file: SourceFile) -> Iterator[str]:
 # --- rows ---
 
 
-def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any], int]]:
+def _json_rows(path: Path, kind: str) -> Iterator[tuple[int, dict[str, Any], int]]:
     """Line number (from 1), row, position in the file on disk. Blank lines are passed over."""
     with open(path, "rb") as raw, _uncompressed(path, raw) as stream:
         number = 0
@@ -232,12 +240,12 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any], int]]:
             for number, line in enumerate(stream, 1):
                 if not line.strip():
                     continue
-                yield number, _json_row(path, number, line), raw.tell()
+                yield number, _json_row(path, number, line, kind), raw.tell()
         except (EOFError, gzip.BadGzipFile, _zstd_error()) as error:
             raise DataError(f"{path} is damaged after line {number} ({error}): fetch it again") from None
 
 
-def _json_row(path: Path, number: int, line: bytes) -> dict[str, Any]:
+def _json_row(path: Path, number: int, line: bytes, kind: str) -> dict[str, Any]:
     if b"\0" in line:
         raise DataError(f"{path}, line {number} holds zero bytes: the file is binary or damaged; give JSON lines")
     try:
@@ -247,7 +255,7 @@ def _json_row(path: Path, number: int, line: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}, line {number} is not JSON ({error}): correct or remove the line") from None
     if not isinstance(row, dict):
-        raise DataError(f"{path}, line {number} is no JSON object: write rows such as {{\"text\": \"...\"}}")
+        raise DataError(f"{path}, line {number} is no JSON object: write rows such as {_ROWS[kind]}")
     return row
 
 
@@ -268,8 +276,8 @@ def _zstd_error() -> type[Exception]:
     return zstandard.ZstdError
 
 
-def _parquet_rows(file: SourceFile, key: str) -> Iterator[tuple[int, dict[str, Any], int]]:
-    """Row number (from 1), the one column of the row, position in the file by share of rows read."""
+def _parquet_rows(file: SourceFile, key: str, kind: str) -> Iterator[tuple[int, dict[str, Any], int]]:
+    """Row number (from 1), the columns of the row that are read, position in the file by share of rows read."""
     _library("pyarrow", "parquet", str(file.path))
     import pyarrow
     import pyarrow.parquet
@@ -278,12 +286,14 @@ def _parquet_rows(file: SourceFile, key: str) -> Iterator[tuple[int, dict[str, A
         table = pyarrow.parquet.ParquetFile(file.path)
         names = table.schema_arrow.names
         if key not in names:
-            raise DataError(f"{file.path} has no column {key!r}; it has {', '.join(map(repr, names))}: {_NAME_ONE}")
+            found, remedy = ", ".join(map(repr, names)), _other_field(kind, names)
+            raise DataError(f"{file.path} has no column {key!r}; it has {found}: {remedy}")
+        read = [key, *(name for name in BESIDE_MESSAGES if name in names and kind == "conversations")]
         rows, number = max(1, table.metadata.num_rows), 0
-        for batch in table.iter_batches(batch_size=1024, columns=[key]):
-            for value in batch.column(0).to_pylist():
+        for batch in table.iter_batches(batch_size=1024, columns=read):
+            for row in batch.to_pylist():
                 number += 1
-                yield number, {key: value}, file.size * number // rows
+                yield number, row, file.size * number // rows
     except pyarrow.ArrowException as error:
         raise DataError(f"{file.path} is no whole parquet file ({' '.join(str(error).split())}): fetch it again") from None
 

@@ -9,6 +9,7 @@ loss counts.
 from __future__ import annotations
 
 import bisect
+import hashlib
 import itertools
 from typing import NamedTuple, Protocol
 
@@ -61,18 +62,17 @@ class ConversationWindows:
     """Windows that hold whole conversations, first fit in order.
 
     `cut` counts conversations longer than a window, whose end is left out; `lost` those of them that keep no token to
-    learn.
+    learn and are left out as a whole, so that every window has a label.
     """
 
     def __init__(self, stream: Stream, sequence_length: int, end_id: int):
         self._stream, self._size, self._end = stream, sequence_length + 1, end_id
         lengths = stream.document_lengths()
-        self._starts = np.cumsum(lengths) - lengths
-        self._lengths = np.minimum(lengths, self._size)
+        starts = np.cumsum(lengths) - lengths
         longer = np.flatnonzero(lengths > self._size)
-        self.cut = len(longer)
-        self.lost = sum(not stream.read_mask(int(self._starts[n]), self._size).any() for n in longer)
-        self.learnt = len(lengths) - self.lost
+        lost = [n for n in longer if not stream.read_mask(int(starts[n]), self._size).any()]
+        self.cut, self.lost = len(longer), len(lost)
+        self._starts, self._lengths = np.delete(starts, lost), np.minimum(np.delete(lengths, lost), self._size)
         self._windows = first_fit(self._lengths.tolist(), self._size)
 
     def __len__(self) -> int:
@@ -126,7 +126,8 @@ class Samples:
     `len(samples)` windows are an epoch. Without weights an epoch holds every window of every stream once, in an
     order of its own. With weights each stream is gone through in epochs of its own, and the schedule says which
     stream is next. `shuffle=False` (validation): windows in order, the same every time; with `limit`, only so many,
-    spread evenly over all. `cut` counts conversations longer than a window, `lost` those that keep nothing to learn.
+    spread evenly over all. `cut` counts conversations longer than a window, `lost` those that keep nothing to learn and
+    are left out: of validation that may be all of them, and then there is no window.
 
     Raises DataError where there is no text, or (`shuffle`: to train on) no conversation with a word to learn.
     """
@@ -135,30 +136,30 @@ class Samples:
                  limit: int | None = None):
         self.store, self.sequence_length, self.seed = store, sequence_length, seed
         self._windows = [_windows(stream, store, sequence_length) for stream in store.streams]
-        self.cut, self.lost = (sum(getattr(windows, name, 0) for windows in self._windows) for name in ("cut", "lost"))
+        lost = [getattr(windows, "lost", 0) for windows in self._windows]
+        self.cut, self.lost = sum(getattr(windows, "cut", 0) for windows in self._windows), sum(lost)
         sizes = [len(windows) for windows in self._windows]
         self._ends = list(itertools.accumulate(sizes))
         self._total = sum(sizes)
-        if self._total == 0:
+        if self._total == 0 and not self.lost:
             raise DataError("the data holds no text to make a sample of: check data.sources and data.validation")
-        learnt = [getattr(windows, "learnt", 1) for windows in self._windows]
-        if shuffle and not any(learnt):
+        if self._total == 0 and shuffle:
             raise DataError(
                 f"no conversation has a word of the assistant within its first {sequence_length} tokens, so there is "
                 f"nothing to learn: raise training.sequence_length, or shorten what comes before"
             )
         self._shuffle = shuffle
-        self._length = self._total if limit is None or shuffle else max(1, min(limit, self._total))
+        self._length = self._total if limit is None or shuffle else min(max(1, limit), self._total)
         weighted = store.weights is not None and shuffle and len(sizes) > 1
         if weighted and 0 in sizes:
-            empty = store.streams[sizes.index(0)].name
-            raise DataError(f"{empty} has a weight but no text left to train on: remove it from data.sources")
-        if weighted and 0 in learnt:
-            silent = store.streams[learnt.index(0)].name
+            empty = sizes.index(0)
+            name = store.streams[empty].name
             raise DataError(
-                f"{silent} has a weight, and no conversation there has a word of the assistant within its first "
+                f"{name} has a weight, and no conversation there has a word of the assistant within its first "
                 f"{sequence_length} tokens: raise training.sequence_length, or remove it from data.sources"
-            )
+                if lost[empty] else
+                f"{name} has a weight but no text left to train on: remove it from data.sources"
+            )  # fmt: skip
         self._schedule = Schedule(store.weights) if weighted and store.weights else None
         self._order: dict[tuple[int, int], Permutation] = {}
 
@@ -168,6 +169,13 @@ class Samples:
     def __getitem__(self, index: int) -> Sample:
         source, window = self.locate(index)
         return self._windows[source][window]
+
+    @property
+    def identity(self) -> str:
+        """Equal exactly where the tokens and their order are, the seed aside: the data's own name, but where conversations
+        are left out, which earlier versions packed: a position in their windows means another place here."""
+        identity = self.store.fingerprint["identity"]
+        return hashlib.sha256(f"{identity}, without {self.lost}".encode()).hexdigest() if self.lost else identity
 
     def locate(self, index: int) -> tuple[int, int]:
         """(stream, window of the stream) behind a global index."""

@@ -27,12 +27,14 @@ def write_shard(stem: Path, texts: Sequence[bytes], tokenizer: Tokenizer, kind: 
     masks: list[np.ndarray] = []
     if kind == "conversations":
         rows = [json.loads(text) for text in texts]
-        ids, masks = _conversations(rows, tokenizer, dtype)
+        chat = ChatFormat(tokenizer)
+        ids, masks = _conversations(rows, chat, dtype)
         answers = sum(is_learnt(message) and bool(message["content"].strip()) for row in rows for message in row)
-        as_before = not any("weight" in message for row in rows for message in row)
+        weighted = any("weight" in message for row in rows for message in row)
+        as_before = 3 if not all(map(chat.is_same_apart, rows)) else 2 if weighted else 1
     else:
         ids, answers = list(_framed(texts, tokenizer, dtype)), 0
-        as_before = True
+        as_before = 1
     table = np.array([document_record(text, len(row)) for text, row in zip(texts, ids, strict=True)], DOCUMENT)
     parts = {".bin": np.concatenate(ids), ".docs": table}
     if masks:
@@ -55,10 +57,9 @@ def _hash(text: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
-def _conversations(rows: Sequence[list[dict[str, Any]]], tokenizer: Tokenizer,
+def _conversations(rows: Sequence[list[dict[str, Any]]], chat: ChatFormat,
                    dtype: np.dtype) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Each conversation's ids, and its mask."""
-    chat = ChatFormat(tokenizer)
     made = [chat.conversation(row) for row in rows]
     return [np.array(ids, dtype) for ids, _ in made], [np.array(trained, np.uint8) for _, trained in made]
 

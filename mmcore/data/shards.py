@@ -30,8 +30,9 @@ from mmcore.data.tokenizer import Tokenizer
 from mmcore.data.workers import Workers
 from mmcore.errors import DataError
 
-FORMAT = 2
-"""1 knew nothing of the line ends around a document and learnt answers of weight 0. Its shards are made anew."""
+FORMATS = {"text": 2, "conversations": 3}
+"""1 knew nothing of the line ends around a document and learnt answers of weight 0, and 2 encoded each role and content
+as a text of its own. Shards of earlier formats are made anew."""
 
 _SMALLEST_SHARD, _LARGEST_SHARD = 1 << 20, 64 << 20  # bytes of text
 _SHARDS_WANTED = 256  # enough for even work and fine-grained resuming; few enough files
@@ -41,23 +42,22 @@ _ALONE_BELOW = 2 << 20  # bytes of text; a worker process takes about 0.3 s to s
 @dataclass(frozen=True)
 class Shard:
     """A whole shard: `stem` is its path without ending, `answers` counts what conversations have to learn that is not
-    blank. `as_before`: format 1 gave the same tokens and masks."""
+    blank. `as_before`: the first format that gave the same tokens and masks."""
 
     stem: Path
     tokens: int
     documents: int
     bytes: int
     answers: int
-    as_before: bool
+    as_before: int
 
 
 @dataclass(frozen=True)
 class ShardSet:
-    """All shards of a source. `identity` is the sha256 that names the folder, `identity_before` that of format 1."""
+    """All shards of a source. `identities` are those of `shard_identities`, the last of which names the folder."""
 
     folder: Path
-    identity: str
-    identity_before: str
+    identities: tuple[str, ...]
     source_sha256: str
     dtype: np.dtype
     masked: bool
@@ -68,22 +68,25 @@ class ShardSet:
         return np.memmap(shard.stem.with_suffix(".docs"), dtype=DOCUMENT, mode="r")
 
 
-def shard_identity(source: Source, source_sha256: str, tokenizer: Tokenizer, version: int = FORMAT) -> str:
-    """SHA-256 of everything that decides a source's shards."""
+def shard_identities(source: Source, source_sha256: str, tokenizer: Tokenizer) -> tuple[str, ...]:
+    """SHA-256 of everything that decides a source's shards, in each format from 1 to that of today."""
     facts = {
-        "format": version, "contents": source_sha256, "kind": source.kind, "text_key": source.config.text_key,
+        "contents": source_sha256, "kind": source.kind, "text_key": source.config.text_key,
         "separator": source.config.separator, "tokenizer": tokenizer.fingerprint,
     }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    versions = range(1, FORMATS[source.kind] + 1)
+    texts = (json.dumps(facts | {"format": version}, sort_keys=True) for version in versions)
+    return tuple(hashlib.sha256(text.encode()).hexdigest() for text in texts)
 
 
-def open_shards(folder: Path, identity: str, *, verify: bool = False) -> ShardSet | None:
-    """The finished set in `folder`, or None where there is none or a file is missing, cut short or (verify) altered.
+def open_shards(cache: Path, identities: tuple[str, ...], *, verify: bool = False) -> ShardSet | None:
+    """The finished set in the cache, or None where there is none or a file is missing, cut short or (verify) altered.
 
     A damaged shard loses its .json and the set its index, so that `tokenize` makes it anew and keeps the others.
     """
+    folder = shard_folder(cache, identities)
     index = _read_json(folder / "index.json")
-    if index is None or index.get("identity") != identity or index.get("format") != FORMAT:
+    if index is None or index.get("identity") != identities[-1]:
         return None
     shards = []
     for number in range(index["shards"]):
@@ -98,7 +101,12 @@ def open_shards(folder: Path, identity: str, *, verify: bool = False) -> ShardSe
     if len(shards) < index["shards"]:
         return None
     dtype, masked = np.dtype(index["dtype"]), index["kind"] == "conversations"
-    return ShardSet(folder, identity, index["identity_before"], index["contents"], dtype, masked, tuple(shards))
+    return ShardSet(folder, identities, index["contents"], dtype, masked, tuple(shards))
+
+
+def shard_folder(cache: Path, identities: tuple[str, ...]) -> Path:
+    """Where the shards of these identities lie."""
+    return cache / identities[-1][:32]
 
 
 def tokenize(source: Source, source_sha256: str, tokenizer: Tokenizer, cache: Path, *, workers: int = 1,
@@ -110,12 +118,12 @@ def tokenize(source: Source, source_sha256: str, tokenizer: Tokenizer, cache: Pa
     refuses; whole shards stay for the next attempt, anything else is removed. Nothing stays where a file changes on the
     way, for `source_sha256` is not of what was read then.
     """
-    identity = shard_identity(source, source_sha256, tokenizer)
-    folder = cache / identity[:32]
+    identities = shard_identities(source, source_sha256, tokenizer)
+    folder = shard_folder(cache, identities)
     with disk_faults(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with _sole_maker(folder, on_position):
-        found = open_shards(folder, identity, verify=verify)
+        found = open_shards(cache, identities, verify=verify)
         if found is not None:
             on_position(source.total_bytes)
             return found
@@ -125,12 +133,12 @@ def tokenize(source: Source, source_sha256: str, tokenizer: Tokenizer, cache: Pa
         finally:
             remove_parts(folder)
         index = {
-            "format": FORMAT, "identity": identity, "identity_before": shard_identity(source, source_sha256, tokenizer, 1),
+            "format": len(identities), "identity": identities[-1], "identity_before": identities[0],
             "contents": source_sha256, "tokenizer": tokenizer.fingerprint, "kind": source.kind,
             "source": source.config.path, "dtype": token_type(tokenizer).str, "shards": count,
         }
         write_atomically(folder / "index.json", json.dumps(index, indent=1).encode())
-        made = open_shards(folder, identity)
+        made = open_shards(cache, identities)
         if made is None:
             raise DataError(f"{folder} changed while it was written: let no other program write there")
         return made

@@ -134,6 +134,10 @@ class Tokenizer:
         ids = self.model.encode_further(text) if continues else self.model.encode(text)
         return ids if self._control_ids.isdisjoint(ids) else self._encode_spelled(text, continues)
 
+    def encode_after_control(self, text: str) -> list[int]:
+        """`encode` of text that follows a control token, as it is within the whole text."""
+        return self.encode(text, continues=not self.model.space_after_control)
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text."""
         for text in texts:

@@ -2,11 +2,12 @@
 
 The template (jinja text) is rendered with what was said, and only its own text may turn into control tokens: a message
 that spells "<|eot_id|>" stays words, as in training. Text between two control tokens is encoded as a whole, as
-transformers does; this project's own template has its pieces encoded apart, as they are in training.
+transformers does, and training (conversations.py).
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from datetime import datetime
@@ -15,7 +16,6 @@ from typing import Any
 import jinja2
 from jinja2.ext import Extension
 
-from mmcore.data.conversations import CHAT_TEMPLATE
 from mmcore.data.tokenizer import Tokenizer
 from mmcore.errors import ConfigError
 from mmcore.generation.template_sandbox import MOST_TEXT, Sandbox, up_to
@@ -40,7 +40,6 @@ class ChatTemplate:
     def __init__(self, source: str, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self._source = source
-        self._apart = source == CHAT_TEMPLATE
         self._controls = tokenizer.model.controls
         names = sorted(filter(None, self._controls), key=len, reverse=True)
         self._names = re.compile("|".join(map(re.escape, names)) or r"(?!)")
@@ -55,8 +54,8 @@ class ChatTemplate:
         return self._ids(messages, after, ask=True)
 
     def _ids(self, messages: list[Message], after: int | None, ask: bool) -> list[int]:
-        # `cut` breaks names of control tokens in what was said, `edge` stands around it, `mark` in its place.
-        cut, edge, mark = _unused([self._source, *(message["content"] for message in messages)])
+        # `cut` breaks names of control tokens in what was said, `mark` stands in its place.
+        cut, mark = _unused([self._source, *(message["content"] for message in messages)])
         marks = [f"{mark}{i}{mark}" for i in range(len(messages))]
         # What is blank stays so, for a template may leave it out.
         hidden = [marks[i] if m["content"].strip() or i == after else m["content"] for i, m in enumerate(messages)]
@@ -64,8 +63,6 @@ class ChatTemplate:
         if any(shape.count(text) != 1 for text in marks if text in hidden):
             raise ConfigError("the checkpoint's chat template drops or repeats messages: mm chat cannot follow it")
         said = [self._names.sub(lambda name: cut.join(name[0]), message["content"]) for message in messages]
-        if self._apart:
-            said = [edge + text + edge for text in said]
         if after is not None:
             said[after] = marks[after]
         text = self._render(messages, said, ask)
@@ -75,24 +72,22 @@ class ChatTemplate:
         if self._names.findall(text) != self._names.findall(shape):
             raise ConfigError("the checkpoint's chat template makes other control tokens of this text than of any other: "
                               "mm chat cannot follow it")
-        return self._encode(text, cut, edge, continues=after is not None)
+        return self._encode(text, cut, continues=after is not None)
 
     def _render(self, messages: list[Message], contents: list[str], ask: bool) -> str:
         rows = [{"role": message["role"], "content": text} for message, text in zip(messages, contents, strict=True)]
         return rendered(self._template, rows, ask, self.tokenizer.bos_token, self.tokenizer.eos_token)
 
-    def _encode(self, text: str, cut: str, edge: str, continues: bool) -> list[int]:
+    def _encode(self, text: str, cut: str, continues: bool) -> list[int]:
         """Ids of rendered text, where names of control tokens stand for those tokens."""
-        ids, end = [], 0
+        ids, end, encode = [], 0, functools.partial(self.tokenizer.encode, continues=continues)
         for name in [*self._names.finditer(text), None]:
             part = text[end : name.start() if name else len(text)].replace(cut, "")
-            if self._apart:
-                ids += [i for piece in part.split(edge) for i in self.tokenizer.encode(piece)]
-            elif part:
-                ids += self.tokenizer.encode(part, continues=continues)
+            if part:
+                ids += encode(part)
             if name:
                 ids.append(self._controls[name[0]])
-                end, continues = name.end(), not self.tokenizer.model.space_after_control
+                end, encode = name.end(), self.tokenizer.encode_after_control
         return ids
 
 
@@ -137,11 +132,11 @@ class _Generation(Extension):
         return caller()
 
 
-def _unused(texts: list[str]) -> tuple[str, str, str]:
-    """Three characters that none of the texts has."""
+def _unused(texts: list[str]) -> tuple[str, str]:
+    """Two characters that none of the texts has."""
     used = set().union(*texts)
-    first, second, third = itertools.islice((c for c in map(chr, range(0xE000, 0x110000)) if c not in used), 3)
-    return first, second, third
+    first, second = itertools.islice((c for c in map(chr, range(0xE000, 0x110000)) if c not in used), 2)
+    return first, second
 
 
 def _raise_template_error(message: str) -> None:

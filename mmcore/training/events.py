@@ -60,7 +60,7 @@ class StepDone:
     step: int
     total_steps: int
     loss: float
-    """Mean over the trained tokens of the step, nats."""
+    """Mean over the trained tokens of the step, nats; nan where there are none."""
     smoothed_loss: float
     learning_rate: float
     gradient_norm: float

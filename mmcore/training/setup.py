@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from mmcore.checkpoint.contents import STATE
+from mmcore.checkpoint.ends import all_ends, known_ends, one_or_more
 from mmcore.checkpoint.formats import Checkpoint, open_checkpoint
 from mmcore.checkpoint.formats.modelconfig import config_json
 from mmcore.checkpoint.resolve import iterate_whole
@@ -106,11 +107,12 @@ def _prepare(
     run = RunFolder(recipe.run_folder)
     resumed = _find_start(recipe, precision, run, start, world, tell)
     source = _source(recipe, run, stage, world) if resumed is None else None
+    first = source if resumed is None else open_checkpoint(resumed, verify=False)
     with all_or_none(world):
         checks.check_memory(recipe, device, world)
     on_first(world, lambda: checks.check_disk(recipe, start.overwrite))
 
-    known = _known_tokenizer(recipe, resumed, source)
+    known = _known_tokenizer(recipe, first)
     tokenizer, corpus = in_turn(world, lambda: _data(recipe, known, tell))
     _agree_on_data(corpus, world)
     if device.type == "cpu":
@@ -120,7 +122,9 @@ def _prepare(
         _remark(recipe, corpus, device, precision, tell)
         with all_or_none(world):
             model = build(recipe, device, precision, source, world)
-            trainer = Trainer(_job(recipe, stage, model, corpus, tokenizer, device, precision, world, tell), listeners)
+            ends = all_ends(known_ends(first, tokenizer) if first is not None else [], tokenizer)
+            job = _job(recipe, stage, model, corpus, tokenizer, ends, device, precision, world, tell)
+            trainer = Trainer(job, listeners)
             if resumed is not None:
                 trainer.restore(resumed)
     on_first(world, lambda: _open_run_folder(trainer, run, tokenizer, corpus, start))
@@ -135,13 +139,12 @@ def _teller(listeners: list[Listener]) -> Listener:
     return tell
 
 
-def _known_tokenizer(recipe: Recipe, resumed: Path | None, source: Checkpoint | None) -> Path | None:
-    """Where the tokenizer is that the first weights belong to; None for a fresh run, and where only the recipe knows.
+def _known_tokenizer(recipe: Recipe, source: Checkpoint | None) -> Path | None:
+    """Where the tokenizer is that the first weights belong to, which are `source`'s; None for a fresh run, and where only
+    the recipe knows.
 
     Raises ConfigError where weights come from elsewhere and nobody says which tokenizer is theirs.
     """
-    if resumed is not None:
-        source = open_checkpoint(resumed, verify=False)
     if source is None:
         return None
     found = source.path if source.files else source.tokenizer_path
@@ -279,6 +282,7 @@ def _job(
     model: LanguageModel,
     corpus: Corpus,
     tokenizer: Tokenizer,
+    ends: list[int],
     device: torch.device,
     precision: str,
     world: World,
@@ -286,9 +290,7 @@ def _job(
 ) -> Job:
     length = recipe.training.sequence_length
     samples = Samples(corpus.train, length, recipe.data.seed)
-    if samples.cut:
-        lost = f", and with them all that {samples.lost} of them had to learn" if samples.lost else ""
-        tell(Notice(f"{samples.cut} conversations are longer than {length} tokens: their ends are left out{lost}"))
+    _tell_cut(samples, "conversations", tell)
     validation = _validation_batches(recipe, corpus, world.size, tell)
     return Job(
         recipe=recipe,
@@ -300,9 +302,9 @@ def _job(
         precision=precision,
         world=world,
         flops_per_token=training_flops_per_token(recipe.model, length),
-        config_json=config_json(recipe.model, torch.float32, tokenizer.bos_id, _end_ids(tokenizer, recipe.data.kind)),
+        config_json=config_json(recipe.model, torch.float32, tokenizer.bos_id, one_or_more(ends)),
         files=tokenizer.files(),
-        data_identity=corpus.fingerprint["identity"],
+        data_identity=samples.identity,
         training_tokens=corpus.train.tokens,
         stage=stage,
     )
@@ -326,12 +328,10 @@ def _remark(recipe: Recipe, corpus: Corpus, device: torch.device, precision: str
             tell(Notice(left_out(path, found["skipped"])))
 
 
-def _end_ids(tokenizer: Tokenizer, kind: str) -> int | list[int] | None:
-    """Where generation ends: the end of the text, and in a conversation the end of a turn too."""
-    turn = tokenizer.special("<|eot_id|>") if kind == "conversations" else None
-    if turn is None:
-        return tokenizer.eos_id
-    return turn if tokenizer.eos_id is None else [tokenizer.eos_id, turn]
+def _tell_cut(samples: Samples, what: str, tell: Listener) -> None:
+    if samples.cut:
+        lost = f", and {samples.lost} of them altogether, for they keep no word to learn" if samples.lost else ""
+        tell(Notice(f"{samples.cut} {what} are longer than {samples.sequence_length} tokens: their ends are left out{lost}"))
 
 
 def _validation_batches(recipe: Recipe, corpus: Corpus, ranks: int, tell: Listener) -> Sequence:
@@ -344,14 +344,14 @@ def _validation_batches(recipe: Recipe, corpus: Corpus, ranks: int, tell: Listen
     samples = Samples(corpus.validation, training.sequence_length, shuffle=False, limit=count)
     size = min(training.micro_batch_size or training.batch_size, training.batch_size // ranks)
     starts = range(0, len(samples), size)
-    batches = [make_batch(samples, range(start, min(start + size, len(samples)))) for start in starts]
-    if not any((batch.labels != IGNORED).any() for batch in batches):
+    if not starts:
         tell(Notice(
-            f"this run has no validation loss: none of the held-out conversations that are read has a word of the assistant "
-            f"within its first {training.sequence_length} tokens"
+            f"this run has no validation loss: none of the held-out conversations has a word of the assistant within its "
+            f"first {training.sequence_length} tokens"
         ))  # fmt: skip
         return ()
-    return batches
+    _tell_cut(samples, "held-out conversations", tell)
+    return [make_batch(samples, range(start, min(start + size, len(samples)))) for start in starts]
 
 
 def bytes_per_label(batches: Sequence, tokenizer: Tokenizer) -> float | None:

@@ -8,6 +8,7 @@ run makes the very updates that the unbroken one would have made.
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -251,7 +252,7 @@ class Trainer:
         return events.StepDone(
             step=self.step,
             total_steps=self.total_steps,
-            loss=result.loss,
+            loss=result.loss if result.trained_tokens else math.nan,
             smoothed_loss=self.smoothed.value,
             learning_rate=rate,
             gradient_norm=result.gradient_norm,

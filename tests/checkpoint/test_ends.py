@@ -11,7 +11,7 @@ from mmcore.checkpoint.convert import convert_checkpoint
 from mmcore.checkpoint.formats import write_exported
 from mmcore.data.conversations import CHAT_TEMPLATE
 from mmcore.data.sentencepiece_model import train_sentencepiece
-from mmcore.errors import ConfigError
+from mmcore.errors import CheckpointError, ConfigError
 from tests.checkpoint.small import LLAMA, weights
 
 CONFIG = dataclasses.replace(LLAMA, vocab_size=320)
@@ -94,6 +94,11 @@ def test_ends_of_generation_config_are_kept(tmp_path, to):
     result = tmp_path / "out.pt" if to == "torch" else tmp_path / "out"
     convert_checkpoint(source(tmp_path, {"eos_token_id": 2}, {"eos_token_id": [2, 9]}), result, to=to)
     assert mmcore.load_model(result).stop_ids == {2, 9}
+
+
+def test_ends_that_are_no_token_ids_are_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=r"eos_token_id is \[\[2\]\] and must be a token id: correct or remove it"):
+        convert_checkpoint(source(tmp_path, {}, {"eos_token_id": [[2]]}), tmp_path / "out")
 
 
 def test_a_tokenizer_that_is_too_large_is_refused(tmp_path, tokenizer):

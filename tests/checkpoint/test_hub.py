@@ -45,7 +45,7 @@ def test_generation_ends_where_texts_and_turns_do(trained):
     def settings(values, tokenizer=None, given=None):
         return json.loads(hub.hub_files(values, tokenizer, given)["generation_config.json"])
 
-    chat = settings(BASE, trained)
+    chat = settings(BASE, trained, trained.files())
     assert chat["eos_token_id"] == [2, trained.special("<|eot_id|>")]
     assert chat["do_sample"] and chat["pad_token_id"] == 2
     trained.chat_template = None
@@ -55,6 +55,8 @@ def test_generation_ends_where_texts_and_turns_do(trained):
         trained.chat_template = CHAT_TEMPLATE
     assert settings({"model_type": "llama"}) == {}
     assert settings({"model_type": "llama", "eos_token_id": [7, 8]}) == {"eos_token_id": [7, 8], "pad_token_id": 7}
+    stale = {"generation_config.json": b'{"eos_token_id": 2}'}  # of a chat model that an earlier mm tuned on text
+    assert settings(BASE, trained, stale)["eos_token_id"] == chat["eos_token_id"]
     source = {"generation_config.json": b'{"temperature": 0.3, "eos_token_id": null}'}
     assert settings(BASE, None, source) == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "temperature": 0.3}
 
@@ -113,6 +115,24 @@ def test_files_of_another_program_are_kept(trained):
     for wrong in (b"nonsense", b"[]", b"[" * 100_000):
         with pytest.raises(CheckpointError, match="tokenizer_config.json"):
             hub.made_elsewhere({"tokenizer_config.json": wrong})
+
+
+@pytest.mark.parametrize("given", [
+    {"temperature": 0.6, "top_k": 20, "do_sample": True, "repetition_penalty": 1.1}, {"do_sample": False}, {},
+])  # fmt: skip
+def test_settings_of_another_program_are_carried_as_they_are(trained, given):
+    """Its weights with our tokenizer too; where nothing else is said, a chat checkpoint of ours is drawn from as mm chat does."""
+    def settings(files, values):
+        found = json.loads(hub.hub_files(BASE, trained, files | {"generation_config.json": json.dumps(values).encode()})
+                           ["generation_config.json"])  # fmt: skip
+        return {key: value for key, value in found.items() if not key.endswith("_token_id")}
+
+    theirs, ours = json.loads(trained.files()["tokenizer_config.json"]), trained.files()
+    theirs = ours | {"tokenizer_config.json": json.dumps({k: v for k, v in theirs.items() if k != "mm_file"}).encode()}
+    ids = {"bos_token_id": 1, "eos_token_id": [2, 5]}
+    assert settings(theirs, ids | given) == given
+    assert settings(ours, ids | given) == (given or hub.CHAT_SAMPLING)
+    assert settings(ours, ids | {"transformers_version": "5"}) == {"transformers_version": "5"}
 
 
 def test_a_tokenizer_that_frames_texts_in_its_own_way_is_left_alone(trained):

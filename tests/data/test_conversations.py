@@ -1,13 +1,18 @@
 """Conversations as tokens: format, mask, template, and what is refused."""
 
+import importlib
 import json
 
 import pytest
 
 from mmcore.config import DataConfig, SourceConfig
-from mmcore.data import CHAT_TEMPLATE, ChatFormat, Loader, Samples, load_tokenizer, prepare
+from mmcore.data import CHAT_TEMPLATE, ChatFormat, Loader, Samples, Tokenizer, load_tokenizer, prepare
 from mmcore.data.conversations import check_messages
+from mmcore.data.documents import open_source
+from mmcore.data.huggingface_tokenizer import _byte_letters, from_gpt2, from_json
+from mmcore.data.tokenizer import CHAT_TOKENS
 from mmcore.errors import ConfigError, DataError
+from tests.data.test_corpus import identity_of
 from tests.helpers.real_data import DATA, needs_data
 
 MESSAGES = [
@@ -16,6 +21,16 @@ MESSAGES = [
     {"role": "assistant", "content": "Bye!"},
 ]
 CALL = {"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]}
+
+
+@pytest.fixture(scope="module")
+def pair_tokenizer():
+    """GPT-2's way to cut text, by which two line breaks are one token at the end of a text and two before a word."""
+    rows = [*(_byte_letters()[byte] for byte in range(256)), "\u010a\u010a", "<|endoftext|>"]
+    model = from_gpt2(json.dumps({row: i for i, row in enumerate(rows)}).encode(), "\u010a \u010a".encode(), "pairs")
+    values = json.loads(model.file_bytes)
+    values["added_tokens"] += [values["added_tokens"][0] | {"id": 258 + n, "content": name} for n, name in enumerate(CHAT_TOKENS)]
+    return Tokenizer(from_json(json.dumps(values).encode(), {}, "pairs"))
 
 
 def test_mask_is_the_assistants_words_and_their_end(small_tokenizer):
@@ -38,6 +53,36 @@ def test_prompt_is_the_beginning_of_the_conversation(small_tokenizer):
     prompt = chat.prompt(MESSAGES[:2])
     assert whole[:len(prompt)] == prompt
     assert trained.index(True) == len(prompt)
+
+
+def test_text_is_encoded_as_in_the_whole_and_answers_as_they_are_asked_for(pair_tokenizer):
+    chat, pair = ChatFormat(pair_tokenizer), pair_tokenizer.encode("\n\n")
+    assert len(pair) == 1
+    for text in ("Who?", "\nWho?", " \n\n", ""):
+        row = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
+        ids, trained = chat.conversation(row)
+        asked = [chat.header_start, *pair_tokenizer.encode("assistant"), chat.header_end, *pair]
+        words = [*pair_tokenizer.encode(text), chat.end_of_turn]
+        first = [chat.header_start, *pair_tokenizer.encode("user"), chat.header_end, *pair_tokenizer.encode("\n\n" + text)]
+        assert ids == [257, *first, chat.end_of_turn, *asked, *words, 257]
+        assert chat.prompt(row[:1]) == ids[: trained.index(True)]
+        assert [i for i, counted in zip(ids, trained, strict=True) if counted] == words
+
+
+@pytest.mark.parametrize(("which", "content", "weight", "version"), [
+    ("small", "Who?", 1, 1), ("small", "\nWho?", 1, 1), ("small", "Who?", 0, 2),
+    ("pair", "Who?", 1, 3), ("pair", "Who?", 0, 3), ("pair", " Who?", 0, 2), ("pair", " Who?", 1, 1),
+])  # fmt: skip
+def test_runs_begun_before_go_on_where_the_tokens_are_the_same(which, content, weight, version, request, tmp_path):
+    """The identity by which a run knows its data is that of the first version that gave them; 3 encodes texts as a whole."""
+    answers = [{"role": "assistant", "content": "me", "weight": given} for given in (weight, 1)]
+    write(tmp_path / "a.jsonl", [[{"role": "user", "content": content}, *answers]])
+    tokenizer = request.getfixturevalue(f"{which}_tokenizer")
+    source = SourceConfig(str(tmp_path / "a.jsonl"))
+    data = DataConfig(sources=(source,), kind="conversations", cache=str(tmp_path / "cache"), validation_fraction=0.0)
+    corpus = prepare(data, tokenizer)
+    known = identity_of(corpus, tmp_path / "a.jsonl", tokenizer, format=version, kind="conversations")
+    assert corpus.fingerprint["identity"] == known
 
 
 def test_template_writes_the_same_text(small_tokenizer):
@@ -80,12 +125,37 @@ def test_tokenizer_without_chat_tokens_is_refused():
     ([CALL | {"content": ""}], r"message 1 calls a tool \(tool_calls\), which mm cannot learn: remove the row, or write"),
     ([CALL | {"content": None}], r"message 1 calls a tool \(tool_calls\), which mm cannot learn: remove the row, or write"),
     ([{"role": "assistant", "content": None, "function_call": {"name": "f"}}], r"message 1 calls a tool \(function_call\)"),
+    ([{"role": "assistant", "content": "x", "reasoning_content": "y"}], "message 1 has reasoning_content, which mm does not"),
     ([{"role": "assistant", "content": "x", "weight": 0.5}], "message 1 has the weight 0.5: give 0"),
     ([{"role": "assistant", "content": "x", "weight": 0}], "gives every answer the weight 0, so there is nothing to learn"),
 ])
 def test_faulty_rows_are_named(messages, message):
     with pytest.raises(DataError, match=f"f.jsonl, line 7.*{message}"):
         check_messages(messages, "f.jsonl, line 7")
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_what_stands_beside_the_messages_is_read_or_refused(tmp_path, ending):
+    def read(*rows):
+        path = tmp_path / f"a.{ending}"
+        if ending == "parquet":
+            table = pytest.importorskip("pyarrow").Table.from_pylist([dict.fromkeys(rows[-1]) | row for row in rows])
+            importlib.import_module("pyarrow.parquet").write_table(table, path)
+        else:
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return [json.loads(d.text) for d in open_source(SourceConfig(str(path)), "conversations").documents()]
+
+    talk, system = MESSAGES[1:3], {"role": "system", "content": "You are a pirate"}
+    plain = {"messages": talk, "system": "", "tools": [], "id": 3}
+    assert read({"system": "You are a pirate", "messages": talk}, plain) == [[system, *talk], talk]
+    for row, told in [
+        ({"system": "x", "messages": MESSAGES}, "2 has a system message and system beside the messages: leave one of them out"),
+        ({"system": ["x"], "messages": talk}, "2: system must be text"),
+        ({"messages": talk, "tools": [{"name": "f"}]}, r"2 offers tools \(tools\), which mm cannot learn to call: remove the row"),
+        ({"messages": talk, "functions": [{"name": "f"}]}, r"2 offers tools \(functions\), which mm cannot learn to call"),
+    ]:
+        with pytest.raises(DataError, match=rf"a\.{ending}, (line|row) {told}"):
+            read({"messages": talk, "id": 3}, row)
 
 
 def test_conversations_from_file_to_batch(small_tokenizer, tmp_path):

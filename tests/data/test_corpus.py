@@ -110,8 +110,10 @@ def test_a_copy_with_fewer_line_ends_does_not_give_the_end_away(small_tokenizer,
     assert all(run.length > 0 for run in trained.runs)
 
 
-def identity_before(corpus, contents, tokenizer, **source):
-    """The identity that mm gave one source before FORMAT 2, written out here once more."""
+def identity_of(corpus, path, tokenizer, **source):
+    """The identity that mm gave one source before it knew of formats beside 1, written out here once more."""
+    file = hashlib.sha256(path.read_bytes()).hexdigest()
+    contents = hashlib.sha256(f"{path.name}\0{file}\n".encode()).hexdigest()
     facts = {"format": 1, "contents": contents, "kind": "text", "text_key": "text", "separator": "<|endoftext|>",
              "tokenizer": tokenizer.fingerprint} | source
     shards = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -128,13 +130,11 @@ def identity_before(corpus, contents, tokenizer, **source):
     ([text for n in range(40) for text in (f"number {n}", f"number {n}\n")], 0.25, False),
 ])
 def test_runs_begun_before_go_on_where_the_split_is_the_same(rows, fraction, same, small_tokenizer, tmp_path):
-    """Since FORMAT 2 what differs from a held-out document in line ends alone is not trained on; where there is no such
+    """Since format 2 what differs from a held-out document in line ends alone is not trained on; where there is no such
     document, the identity by which a run knows its data is what it was."""
     data = DataConfig(sources=(write(tmp_path / "a.jsonl", rows),), cache=str(tmp_path / "cache"), validation_fraction=fraction)
     corpus = prepare(data, small_tokenizer)
-    file = hashlib.sha256((tmp_path / "a.jsonl").read_bytes()).hexdigest()
-    contents = hashlib.sha256(f"a.jsonl\0{file}\n".encode()).hexdigest()
-    assert (corpus.fingerprint["identity"] == identity_before(corpus, contents, small_tokenizer)) is same
+    assert (corpus.fingerprint["identity"] == identity_of(corpus, tmp_path / "a.jsonl", small_tokenizer)) is same
 
 
 def test_validation_sources_take_their_documents_out_of_training(small_tokenizer, tmp_path):
@@ -146,7 +146,8 @@ def test_validation_sources_take_their_documents_out_of_training(small_tokenizer
     assert documents_of(corpus.train, small_tokenizer) == rows[5:]
     assert corpus.fingerprint["excluded_from_training"] == 5
     same = DataConfig(sources=data.sources, validation=data.sources, cache=data.cache)
-    with pytest.raises(DataError, match="no text is left to train on"):
+    told = r"for data\.validation holds every document of data\.sources: give other documents in one of the two"
+    with pytest.raises(DataError, match=told):
         prepare(same, small_tokenizer)
 
 

@@ -72,6 +72,9 @@ def test_parquet_rows(tmp_path):
     assert texts(tmp_path / "a.parquet") == rows
     with pytest.raises(DataError, match=r"a\.parquet has no column 'body'; it has 'text', 'other': name one of these as text_key"):
         texts(tmp_path / "a.parquet", text_key="body")
+    parquet.write_table(pyarrow.table({"messages": rows}), tmp_path / "talk.parquet")
+    with pytest.raises(DataError, match="it has 'messages': set data.kind to conversations"):
+        texts(tmp_path / "talk.parquet")
     with pytest.raises(DataError, match="row 1: 'other' holds int, not text"):
         texts(tmp_path / "a.parquet", text_key="other")
     whole = (tmp_path / "a.parquet").read_bytes()
@@ -138,6 +141,9 @@ def test_faulty_sources_are_named(tmp_path):
         "binary": (tmp_path / "binary.txt", r"binary\.txt is binary \(a zero byte at byte 3\)"),
         "latin": (tmp_path / "latin.txt", r"latin\.txt is not UTF-8 at byte 19: convert it"),
         "broken": (tmp_path / "broken.jsonl", r"broken\.jsonl, line 3 is not JSON \(.*\): correct or remove"),
+        "talk": (tmp_path / "talk.jsonl", r"it has 'messages': set data.kind to conversations to train on them \(mm eval"),
+        "chat keyless": (tmp_path / "keyless.jsonl", r'line 1 has no field "?.messages.*it has .text.: write rows such as {"messages": \[{"role"'),
+        "chat list": (tmp_path / "list.jsonl", r'no JSON object: write rows such as {"messages": \[{"role"'),
         "keyless": (tmp_path / "keyless.jsonl", r"line 2 has no field 'text'; it has 'body', 'id': name one of these as text_key"),
         "list": (tmp_path / "list.jsonl", r"list\.jsonl, line 1 is no JSON object"),
         "number": (tmp_path / "number.jsonl", r"number\.jsonl, line 1: 'text' holds int, not text"),
@@ -155,6 +161,7 @@ def test_faulty_sources_are_named(tmp_path):
     (tmp_path / "binary.txt").write_bytes(b"abc\0def")
     (tmp_path / "latin.txt").write_bytes(b"ok <|endoftext|> ok\xe9")
     (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n{"text": \n')
+    (tmp_path / "talk.jsonl").write_text('{"messages": []}\n')
     (tmp_path / "keyless.jsonl").write_text('{"text": "a"}\n{"body": "b", "id": 1}\n')
     (tmp_path / "list.jsonl").write_text('["a"]\n')
     (tmp_path / "number.jsonl").write_text('{"text": 3}\n')
@@ -167,6 +174,8 @@ def test_faulty_sources_are_named(tmp_path):
     for name, (path, message) in cases.items():
         with pytest.raises(DataError, match=message):
             texts(path, kind="conversations" if name.startswith("chat") else "text")
+    with pytest.raises(DataError, match="'messages' holds list, not text: set data.kind to conversations"):
+        texts(tmp_path / "talk.jsonl", text_key="messages")
 
 
 def test_unreadable_file_is_named(unprivileged_folder):

@@ -85,8 +85,9 @@ def test_first_fit_equals_the_plain_loop(lengths):
 @settings(max_examples=60, deadline=None)
 @given(documents=some_documents, length=st.integers(3, 40))
 def test_conversations_stay_whole(documents, length):
-    stream = MemoryStream(documents)
-    samples = Samples(store(stream, kind="conversations"), length, shuffle=False)
+    begin, end = 0, 60  # both are multiples of 3, which are not learnt
+    stream = MemoryStream(documents, begin, end)
+    samples = Samples(store(stream, kind="conversations", begin=begin, end=end), length, shuffle=False)
     seen = []
     for index in range(len(samples)):
         sample = samples[index]
@@ -95,28 +96,37 @@ def test_conversations_stay_whole(documents, length):
             place = np.flatnonzero(sample.documents == number)
             assert (np.diff(place) == 1).all()
             row = sample.tokens[place].tolist()
-            if row[0] == BEGIN:
-                which = next(i for i, d in enumerate(documents) if [BEGIN, *d, END][:length + 1] == row and i not in seen)
+            if row[0] == begin:
+                which = next(i for i, d in enumerate(documents) if [begin, *d, end][:length + 1] == row and i not in seen)
                 seen.append(which)
                 start = stream.lengths[:which].sum()
                 assert (sample.trained[place] == stream.trained[start:start + len(row)]).all()
             else:
-                assert set(row) == {END} and not sample.trained[place].any()
-    assert sorted(seen) == list(range(len(documents)))
+                assert set(row) == {end} and not sample.trained[place].any()
     assert samples.cut == sum(len(d) + 2 > length + 1 for d in documents)
-    rows = [[BEGIN, *d, END] for d in documents]
-    assert samples.lost == sum(len(row) > length + 1 and all(i % 3 == 0 for i in row[:length + 1]) for row in rows)
+    rows = [[begin, *d, end] for d in documents]
+    lost = [n for n, row in enumerate(rows) if len(row) > length + 1 and all(i % 3 == 0 for i in row[:length + 1])]
+    assert samples.lost == len(lost)
+    assert sorted(seen) == [n for n in range(len(documents)) if n not in lost]
+
+
+def test_only_where_conversations_are_left_out_a_position_means_another_place_than_before():
+    for documents, length, same in (([[3, 6, 9, 12, 15, 4], [3, 4, 6]], 4, False), ([[3, 4, 6, 9, 12]], 4, True), ([[4]], 4, True)):
+        data = TokenStore((MemoryStream(documents, 0, 60),), None, 0, 60, "conversations", {"identity": "abc"})
+        assert (Samples(data, length).identity == "abc") is same
 
 
 def test_conversations_that_keep_no_word_to_learn_are_counted_and_refused_where_they_are_all():
     silent, heard = [3, 6, 9, 12, 15, 4], [3, 4, 6]  # what 3 divides is not learnt
     stream = MemoryStream([silent, heard], begin=0, end=60)
     samples = Samples(store(stream, kind="conversations", begin=0, end=60), 4)
-    assert (samples.cut, samples.lost) == (1, 1)
+    assert (samples.cut, samples.lost, len(samples)) == (1, 1, 1)
+    assert samples[0].trained.any()
     with pytest.raises(DataError, match="no conversation has a word of the assistant within its first 4 tokens"):
         Samples(store(MemoryStream([silent] * 3, begin=0, end=60), kind="conversations", begin=0, end=60), 4)
     streams = MemoryStream([silent], begin=0, end=60, name="mute"), MemoryStream([heard], begin=0, end=60)
-    assert len(Samples(store(*streams, kind="conversations", begin=0, end=60), 4)) == 2
+    assert len(Samples(store(*streams, kind="conversations", begin=0, end=60), 4)) == 1
+    assert len(Samples(store(streams[0], kind="conversations", begin=0, end=60), 4, shuffle=False, limit=9)) == 0
     with pytest.raises(DataError, match="mute has a weight, and no conversation there has a word"):
         Samples(store(*streams, weights=(3.0, 1.0), kind="conversations", begin=0, end=60), 4)
 

@@ -10,7 +10,7 @@ import tokenizers
 from mmcore.data.conversations import CHAT_TEMPLATE, ChatFormat
 from mmcore.data.huggingface_tokenizer import from_json
 from mmcore.data.sentencepiece_model import SentencePieceModel, train_sentencepiece
-from mmcore.data.tokenizer import Tokenizer
+from mmcore.data.tokenizer import CHAT_TOKENS, Tokenizer
 from mmcore.errors import ConfigError
 from mmcore.generation import chat_template
 from mmcore.generation.chat_template import ChatTemplate, compiled, rendered
@@ -193,15 +193,26 @@ def test_halves_of_a_control_token_are_refused(body, said):
         template.ids([{"role": "user", "content": said}])
 
 
-def test_our_own_template_stays_as_in_training(spaced):
-    """Its pieces are encoded apart, also where a space is put in front of each, and where a name is spelled."""
-    plain = json.loads(spaced.model.companion_files()["tokenizer.json"])
-    names = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-    for index, name in enumerate(names, 340):
-        plain["added_tokens"].append({**plain["added_tokens"][-1], "id": index, "content": name})
-    for tokenizer in (Tokenizer(from_json(json.dumps(plain).encode(), {}, "it")), train_sentencepiece([TEXT] * 20, 340)):
+def with_chat_tokens(content):
+    """A tokenizer.json with Llama 3's three chat tokens."""
+    values = json.loads(content)
+    for index, name in enumerate(CHAT_TOKENS, 340):
+        values["added_tokens"].append({**values["added_tokens"][-1], "id": index, "content": name})
+    return json.dumps(values).encode()
+
+
+def test_our_own_template_gives_what_training_and_transformers_do(spaced):
+    """Also where a space is put in front of a text, after control tokens or not, and where a name is spelled."""
+    files = [with_chat_tokens(witness.to_str()) for _, witness in kinds(spaced)]
+    for tokenizer in [*(Tokenizer(from_json(file, {}, "it")) for file in files), train_sentencepiece([TEXT] * 20, 340)]:
+        template = ChatTemplate(CHAT_TEMPLATE, tokenizer)
         for messages in [*TALKS, [{"role": "user", "content": "\n\n<|eot_id|> x"}]]:
-            assert ChatTemplate(CHAT_TEMPLATE, tokenizer).ids(messages) == ChatFormat(tokenizer).prompt(messages)
+            assert template.ids(messages) == ChatFormat(tokenizer).prompt(messages)
+    for file in files:
+        tokenizer, witness = Tokenizer(from_json(file, {}, "it")), tokenizers.Tokenizer.from_buffer(file)
+        for messages in TALKS:
+            expected = witness.encode(theirs(CHAT_TEMPLATE, messages, tokenizer), add_special_tokens=False).ids
+            assert ChatFormat(tokenizer).prompt(messages) == expected
 
 
 @pytest.mark.parametrize("source, told", [

@@ -7,12 +7,17 @@ import pytest
 import torch
 import yaml
 
+from mmcore.checkpoint.formats import write_exported
+from mmcore.checkpoint.load import load_model, load_tokenizer
+from mmcore.data.conversations import CHAT_TEMPLATE
+from mmcore.data.tokenizer import CHAT_TOKENS
 from mmcore.distributed.mesh import start_world, stop_world
 from mmcore.errors import CheckpointError, ConfigError
 from mmcore.training import setup
 from mmcore.training.finetune import load_finetune_recipe
 from mmcore.training.run_folder import RunFolder
 from mmcore.training.setup import Start, prepare_trainer
+from mmcore.training.tokenizers import find_tokenizer
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_run import tiny_recipe, tiny_values
 
@@ -46,8 +51,6 @@ def test_the_context_may_change_and_the_weights_come_along(base, tmp_path):
     recipe = load_finetune_recipe(write(base, tmp_path, longer, sequence_length=256, batch_size=2, micro_batch_size=1))
     assert (recipe.model.max_position_embeddings, recipe.model.long_term_delay_range) == (256, (4, 32))
     trainer = prepare_trainer(recipe, stage="finetune")
-    from mmcore.checkpoint.load import load_model
-
     before = dict(load_model(base / "run").named_parameters())
     for name, parameter in trainer.model.named_parameters():
         assert torch.equal(parameter, before[name]), name
@@ -104,6 +107,40 @@ def test_another_tokenizer_is_refused(base, tmp_path):
         prepare_trainer(recipe, stage="finetune")
     same = load_finetune_recipe(write(base, tmp_path), [f"tokenizer.path={base / 'run'}"])
     assert prepare_trainer(same, stage="finetune").step == 0
+
+
+@pytest.mark.parametrize("named, template, ends, resumed", [
+    (2, True, [2, 5], False), ([2, 4, 99], False, [2, 4], False),
+    pytest.param([2, 4, 99], True, [2, 4, 5], True, marks=pytest.mark.slow),
+])  # fmt: skip
+def test_what_ended_a_turn_still_does_after_tuning_on_text(base, tmp_path, named, template, ends, resumed):
+    """By the chat template that is kept (5 is <|eot_id|>), or by the list of the source, as of an imported Llama."""
+    recipe = load_finetune_recipe(write(base, tmp_path))
+    source = tmp_path / "source"
+    tokenizer = load_tokenizer(base / "run")
+    tokenizer.chat_template = CHAT_TEMPLATE if template else None
+    write_exported(source, recipe.model, load_model(base / "run").state_dict(), files=tokenizer.files(),
+                   extra={"eos_token_id": named})  # fmt: skip
+    recipe = load_finetune_recipe(write(base, tmp_path), [f"training.init_from={source}"])
+    trainer = prepare_trainer(recipe, stage="finetune")
+    assert trainer.job.config_json["eos_token_id"] == ends
+    if resumed:
+        trainer.fit()
+        trainer = prepare_trainer(recipe, stage="finetune", start=Start(resume=True))
+        assert trainer.job.config_json["eos_token_id"] == ends
+
+
+def test_weights_whose_tokenizer_has_no_chat_tokens_are_not_trained_on_conversations(base, tmp_path):
+    """As those of Llama 2, GPT-2 and llama2.c: another tokenizer would be refused as well."""
+    values = json.loads(load_tokenizer(base / "run").files()["tokenizer.json"])
+    values["added_tokens"] = [token for token in values["added_tokens"] if token["content"] not in CHAT_TOKENS]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    recipe = load_finetune_recipe(write(base, tmp_path), ["data.kind=conversations"])
+    told = (
+        r"has no token <\|start_header_id\|>, which conversations need, and its weights .* set data\.kind to text, or begin"
+    )
+    with pytest.raises(ConfigError, match=told):
+        find_tokenizer(recipe, tmp_path, print)
 
 
 def test_resume_is_exact_here_too(base, tmp_path):

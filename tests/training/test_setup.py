@@ -134,14 +134,19 @@ def test_conversations_whose_answers_lie_past_the_window(tmp_path):
     assert (recipe.run_folder / "checkpoints" / "step-000008").is_dir()
     said = [event.text for event in heard if isinstance(event, Notice)]
     assert any("no validation loss" in text and "within its first 64 tokens" in text for text in said)
+    assert not any("held-out conversations are longer" in text for text in said)
     recipe = changed(tmp_path, data__sources=long, checkpoint__folder=str(tmp_path / "other"), **common)
     with pytest.raises(DataError, match="nothing to learn: raise training.sequence_length"):
         prepare_trainer(recipe)
-    recipe = changed(tmp_path, data__sources=short + long, checkpoint__folder=str(tmp_path / "both"), **common)
+    both = {"data__sources": short + long, "data__validation": write_conversations(tmp_path / "two.jsonl", [3, 500])}
+    recipe = changed(tmp_path, checkpoint__folder=str(tmp_path / "both"), **both, **common)
     heard.clear()
-    prepare_trainer(recipe, listeners=[heard.append])
+    trainer = prepare_trainer(recipe, listeners=[heard.append])
     said = [event.text for event in heard if isinstance(event, Notice)]
-    assert any(re.search(r"ends are left out, and with them all that \d+ of them had to learn", text) for text in said)
+    assert any(re.match(r"\d+ conversations are longer than 64 .* left out, and \d+ of them altogether", text) for text in said)
+    assert any(text.startswith("1 held-out conversations are longer than 64 tokens") for text in said)
+    assert all(trainer.job.samples[n].trained.any() for n in range(len(trainer.job.samples)))
+    assert trainer.job.data_identity != json.loads((recipe.run_folder / "data.json").read_text())["identity"]
 
 
 def test_data_split_by_an_earlier_version_are_refused_with_the_reason():

@@ -224,6 +224,23 @@ def test_micro_batches_change_nothing_but_rounding(unbroken, tmp_path):
         assert row["trained_tokens"] == expected["trained_tokens"]
 
 
+def test_a_step_without_a_label_has_no_loss(unbroken, tmp_path):
+    trainer = prepare_trainer(recipe(tmp_path, unbroken, steps=2))
+    whole = trainer.job.samples
+
+    class Silent:
+        """The windows, of which those of the second step have nothing to learn."""
+
+        def __getitem__(self, index):
+            return whole[index] if index < 4 else whole[index]._replace(trained=whole[index].trained & False)
+
+    trainer.job.samples = Silent()
+    trainer.fit()
+    first, second = lines(tmp_path)
+    assert first["loss"] > 0 and (second["loss"], second["trained_tokens"]) == (None, 0)
+    assert second["smoothed_loss"] == first["smoothed_loss"]
+
+
 def test_recomputed_activations_give_the_same_losses_to_the_last_bit(unbroken, tmp_path):
     values = tiny_values(unbroken[0])
     values["checkpoint"]["folder"] = str(tmp_path / "run")
