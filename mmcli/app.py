@@ -4,17 +4,19 @@ A command's module is imported when the command runs or shows its help, never fo
 more than importing typer (83 ms against 79 here; with rich's panels it was 165). What a command computes with
 (torch, numpy) it imports in its function's body, after the options are read.
 
-Exit status: 0 done, 1 a failure of ours (with its traceback), 2 the user's mistake (one line), 130 Ctrl-C.
+Exit status: 0 done, or nobody reads the output any more; 1 a failure of ours (with its traceback), 2 the user's mistake
+(one line), 130 Ctrl-C.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 from typer.core import TyperGroup
@@ -97,18 +99,21 @@ def run(arguments: list[str]) -> int:
         typer.main.get_command(app).main(arguments, prog_name="mm")
         return 0
     except SystemExit as leaving:
-        return _status(leaving.code)
+        broken = leaving.__context__  # of a closed pipe typer makes a failure without a word, before we hear of it
+        return _leave_quietly(broken) if isinstance(broken, BrokenPipeError) else _status(leaving.code)
     except MMError as error:
         return _complain(str(error))
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        return _leave_quietly()
+    except BrokenPipeError as error:
+        return _leave_quietly(error)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return _complain(f"the disk is full{_at(error)}: free some space and run the command again")
         if error.errno == errno.EFBIG:
             return _complain(f"a file may not grow further{_at(error)}: raise the limit on the size of files (ulimit -f)")
+        if error.errno == errno.ENAMETOOLONG:
+            return _complain(f"a name is too long{_at(error)}: give a shorter one")
         if isinstance(error, PermissionError):
             return _complain(f"no permission{_at(error)}: change the permissions, or choose another place")
         raise
@@ -123,7 +128,8 @@ def _status(code: Any) -> int:
 def _complain(message: str) -> int:
     """One line, whatever the message holds: control characters from a file's text must not reach the terminal."""
     line = " ".join("".join(c if c.isprintable() else " " for c in message).split())
-    print(f"mm: {line}", file=sys.stderr)
+    with contextlib.suppress(BrokenPipeError):
+        print(f"mm: {line}", file=sys.stderr)
     return 2
 
 
@@ -131,14 +137,33 @@ def _at(error: OSError) -> str:
     return f" at {error.filename}" if error.filename else ""
 
 
-def _leave_quietly() -> int:
-    """Whoever read our output has gone (`mm ... | head`): drop the rest, and the complaint at the interpreter's end."""
+def _leave_quietly(error: BrokenPipeError) -> int:
+    """Whoever read our output has gone (`mm ... | head`): drop the rest, and the complaint at the interpreter's end.
+
+    Raises `error` where it was another pipe that broke, and in a rank of several, for which the others would wait.
+    """
+    if not _is_unread(sys.stdout) or "WORLD_SIZE" in os.environ:
+        raise error
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
+def _is_unread(stream: TextIO) -> bool:
+    """Whether a stream goes into a pipe that nobody reads any more."""
+    import select
+
+    try:
+        descriptor = stream.fileno()
+    except (OSError, ValueError):  # it is none of the system's, or closed
+        return False
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
 def _flush() -> None:
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        _leave_quietly()
+        if sys.stdout is not None:  # as after `>&-`
+            sys.stdout.flush()
+    except BrokenPipeError as error:
+        _leave_quietly(error)

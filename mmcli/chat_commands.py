@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from dataclasses import dataclass
+from typing import Any
 
 from mmcore.errors import ConfigError
 from mmcore.generation.requests import check_length
@@ -16,7 +17,7 @@ COMMANDS = {
     "/why": "what each head read before the last token; /why N: before the Nth from the end",
     "/stats": "speed of reading and answering, tokens remembered, memory",
     "/reset": "forget everything said",
-    "/save": "keep the conversation and the memories: /save FILE",
+    "/save": "keep the conversation, the memories and the settings: /save FILE",
     "/load": "go on with a saved conversation: /load FILE",
     "/exit": "leave (as Ctrl-D)",
 }
@@ -42,6 +43,14 @@ class Settings:
         check_length(self.max_new_tokens)
         _ = self.sampling
         return self
+
+    @classmethod
+    def saved(cls, values: Any) -> Settings:
+        """The settings of a saved conversation; one that is not among them is as by default. Raises ConfigError."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        if not isinstance(values, dict) or not values.keys() <= set(known):
+            raise ConfigError(f"they are {values!r}, and may be {', '.join(known)}: load it with the mm that saved it")
+        return cls(**values).checked()
 
     def changed(self, assignments: str) -> Settings:
         """With `name=value` words applied. Raises ConfigError, naming the word and the remedy."""

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
 from prompt_toolkit.filters import Condition
-from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.history import FileHistory, InMemoryHistory
 from prompt_toolkit.input import Input
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import Output
 
 from mmcli.chat_commands import COMMANDS, Settings
+from mmcli.terminal import dim
+from mmcore.config.words import expanded
+from mmcore.errors import ConfigError
 
 
 class LineEditor:
@@ -26,13 +30,13 @@ class LineEditor:
 
     def __init__(self, history_file: Path | None, input: Input | None = None, output: Output | None = None) -> None:
         """`history_file`: where lines are kept from one conversation to the next; None: nowhere."""
-        history = InMemoryHistory() if history_file is None else FileHistory(str(history_file))
-        self.history: History = history
+        self.history = InMemoryHistory() if history_file is None else _KeptHistory(str(history_file))
+        self._told = False
         self._session: PromptSession[str] = PromptSession(
             message="> ",
             prompt_continuation="  ",
             multiline=True,
-            history=history,
+            history=self.history,
             key_bindings=_bindings(),
             completer=CommandCompleter(),
             complete_while_typing=Condition(self._on_command),
@@ -42,10 +46,35 @@ class LineEditor:
 
     def read(self) -> str:
         """The next text. Raises EOFError on Ctrl-D and KeyboardInterrupt on Ctrl-C."""
-        return self._session.prompt()
+        text = self._session.prompt()
+        if not self._told and (fault := getattr(self.history, "fault", None)):
+            self._told = True
+            print(dim(f"[what you type is no longer kept, for its file {fault}]", sys.stdout))
+        return text
 
     def _on_command(self) -> bool:
         return self._session.default_buffer.text.startswith("/")
+
+
+class _KeptHistory(FileHistory):
+    """Lines in a file. One that cannot be read or written, on a disk that is full meanwhile, costs only what would have
+    been kept: the editor has the lines of this conversation in memory, and must not stop for an error of ours."""
+
+    fault: str | None = None
+    """What is wrong with the file, once something is."""
+
+    def load_history_strings(self) -> Iterable[str]:
+        try:
+            return super().load_history_strings()
+        except OSError as error:
+            self.fault = f"cannot be read ({error.strerror})"
+            return ()
+
+    def store_string(self, string: str) -> None:
+        try:
+            super().store_string(string)
+        except OSError as error:
+            self.fault = f"cannot be written ({error.strerror})"
 
 
 class CommandCompleter(Completer):
@@ -76,16 +105,16 @@ def history_path() -> Path | None:
     """The file for what was typed, made readable by its owner only: $MM_CACHE/chat_history, or in
     $XDG_STATE_HOME/mm or ~/.local/state/mm. None where it cannot be written."""
     cache, state = os.environ.get("MM_CACHE"), os.environ.get("XDG_STATE_HOME")
-    folder = Path(cache) if cache else Path(state or "~/.local/state").expanduser() / "mm"
-    path = folder / "chat_history"
     try:
+        folder = Path(expanded(cache)) if cache else Path(expanded(state or "~/.local/state")) / "mm"
+        path = folder / "chat_history"
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         descriptor = os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY | os.O_NOFOLLOW, 0o600)
         try:
             os.fchmod(descriptor, 0o600)
         finally:
             os.close(descriptor)
-    except OSError:
+    except (OSError, ConfigError):
         return None
     return path
 

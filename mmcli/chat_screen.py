@@ -5,8 +5,7 @@ from __future__ import annotations
 import secrets
 import signal
 import sys
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import asdict, replace
 from types import FrameType
 
 from mmcli.chat_commands import COMMANDS, Settings, parse_command, text_of
@@ -140,17 +139,21 @@ class Screen:
             self._draw_seed()
             self._note("everything said is forgotten")
         elif command == "/save":
-            path = Path(rest).expanduser()
-            self.conversation.save(path)
-            self._note(f"saved; `/load {path}` goes on from here with the same checkpoint")
+            self.conversation.save(rest, asdict(self.settings))
+            self._note(f"saved; `/load {rest}` goes on from here with the same checkpoint")
         elif command == "/load":
-            self.conversation.load(Path(rest).expanduser())
-            self._replay()
+            self._load(rest)
 
-    def _replay(self) -> None:
+    def _load(self, file: str) -> None:
+        """Go on with a saved conversation and its settings, which earlier files do not hold, and show what was said."""
+        saved = self.conversation.load(file, Settings.saved)
+        whose = "settings as before, for none were saved"
+        if saved is not None:
+            self.settings, whose = Settings.saved(saved), "settings as saved"
         for message in self.conversation.messages:
             print(("> " if message["role"] == "user" else "") + clean(message["content"]))
-        self._note(f"{self.conversation.session.length:,} tokens remembered; nothing was read again")
+        length = self.conversation.session.length
+        self._note(f"{length:,} tokens remembered; nothing was read again; {whose}: {self.settings}")
 
     def _draw_seed(self) -> None:
         if not self._fixed_seed:

@@ -14,6 +14,7 @@ from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from mmcli.terminal import make_console
 from mmcore.training import events
 
 if TYPE_CHECKING:
@@ -29,9 +30,7 @@ def make_view(title: str, go_on: str, stream: TextIO | None = None) -> PlainView
     """
     stream = stream or sys.stdout
     if stream.isatty() and os.environ.get("TERM", "dumb") != "dumb":
-        from rich.console import Console
-
-        return LiveView(title, go_on, Console(file=stream, highlight=False))
+        return LiveView(title, go_on, make_console(file=stream, highlight=False))
     return PlainView(title, go_on, stream)
 
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mmcli.terminal import make_console
 from mmcore.errors import ConfigError
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -113,12 +114,11 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
     if not sys.stderr.isatty():
         yield _Lines()
         return
-    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     words = TextColumn("{task.description:<20}")
     columns = (words, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+    with Progress(*columns, console=make_console(stderr=True), transient=True) as bars:
         tasks: dict[str, Any] = {}
 
         def tell(what: str, done: int, total: int) -> None:
@@ -159,14 +159,13 @@ def _print_formats(as_json: bool) -> None:
 
         print(json.dumps([{"name": name} | dataclasses.asdict(row) for name, row in FORMATS.items()], indent=2))
         return
-    from rich.console import Console
     from rich.table import Column, Table
 
     heads = ("format", "what it is", "mm convert can", "carries", "lost")
     table = Table(*(Column(head, overflow="fold") for head in heads), show_lines=True)
     for name, row in FORMATS.items():
         table.add_row(name, row.what, row.can, row.carries, row.lost)
-    Console().print(table)
+    make_console().print(table)
 
 
 def _verify(path: Path, as_json: bool) -> None:

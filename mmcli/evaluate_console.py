@@ -8,14 +8,14 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from mmcli.terminal import make_console
+
 
 def show_report(report: dict[str, Any]) -> None:
     """The tables, the sentences that say how they came about, and the notes."""
-    from rich.console import Console
-
     from mmcore.evaluation import report as reports
 
-    console = Console(highlight=False, markup=False)
+    console = make_console(highlight=False, markup=False)
     text = report["text"]
     title = f"{text['name']}: {text['documents']:,} documents, {text['bytes']:,} bytes"
     console.print(table(title, *reports.summary_rows(report)))
@@ -48,10 +48,9 @@ def table(title: str, header: list[str], rows: list[list[str]]):
 def text_progress() -> Iterator[Any]:
     """callback(stage, tokens read, tokens to read) that shows speed and time left on standard error: a bar, or a
     plain line every 30 s where that is no terminal."""
-    from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True, highlight=False, markup=False)
+    console = make_console(stderr=True, highlight=False, markup=False)
     if not console.is_terminal:
         yield plain_text_progress(console)
         return
@@ -91,10 +90,9 @@ def plain_text_progress(console: Any, every: float = 30.0):
 def suite_progress(every: float = 30.0) -> Iterator[Any]:
     """callback(what is measured, work done, work in all) that shows the share done and the time left on standard error:
     a bar, or a plain line every `every` seconds where that is no terminal."""
-    from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True, highlight=False, markup=False)
+    console = make_console(stderr=True, highlight=False, markup=False)
     if not console.is_terminal:
         yield plain_suite_progress(console, every)
         return
@@ -120,11 +118,9 @@ def plain_suite_progress(console: Any, every: float) -> Any:
 
 def show_suites(report: dict[str, Any]) -> None:
     """The tables that sum up and the notes, on the console."""
-    from rich.console import Console
-
     from mmcore.evaluation.suite_tables import tables
 
-    console = Console(highlight=False, markup=False)
+    console = make_console(highlight=False, markup=False)
     for one in tables(report):
         if not one.detail:
             console.print(suite_table(one))

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mmcore.config.words import whole_number
 from mmcore.errors import ConfigError
 
 
@@ -61,13 +62,15 @@ def _split(text: str) -> list[str]:
 
 def _tokens(word: str) -> int:
     """4k is 4,096 tokens, as in RULER."""
-    match = re.fullmatch(r"(\d+)([kK]?)", word)
-    if match is None:
+    thousands = word[-1] in "kK"
+    number = whole_number(word[:-1] if thousands else word)
+    if number is None:
         raise ConfigError(f"--lengths has {word!r}: write numbers of tokens, such as 1k,4k,32768")
-    return int(match[1]) * (1024 if match[2] else 1)
+    return number * (1024 if thousands else 1)
 
 
 def _whole(word: str, option: str) -> int:
-    if not word.isdigit():
+    number = whole_number(word)
+    if number is None:
         raise ConfigError(f"{option} has {word!r}: write whole numbers, such as 1,2,4,8")
-    return int(word)
+    return number

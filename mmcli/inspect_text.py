@@ -57,11 +57,12 @@ def run_inspection(
 def why(conversation: Any, rest: str) -> list[str]:
     """What the heads read when the last token of a conversation was chosen, or the one `rest` places from its end, as
     lines. Raises ConfigError for a token that is not there."""
+    from mmcore.config.words import whole_number
     from mmcore.errors import ConfigError
     from mmcore.evaluation import inspection
 
     history, model = conversation.session.history, conversation.session.model
-    back = int(rest.lstrip("-")) if rest.lstrip("-").isdigit() else (0 if rest else 1)
+    back = whole_number(rest.lstrip("-")) or 0 if rest else 1
     if not 1 <= back < len(history):
         last = max(1, len(history) - 1)
         raise ConfigError(

@@ -79,6 +79,8 @@ def read_launch(
     gpus: str | None, ranks: int | None, nodes: int | None, rdzv: str | None, max_restarts: int | None
 ) -> Launch | None:
     """What the options ask for; None where none is given. Raises ConfigError."""
+    from mmcore.config.words import whole_number
+
     if all(option is None for option in (gpus, ranks, nodes, rdzv, max_restarts)):
         return None
     if "WORLD_SIZE" in os.environ:
@@ -89,16 +91,17 @@ def read_launch(
     if gpus is None:
         what = "--ranks goes with --gpus 0" if ranks is not None else "say how many GPUs each node has"
         raise ConfigError(f"{what}: add --gpus {0 if ranks is not None else 'N'}")
-    if not re.fullmatch(r"\d+", gpus):
+    per_node = whole_number(gpus)
+    if per_node is None:
         raise ConfigError(f"--gpus {gpus}: give the number of GPUs of a node to train on, or add --plan to `mm pretrain`")
-    on_cpu = int(gpus) == 0
+    on_cpu = per_node == 0
     if ranks is not None and not on_cpu:
         raise ConfigError(f"--ranks goes with --gpus 0: on GPUs every one of the {gpus} has one process")
     for option, value, least in (("--ranks", ranks, 1), ("--nodes", nodes, 1), ("--max-restarts", max_restarts, 0)):
         if value is not None and value < least:
             raise ConfigError(f"{option} is {value}: it must be at least {least}")
     return Launch(
-        per_node=(ranks or 1) if on_cpu else int(gpus),
+        per_node=(ranks or 1) if on_cpu else per_node,
         on_cpu=on_cpu,
         nodes=nodes or 1,
         rdzv=_meeting_point(rdzv, nodes or 1),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from mmcli.terminal import make_console
 from mmcore.config import Recipe
 
 
@@ -16,9 +17,7 @@ def show_plan(recipe: Recipe, gpus: str | None, as_json: bool) -> None:
     if as_json:
         print(json.dumps(plan, indent=2))
         return
-    from rich.console import Console
-
-    console = Console(highlight=False)
+    console = make_console(highlight=False)
     for table in (_model_table(plan), _memory_table(plan), _run_table(plan)):
         console.print(table)
     console.print(_verdict(plan), soft_wrap=True)

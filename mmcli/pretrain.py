@@ -92,11 +92,29 @@ def pretrain(
 
 def _show_plan(recipe: Path, changes: list[str], gpus: str | None, as_json: bool) -> None:
     from mmcli.plan import show_plan
-    from mmcore.config import load_recipe
+    from mmcore.config.words import whole_number
 
-    if gpus is not None and gpus.isdigit():
+    if gpus is not None and whole_number(gpus) is not None:
         raise ConfigError(f"--plan --gpus {gpus}: say which GPUs, such as {gpus}xH100")
-    show_plan(load_recipe(recipe, changes), gpus, as_json)
+    show_plan(_recipe_to_plan(recipe, changes), gpus, as_json)
+
+
+def _recipe_to_plan(path: Path, changes: list[str]) -> Recipe:
+    """The recipe, with its checkpoint's model where it begins with one. A stage can be planned before the one that it goes
+    on from has run, if the recipe says itself what model that is."""
+    from mmcore.config import ModelConfig, load_recipe
+
+    recipe = load_recipe(path, changes)
+    source = recipe.training.init_from
+    if source is None:
+        return recipe
+    if os.path.exists(source):
+        from mmcore.training.finetune import load_finetune_recipe
+
+        return load_finetune_recipe(path, changes)
+    if recipe.model == ModelConfig():
+        raise ConfigError(f"{path} takes its model from training.init_from, and there is no {source}: name a checkpoint")
+    return recipe
 
 
 class Command:
@@ -219,7 +237,10 @@ def read_steps(text: str | None) -> tuple[int, int] | None:
     """The first and the last step of "10" or "10:13". Raises ConfigError."""
     if text is None:
         return None
+    from mmcore.config.words import whole_number
+
     first, _, last = text.partition(":")
-    if not (first.isdigit() and (last or first).isdigit() and 1 <= int(first) <= int(last or first)):
+    begin, end = whole_number(first), whole_number(last or first)
+    if begin is None or end is None or not 1 <= begin <= end:
         raise ConfigError(f"--profile {text}: give a step or the first and the last one, such as 10 or 10:13")
-    return int(first), int(last or first)
+    return begin, end

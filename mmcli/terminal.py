@@ -6,7 +6,10 @@ from __future__ import annotations
 import os
 import re
 import sys
-from typing import TextIO
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _UNSAFE = re.compile(
     "["
@@ -36,6 +39,17 @@ def dim(text: str, stream: TextIO) -> str:
     """`text` in a fainter colour where `stream` is a terminal and NO_COLOR is not set."""
     plain = not stream.isatty() or "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
     return text if plain else f"\x1b[2m{text}\x1b[0m"
+
+
+def make_console(**settings: Any) -> Console:
+    """Rich's console, with a closed pipe raised as by any other writer: rich would end the program as a failed one."""
+    from rich.console import Console
+
+    class Piped(Console):
+        def on_broken_pipe(self) -> None:
+            raise  # the error that is being handled
+
+    return Piped(**settings)
 
 
 def names_in(text: str | None) -> tuple[str, ...]:

@@ -23,11 +23,15 @@ ALONE = Messages(World())
 Records = dict[str, FileRecord]
 
 
-def check(folder: Path, *, hashes: bool = True, messages: Messages = ALONE) -> Records:
+Hashes = bool | frozenset[str]
+"""Whose bytes are read: every file's, none's (only names and sizes are compared), or those of some names."""
+
+
+def check(folder: Path, *, hashes: Hashes = True, messages: Messages = ALONE) -> Records:
     """Verify a training checkpoint and return its records. Raises CheckpointError with all that is wrong.
 
-    hashes=False compares only names and sizes; otherwise every byte is read, by all ranks together, in as many
-    threads as pay, and so are the headers of a sharded checkpoint's files. All ranks raise, or none.
+    Where every byte is read, all ranks together read it, in as many threads as pay, and so are the headers of a sharded
+    checkpoint's files. All ranks raise, or none.
     """
     records, problems = messages.each(lambda: _look(folder, hashes, messages))
     problems = list(dict.fromkeys(fault for faults in messages.share(problems) for fault in faults))
@@ -38,7 +42,7 @@ def check(folder: Path, *, hashes: bool = True, messages: Messages = ALONE) -> R
     return records
 
 
-def _look(folder: Path, hashes: bool, messages: Messages) -> tuple[Records, list[str]]:
+def _look(folder: Path, hashes: Hashes, messages: Messages) -> tuple[Records, list[str]]:
     """The records, and what this rank finds wrong. Does not raise: the other ranks wait for the answer."""
     records: Records = {}
     problems: list[str] = []
@@ -52,14 +56,16 @@ def _look(folder: Path, hashes: bool, messages: Messages) -> tuple[Records, list
     return records, problems
 
 
-def _faults(folder: Path, records: Records, hashes: bool, messages: Messages) -> list[str]:
+def _faults(folder: Path, records: Records, hashes: Hashes, messages: Messages) -> list[str]:
     """What is wrong with this rank's part of the files: every size-th of them, the largest dealt out first."""
     by_size = sorted(records, key=lambda name: (-records[name].bytes, name))
     mine = by_size[messages.rank :: messages.size]
+    read = set(records) if hashes is True else hashes or ()
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # hashing releases the interpreter's lock
-        faults = dict(zip(mine, pool.map(lambda name: _fault(folder / name, records[name], hashes), mine), strict=True))
+        looks = pool.map(lambda name: _fault(folder / name, records[name], name in read), mine)
+        faults = dict(zip(mine, looks, strict=True))
     problems = [fault for fault in faults.values() if fault]
-    if hashes and sharded.NAME in records and not faults.get(sharded.NAME):
+    if hashes is True and sharded.NAME in records and not faults.get(sharded.NAME):
         problems += _shard_faults(folder, records, [name for name in mine if not faults[name]])
     return problems
 
@@ -77,12 +83,12 @@ def _shard_faults(folder: Path, records: Records, sound: list[str]) -> list[str]
     return problems + [f"{name} belongs to no tensor of {sharded.NAME}" for name in strangers]
 
 
-def _fault(path: Path, record: FileRecord, hashes: bool) -> str | None:
+def _fault(path: Path, record: FileRecord, read: bool) -> str | None:
     try:
         size = untrusted.require_regular(path)
         if size != record.bytes:
             return f"{path.name} has {size} bytes of {record.bytes}"
-        if hashes and disk.hash_file(path) != record:
+        if read and disk.hash_file(path) != record:
             return f"{path.name} was altered"
     except CheckpointError:
         return f"{path.name} is missing" if not os.path.lexists(path) else f"{path.name} is a link or no file"

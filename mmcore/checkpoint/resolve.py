@@ -33,13 +33,13 @@ def steps_in(checkpoints: Path) -> list[tuple[int, Path]]:
     return [(step, path) for step, _, path in sorted(found, reverse=True)]
 
 
-def iterate_whole(run_folder: str | Path, on_skip: Report | None = None, *, verify: bool = True,
+def iterate_whole(run_folder: str | Path, on_skip: Report | None = None, *, verify: integrity.Hashes = True,
                   messages: Messages = integrity.ALONE) -> Iterator[Path]:  # fmt: skip
     """A run's whole checkpoints, newest first, each verified when its turn comes.
 
     on_skip hears of each that is not whole; without it a warning is logged. verify=False checks only that all
-    files are there with their sizes. messages: of the ranks that look together; each verifies a part, and all are
-    given the same checkpoints and hear the same reasons.
+    files are there with their sizes, and a set of names reads those files besides. messages: of the ranks that look
+    together; each verifies a part, and all are given the same checkpoints and hear the same reasons.
     """
     report = on_skip or _log.warning
     done = set()
@@ -65,7 +65,7 @@ def whole_checkpoints(run_folder: str | Path, on_skip: Report | None = None) -> 
     return list(iterate_whole(run_folder, on_skip))
 
 
-def resolve_checkpoint(path: str | Path, on_skip: Report | None = None, *, verify: bool = True,
+def resolve_checkpoint(path: str | Path, on_skip: Report | None = None, *, verify: integrity.Hashes = True,
                        messages: Messages = integrity.ALONE) -> Path:  # fmt: skip
     """The checkpoint that `path` means: its folder, or a file of llama2.c's or PyTorch's.
 
@@ -81,7 +81,7 @@ def resolve_checkpoint(path: str | Path, on_skip: Report | None = None, *, verif
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def _resolve(path: Path, on_skip: Report | None, verify: bool, messages: Messages) -> Path:
+def _resolve(path: Path, on_skip: Report | None, verify: integrity.Hashes, messages: Messages) -> Path:
     if path.is_file():
         if path.suffix not in _FILES:
             raise CheckpointError(
@@ -112,7 +112,7 @@ def _resolve(path: Path, on_skip: Report | None, verify: bool, messages: Message
     raise CheckpointError(f"{path} holds no checkpoint: it has neither config.json nor a folder checkpoints; {remedy}")
 
 
-def _newest(run_folder: Path, on_skip: Report | None, verify: bool, messages: Messages) -> Path:
+def _newest(run_folder: Path, on_skip: Report | None, verify: integrity.Hashes, messages: Messages) -> Path:
     skipped: list[str] = []
 
     def note(sentence: str) -> None:

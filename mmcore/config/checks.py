@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from mmcore.config.model import ModelConfig
 from mmcore.config.sections import Recipe
 from mmcore.errors import ConfigError
 
@@ -51,9 +52,23 @@ def _check_distributed(recipe: Recipe, ranks: int, per_node: int) -> None:
         )
 
 
+def _without_effect(model: ModelConfig) -> list[str]:
+    """Settings that a model of this kind has no use for: who gave them would believe in an effect."""
+    defaults, useless = ModelConfig(), []
+    if not model.is_rotary:
+        useless += ["rope_theta", "rope_scaling"]
+    if model.model_type != "llama":
+        useless += ["num_key_value_heads"]
+    return [
+        f"model.{name} is given for a {model.model_type}, which has no use for it: remove it"
+        for name in useless
+        if getattr(model, name) != getattr(defaults, name)
+    ]
+
+
 def _check_ranges(recipe: Recipe) -> None:
     """What no run should begin with. Recipes of earlier runs may hold it, and are still read."""
-    training, tokenizer, problems = recipe.training, recipe.tokenizer, []
+    training, tokenizer, problems = recipe.training, recipe.tokenizer, _without_effect(recipe.model)
     if recipe.data.workers is not None and recipe.data.workers < 0:
         problems.append(f"data.workers is {recipe.data.workers}: it must not be negative")
     if tokenizer.path is None and not 0 < tokenizer.train_megabytes < math.inf:

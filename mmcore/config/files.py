@@ -11,6 +11,7 @@ import yaml
 
 from mmcore.config.sections import Recipe
 from mmcore.config.typed import build
+from mmcore.config.words import expanded
 from mmcore.errors import ConfigError
 
 
@@ -33,7 +34,7 @@ def read_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
     Raises ConfigError where a file cannot be read; keys and types are checked by `build_recipe`.
     """
-    path = Path(path)
+    path = Path(expanded(path))
     values = _read_chain(path, ())
     for override in overrides:
         _apply_override(values, override)
@@ -68,7 +69,7 @@ def _read_chain(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     parent = values.pop("extends", None)
     if parent is None:
         return values
-    base = _read_chain(path.parent / str(parent), (*seen, path.resolve()))
+    base = _read_chain(path.parent / expanded(str(parent)), (*seen, path.resolve()))
     base.pop("name", None)
     return _overlay(base, values)
 

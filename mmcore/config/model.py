@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
+from mmcore.config.rotary import rope_type, scaling_problem
 from mmcore.config.typed import build
 from mmcore.errors import ConfigError
 
@@ -38,11 +40,10 @@ class V1Config:
         problems = []
         if self.variant not in ("nano", "library"):
             problems.append(f"model.v1.variant is {self.variant!r}: choose nano or library")
-        for name, least in (("persistent_banks", 0), ("key_taps", 1), ("value_shift", 0)):
-            if getattr(self, name) < least:
-                problems.append(f"model.v1.{name} is {getattr(self, name)}: it must be at least {least}")
-        if self.value_taps is not None and self.value_taps < 1:
-            problems.append(f"model.v1.value_taps is {self.value_taps}: it must be at least 1")
+        for name, least in (("persistent_banks", 0), ("key_taps", 1), ("value_taps", 1), ("value_shift", 0)):
+            value = getattr(self, name)
+            if value is not None and not least <= value < 1 << 10:
+                problems.append(f"model.v1.{name} is {value}: it must be at least {least} and below 1024")
         if problems:
             raise ConfigError("; ".join(problems))
 
@@ -83,9 +84,9 @@ class ModelConfig:
     rms_norm_eps: float = 1e-5
     """Added to the mean square in RMSNorm; by a memory_mosaics_v1 to the variance in LayerNorm."""
     rope_theta: float = 10_000.0
-    """llama only: base of the rotary position encoding."""
+    """llama and long_short_transformer only: base of the rotary position encoding."""
     rope_scaling: dict[str, Any] | None = None
-    """llama only: config.json's rope_scaling (rope_type linear or llama3)."""
+    """llama and long_short_transformer only: config.json's rope_scaling (rope_type linear or llama3)."""
     max_position_embeddings: int = 4096
     """The context the model was trained for. Reading further is allowed, and said."""
     tie_word_embeddings: bool = False
@@ -102,9 +103,10 @@ class ModelConfig:
         if self.model_type not in ARCHITECTURES:
             problems.append(f"model.model_type is {self.model_type!r}: choose one of {', '.join(ARCHITECTURES)}")
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                     "short_term_window", "long_term_delay", "max_position_embeddings"):
-            if getattr(self, name) < 1:
-                problems.append(f"model.{name} is {getattr(self, name)}: it must be at least 1")
+                     "num_key_value_heads", "head_dim", "short_term_window", "long_term_delay", "max_position_embeddings"):
+            value = getattr(self, name)
+            if not 1 <= (value or value is None) < 1 << 31:
+                problems.append(f"model.{name} is {value}: it must be at least 1 and below 2**31")
         if not problems:
             problems = self._misfits()
         if problems:
@@ -128,9 +130,21 @@ class ModelConfig:
                 problems.append(f"model.{name} is off for a {self.model_type}: only a memory_mosaics_v2 has it, remove it")
         if not 1 <= low <= high:
             problems.append(f"model.long_term_delay_range is [{low}, {high}]: it must be [low, high], 1 <= low <= high")
-        if self.rms_norm_eps <= 0:
-            problems.append(f"model.rms_norm_eps is {self.rms_norm_eps}: it must be positive")
+        for name in ("rms_norm_eps", "rope_theta"):
+            if not 0 < getattr(self, name) < math.inf:
+                problems.append(f"model.{name} is {getattr(self, name)}: it must be positive and finite")
+        if problem := scaling_problem(self.rope_scaling or {}):
+            problems.append(f"model.{problem}")
+        if self.is_rotary and self.head_size % 2:
+            problems.append(f"a head of size {self.head_size} cannot be rotated: it must be even")
+        if self.model_type != "llama" and self.head_size * self.num_attention_heads != self.hidden_size:
+            problems.append("model.head_dim is only known to llama: remove it")
         return problems
+
+    @property
+    def is_rotary(self) -> bool:
+        """Whether positions turn queries and keys, as rope_theta and rope_scaling say."""
+        return self.model_type in ("llama", "long_short_transformer")
 
     @property
     def kv_heads(self) -> int:
@@ -148,7 +162,7 @@ def model_config_from_json(values: dict[str, Any]) -> ModelConfig:
     parameters = values.get("rope_parameters")  # transformers 5 moved theta and scaling in here
     if isinstance(parameters, dict):
         chosen["rope_theta"] = float(parameters.get("rope_theta", chosen.get("rope_theta") or 10_000.0))
-        if parameters.get("rope_type", "default") != "default":
+        if rope_type(parameters) != "default":
             chosen["rope_scaling"] = {key: value for key, value in parameters.items() if key != "rope_theta"}
     problems: list[str] = []
     config = build(ModelConfig, chosen, "config.json", problems)

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mmcore.config.model import ModelConfig
+from mmcore.config.words import expanded
 from mmcore.errors import ConfigError
 
 
-def _expand_home(section: Any, name: str) -> None:
-    """`~` in a path, which shells leave alone after `--set key=`, becomes the user's folder."""
+def _expand(section: Any, key: str) -> None:
+    """Make a section's path whole (`expanded`). Raises ConfigError, naming the key."""
+    name = key.rpartition(".")[2]
     path = getattr(section, name)
-    if path is not None:
-        object.__setattr__(section, name, os.path.expanduser(path))
+    if path is None:
+        return
+    try:
+        object.__setattr__(section, name, expanded(path))
+    except ConfigError as error:
+        raise ConfigError(f"{key} is {error}") from None
 
 
 @dataclass(frozen=True)
@@ -27,12 +32,12 @@ class TokenizerConfig:
     path: str | None = None
     """A sentencepiece .model, a Hugging Face tokenizer.json, a tiktoken-style file, or a folder with one."""
     train_vocab_size: int | None = None
-    """Size of the sentencepiece vocabulary to train; none means model.vocab_size."""
+    """Size of the sentencepiece vocabulary to train, where one is; none means model.vocab_size."""
     train_megabytes: float = 20.0
     """At most so much text is read to train it."""
 
     def __post_init__(self) -> None:
-        _expand_home(self, "path")
+        _expand(self, "tokenizer.path")
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,7 @@ class DataConfig:
             raise ConfigError("data.sources: give a weight to every source or to none")
         if any(source.weight is not None and source.weight <= 0 for source in self.sources):
             raise ConfigError("data.sources: every weight must be positive")
+        _expand(self, "data.cache")
 
 
 @dataclass(frozen=True)
@@ -196,7 +202,7 @@ class TrainingConfig:
             problems.append(f"training.gradient_clip is {self.gradient_clip}: it must be positive")
         if problems:
             raise ConfigError("; ".join(problems))
-        _expand_home(self, "init_from")
+        _expand(self, "training.init_from")
 
     @property
     def tokens_per_step(self) -> int:
@@ -248,7 +254,7 @@ class CheckpointConfig:
             problems.append(f"checkpoint.final is {self.final!r}: choose full or model")
         if problems:
             raise ConfigError("; ".join(problems))
-        _expand_home(self, "folder")
+        _expand(self, "checkpoint.folder")
 
 
 @dataclass(frozen=True)
@@ -310,7 +316,8 @@ class Recipe:
 
     @property
     def run_folder(self) -> Path:
-        return Path(self.checkpoint.folder or Path("runs") / self.name)
+        """checkpoint.folder, or one of the recipe's name. Raises ConfigError where no folder can be called so."""
+        return Path(expanded(self.checkpoint.folder or Path("runs") / self.name))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for YAML and JSON, every default spelled out."""

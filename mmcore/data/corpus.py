@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import numpy as np
 
 from mmcore import processors
 from mmcore.config import DataConfig, SourceConfig, TokenizerConfig
+from mmcore.config.words import cache_root
 from mmcore.data.conversations import CHAT_TEMPLATE
 from mmcore.data.documents import HashBook, Source, open_source, source_hash
 from mmcore.data.files import disk_faults, write_atomically
@@ -45,10 +45,9 @@ class Corpus:
 
 
 def cache_folder(data: DataConfig) -> Path:
-    """Where tokenized shards lie: data.cache, else $MM_CACHE/data, else ~/.cache/mm/data."""
-    if data.cache:
-        return Path(data.cache).expanduser()
-    return Path(os.environ.get("MM_CACHE") or "~/.cache/mm").expanduser() / "data"
+    """Where tokenized shards lie: data.cache, else $MM_CACHE/data, else ~/.cache/mm/data. Raises DataError where a user
+    has no such place."""
+    return Path(data.cache) if data.cache else cache_root(DataError) / "data"
 
 
 def prepare(data: DataConfig, tokenizer: Tokenizer, *, progress: Progress | None = None,

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mmcore.config import SourceConfig
+from mmcore.config.words import expanded
 from mmcore.data.conversations import BESIDE_MESSAGES, conversation_of
 from mmcore.data.source_files import SourceFile, file_hash, file_state, find_files
 from mmcore.errors import ConfigError, DataError
@@ -146,7 +147,7 @@ def open_source(config: SourceConfig, kind: str = "text") -> Source:
         if not source.files:
             raise DataError(f"this Python has no library sources in {root}: install them or give another data source")
     else:
-        root = Path(config.path).expanduser()
+        root = Path(expanded(config.path, DataError))
         if not root.exists():
             raise DataError(f"there is no file or folder {root}: check the path")
         if root.is_dir():

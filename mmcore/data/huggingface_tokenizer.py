@@ -16,6 +16,7 @@ from typing import Any
 
 import tokenizers
 
+from mmcore.config.words import whole_number
 from mmcore.data.tokenizer import BEGIN_NAMES, CHAT_TOKENS, END_NAMES
 from mmcore.errors import DataError
 
@@ -275,8 +276,8 @@ def _llama3_names(first: int, config: dict[str, Any]) -> dict[int, str]:
             names[first + offset] = f"<|reserved_special_token_{reserved}|>"
             reserved += 1
     for key, token in (config.get("added_tokens_decoder") or {}).items():
-        if key.isdigit() and int(key) in names:
-            names[int(key)] = token["content"]
+        if (number := whole_number(key)) in names:
+            names[number] = token["content"]
     return names
 
 

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from mmcore.config.words import expanded
 from mmcore.data import huggingface_tokenizer, sentencepiece_model
 from mmcore.data.tokenizer import CONFIG_FILE, FILE_KEY, TEMPLATE_FILE, Tokenizer, TokenModel
 from mmcore.errors import DataError
@@ -22,7 +23,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     The content decides which it is, not the name, but for GPT-2's: either of the two is found beside the other. Raises
     DataError for anything else.
     """
-    path = Path(path)
+    path = Path(expanded(path, DataError))
     file = _file_in(path) if path.is_dir() else path
     content = _read(file)
     config = _read_config(file.parent)

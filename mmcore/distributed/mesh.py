@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from mmcore.config import DistributedConfig
+from mmcore.config.words import whole_number
 from mmcore.errors import ConfigError, HardwareError
 
 if TYPE_CHECKING:
@@ -74,9 +75,10 @@ def world_from_environment() -> World:
 
 def _number(name: str, default: int) -> int:
     text = os.environ.get(name, str(default))
-    if not text.strip().isdigit():
+    number = whole_number(text.strip())
+    if number is None:
         raise HardwareError(f"{name} is {text!r} and must be a whole number: start the processes with torchrun")
-    return int(text)
+    return number
 
 
 def start_world(device: torch.device, distributed: DistributedConfig | None = None) -> World:

@@ -6,7 +6,7 @@ what came after its last answer; everything before lies in its memories already.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,25 +84,38 @@ class Conversation:
         self.session.rewind(mark)
         del self.messages[-2:]
 
-    def save(self, path: str | Path) -> None:
-        """Write the conversation and the memories to one file. Raises CheckpointError."""
-        extra = {"messages": self.messages, "chat": self.template is not None, "tokenizer": self.tokenizer.fingerprint}
-        self.session.save(path, extra)
+    def save(self, path: str | Path, settings: dict[str, Any] | None = None) -> None:
+        """Write the conversation and the memories to one file. Raises CheckpointError.
 
-    def load(self, path: str | Path) -> None:
-        """Go on with a saved conversation. Raises CheckpointError, and then nothing has changed."""
+        settings: what answers are drawn with (JSON values), for `load` to return: with another seed others would follow.
+        """
+        extra = {"messages": self.messages, "chat": self.template is not None, "tokenizer": self.tokenizer.fingerprint}
+        self.session.save(path, extra | {"settings": settings})
+
+    def load(self, path: str | Path, check: Callable[[Any], Any] | None = None) -> Any:
+        """Go on with a saved conversation, and return the settings that were saved with it; None where none were.
+
+        `check` is called with such settings, and raises ConfigError for what cannot be used. Raises CheckpointError, and
+        then nothing has changed.
+        """
         messages: list[Message] = []
 
-        def check(extra: dict[str, Any]) -> None:
+        def check_all(extra: dict[str, Any]) -> None:
             mine = (self.tokenizer.fingerprint, self.template is not None)
             if (extra.get("tokenizer"), extra.get("chat")) != mine:
                 raise CheckpointError(f"{path} was saved with another tokenizer or chat template: load that checkpoint")
             messages.extend(_checked_messages(extra.get("messages"), path))
+            try:
+                if check and extra.get("settings") is not None:
+                    check(extra["settings"])
+            except ConfigError as error:
+                raise CheckpointError(f"{path} holds settings that cannot be used: {error}") from None
 
-        self.session.load(path, check)
+        extra = self.session.load(path, check_all)
         self._begin()
         self.messages = messages
         self._decoder = StreamDecoder(self.tokenizer, continues=True)
+        return extra.get("settings")
 
     def _begin(self) -> None:
         self.messages: list[Message] = [] if self.system is None else [{"role": "system", "content": self.system}]

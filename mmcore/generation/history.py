@@ -6,6 +6,7 @@ another model is refused before anything is taken from it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mmcore.checkpoint import disk
+from mmcore.config.words import expanded
 from mmcore.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ FORMAT = "mm-session-1"
 _SAMPLES = 1024
 """Elements of each weight that go into the fingerprint. One step of training moves every one of them, and
 hashing all of a 9.9 B model would take half a minute."""
+_KEPT = "the conversation goes on unsaved"
 
 
 def write_session(path: str | Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
@@ -35,17 +38,15 @@ def write_session(path: str | Path, tensors: dict[str, Tensor], facts: dict[str,
 
     Raises CheckpointError where the file cannot be written, or exists and is not a saved session.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise CheckpointError(f"{path} is a folder: name a file to save the session in")
-    if path.exists() and not _is_session(path):
-        raise CheckpointError(f"{path} exists and is not a saved session: choose another name")
+    path = Path(expanded(path, CheckpointError))
+    with disk.writing(path, _KEPT):
+        _refuse_others(path)
     text = json.dumps(facts, sort_keys=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = {"format": FORMAT, "facts": text, "sha256": _digest(text, tensors)}
     temporary = disk.temporary_name(path)
     try:
-        with disk.writing(path, "the conversation goes on unsaved"):
+        with disk.writing(path, _KEPT):
             os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
             save_file(tensors, temporary, metadata=header)
             with open(temporary, "rb") as handle:
@@ -55,17 +56,18 @@ def write_session(path: str | Path, tensors: dict[str, Tensor], facts: dict[str,
     except SafetensorError as error:  # what its writer makes of a full disk
         raise CheckpointError(f"cannot write {path} ({error}): free some space, or choose another place") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where nothing could be written, there is nothing to remove
+            temporary.unlink()
 
 
 def read_session(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and facts of a saved session. Raises CheckpointError for a missing, damaged or foreign file."""
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"there is no saved session {path}: check the name")
-    if not _is_session(path):
-        raise CheckpointError(f"{path} is not a saved session: give a file that /save wrote")
+    path = Path(expanded(path, CheckpointError))
     try:
+        if not path.is_file():
+            raise CheckpointError(f"there is no saved session {path}: check the name")
+        if not _is_session(path):
+            raise CheckpointError(f"{path} is not a saved session: give a file that /save wrote")
         with safe_open(path, framework="pt") as handle:
             header = handle.metadata()
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}
@@ -112,6 +114,14 @@ def require_same_model(path: str | Path, saved: dict[str, Any], mine: dict[str, 
     else:
         what = "other weights of the same shape"
     raise CheckpointError(f"{path} was saved with {what}: load the checkpoint and options it was saved with")
+
+
+def _refuse_others(path: Path) -> None:
+    """Raise CheckpointError where something else than a saved session has this name, OSError where none can be seen."""
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder: name a file to save the session in")
+    if path.exists() and not (path.is_file() and _is_session(path)):  # a pipe would be waited for
+        raise CheckpointError(f"{path} exists and is not a saved session: choose another name")
 
 
 def _is_session(path: Path) -> bool:

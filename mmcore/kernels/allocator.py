@@ -56,7 +56,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """
     size = math.prod(shape) * dtype.itemsize
     if size < WORTH_HUGE_PAGES or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     return torch.frombuffer(_region(size), dtype=dtype, count=math.prod(shape)).view(shape)
 
 

@@ -8,6 +8,10 @@ from torch import Tensor
 # Fewer numbers than this (some 16 us of work) are not worth waking a second thread for.
 PARALLEL = 65_536
 
+FLOATS = {"dtype": torch.float32, "device": "cpu"}
+"""What a C function reads and writes. It is said of each tensor that is made for one: the default dtype and device are the
+user's, who may have set others."""
+
 
 def threads_for(count: int) -> int:
     """Threads for a pass over `count` numbers."""

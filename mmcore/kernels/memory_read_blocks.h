@@ -159,7 +159,8 @@ static void open_share(struct share *s, const struct call *c, long unit, int bac
         long lo, hi;
         if (reach(c, s->b, i, &lo, &hi)) s->base = smaller(s->base, lo), last = larger(last, hi + 1);
     }
-    s->whole = c->q == c->k && c->shares == 1 && c->queries == c->pairs;
+    int alike = c->q == c->k && memcmp(c->q_stride, c->k_stride, sizeof c->q_stride) == 0;
+    s->whole = alike && c->shares == 1 && c->queries == c->pairs;
     if (s->whole) s->base = 0, last = c->pairs;
     s->rows = larger(0, last - s->base);
     if (reads_by_matrix(c)) {

@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 
+from mmcore.config.words import cache_root
 from mmcore.errors import HardwareError
 
 FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared", "-std=gnu11"]
@@ -79,10 +80,10 @@ def _extra_flags() -> tuple[str, ...]:
 def cache_folder() -> Path:
     """The folder of built libraries, made for this user alone: what lies in it is run. Raises HardwareError."""
     try:
-        root = Path(os.environ.get("MM_CACHE") or Path.home() / ".cache" / "mm") / "kernels"
+        root = cache_root(HardwareError) / "kernels"
         root.mkdir(parents=True, exist_ok=True, mode=0o700)
         owner = root.stat().st_uid
-    except (OSError, RuntimeError) as error:  # the latter from Path.home() for a user who has none
+    except OSError as error:
         raise HardwareError(f"compiled kernels have no folder ({error}): set MM_CACHE to one of your own") from None
     if owner != os.getuid():
         raise HardwareError(f"{root} belongs to another user: set MM_CACHE to a folder of your own")

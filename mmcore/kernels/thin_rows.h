@@ -103,7 +103,7 @@ struct operand {
     float *step;
 };
 
-INLINE int64_t tile_rows(int64_t rows) { return rows <= 2 ? rows : rows <= 4 ? 4 : MOST_XS; }
+INLINE int64_t tile_rows(int64_t rows) { return rows < 1 ? 1 : rows <= 2 ? rows : rows <= 4 ? 4 : MOST_XS; }
 INLINE int64_t steps_of(int64_t in) { return (in + STEP - 1) / STEP; }
 INLINE int operand_bytes(int format) { return NARROW(format) ? 2 : 4; }
 

@@ -138,7 +138,15 @@ class LanguageModel(nn.Module):
         return loss.view(labels.shape) if reduction == "none" else loss
 
     def new_state(self, batch_size: int = 1, padding: Tensor | None = None) -> DecodingState:
-        """An empty state for `batch_size` rows; `padding` int [B] counts the tokens that fill each row on the left."""
+        """An empty state for `batch_size` rows; `padding` int [B] counts the tokens that fill each row on the left.
+        Raises ValueError where there is no row, or not one number for each."""
+        if batch_size < 1:
+            raise ValueError(f"new_state got a batch of {batch_size} rows: give at least 1")
+        if padding is not None:
+            if padding.shape != (batch_size,) or padding.is_floating_point():
+                got = f"{padding.dtype} {tuple(padding.shape)}"
+                raise ValueError(f"new_state got padding {got} for {batch_size} rows: give int {(batch_size,)}")
+            padding = padding.to(torch.int64).contiguous()  # as the compiled steps read it
         block = type(self.model.layers[0])
         state = DecodingState(batch_size, padding, block.pair_dtype(self) if hasattr(block, "pair_dtype") else None)
         for depth, layer in enumerate(self.model.layers):
@@ -159,10 +167,16 @@ class LanguageModel(nn.Module):
     def advance(self, tokens: Tensor, state: DecodingState, last_only: bool = True) -> Tensor:
         """Feed the next tokens int64 [B, T] of each row: logits [B, V] after the last, or [B, T, V] after each.
 
-        `state` goes on. Equal to the full forward pass over all that was fed, whatever the sizes of the pieces.
+        `state` goes on. Equal to the full forward pass over all that was fed, whatever the sizes of the pieces. Raises
+        ValueError where the rows are not the state's, or there is no token.
         """
+        rows, count = tokens.shape
+        if rows != state.batch_size or count == 0:
+            raise ValueError(
+                f"advance got tokens {(rows, count)} for a state of {state.batch_size} rows: give each of them one or more"
+            )
         step = state.whole_step
-        if step and step.takes_ids and tokens.shape[1] == 1 and tokens.dtype is torch.int64 and not self.knocked_out:
+        if step and step.takes_ids and count == 1 and tokens.dtype is torch.int64 and not self.knocked_out:
             # As little of Python and PyTorch as may be: every line costs microseconds with caches that hold weights.
             logits = step(tokens, tuple(state.memories.values()), state.length, state.padding, last_only)
             state.length += 1

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mmcore.kernels import allocator
+from mmcore.kernels.layout import FLOATS
 
 
 class Store:
@@ -188,8 +189,8 @@ class MemoryState(AttentionState):
 
     def begin(self, rows: int, heads: int, size: int) -> None:
         """Make room for the recurrence and the pair that waits, before the first token, on a CPU."""
-        self.pending_key, self.pending_raw = torch.zeros(rows, 1, heads, size), torch.zeros(rows, 1, heads, size)
-        self.scan = torch.zeros(rows, heads, size), torch.zeros(rows, heads)
+        self.pending_key, self.pending_raw = (torch.zeros(rows, 1, heads, size, **FLOATS) for _ in range(2))
+        self.scan = torch.zeros(rows, heads, size, **FLOATS), torch.zeros(rows, heads, **FLOATS)
 
     def append(self, keys_BTHD: Tensor, raw_BTHD: Tensor, complete: Callable[[Tensor, Tensor], Tensor]) -> None:
         """Complete the waiting pair and all new ones but the last, which waits in its turn.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mmcore.config import ModelConfig
+from mmcore.config.rotary import rope_type
 from mmcore.kernels.memory_read import memory_read
 from mmcore.model.documents import Packing
 from mmcore.model.language_model import LanguageModel
@@ -25,7 +26,7 @@ def rotary_frequencies(config: ModelConfig) -> Tensor:
     D = config.head_size
     frequencies = 1.0 / config.rope_theta ** (torch.arange(0, D, 2, dtype=torch.float32, device="cpu") / D)
     scaling = config.rope_scaling or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    kind = rope_type(scaling)
     if kind == "linear":
         return frequencies / scaling["factor"]
     if kind == "llama3":

@@ -23,6 +23,10 @@ CONTEXT_KEYS = (
 """What a fine-tuning recipe may change of its checkpoint's model: how far it reads, not what its weights are."""
 
 
+_SETTINGS = frozenset({"config.json"})
+"""What is taken from a checkpoint here, and so must be as it was written. Its weights are verified when they are loaded."""
+
+
 def load_finetune_recipe(path: str | Path, overrides: Sequence[str] = (), resume: bool = False) -> Recipe:
     """Read a recipe with `training.init_from`; its model section is laid over the checkpoint's configuration.
 
@@ -35,8 +39,8 @@ def load_finetune_recipe(path: str | Path, overrides: Sequence[str] = (), resume
     alone = build_recipe(values, origin(path, overrides))  # mistakes elsewhere are found before a checkpoint is opened
     if alone.training.init_from is None:
         raise ConfigError(f"{path} has no training.init_from: name the checkpoint to go on from")
-    own = next(iterate_whole(alone.run_folder, lambda _: None, verify=False), None) if resume else None
-    source = open_checkpoint(own or alone.training.init_from, verify=False)
+    own = resume and next(iterate_whole(alone.run_folder, lambda _: None, verify=False), None)
+    source = open_checkpoint(alone.run_folder if own else alone.training.init_from, verify=_SETTINGS)
     values["model"] = _overlay(source.config, given, source.path)
     return build_recipe(values, origin(path, overrides))
 

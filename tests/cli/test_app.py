@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from mmcli import app
+from mmcli import app, terminal
 from mmcore.errors import ConfigError
 
 
@@ -68,17 +68,26 @@ def test_a_missing_recipe_is_one_line_and_exit_2(tmp_path):
     assert result.stderr == "mm: there is no recipe nowhere.yaml: check the path\n"
 
 
-def raising(monkeypatch, error):
-    """`mm fail`, a command that raises `error`."""
-    module = importlib.import_module("types").ModuleType("failing")
+def running(monkeypatch, act):
+    """`mm act`, a command that calls `act`."""
+    module = importlib.import_module("types").ModuleType("acting")
 
-    def fail() -> None:
+    def command() -> None:
+        act()
+
+    module.act = command
+    monkeypatch.setitem(sys.modules, "acting", module)
+    monkeypatch.setitem(app.COMMANDS, "act", ("acting", "act", "Act."))
+    return app.run(["act"])
+
+
+def raising(monkeypatch, error):
+    """`mm act`, which raises `error`."""
+
+    def act() -> None:
         raise error
 
-    module.fail = fail
-    monkeypatch.setitem(sys.modules, "failing", module)
-    monkeypatch.setitem(app.COMMANDS, "fail", ("failing", "fail", "Fail."))
-    return app.run(["fail"])
+    return running(monkeypatch, act)
 
 
 def test_a_users_mistake_is_one_clean_line(monkeypatch, capsys):
@@ -110,5 +119,39 @@ def test_a_failure_of_ours_is_raised_with_its_traceback(monkeypatch):
 def test_a_closed_pipe_is_quiet():
     process = subprocess.Popen([sys.executable, "-m", "mmcli", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
-    assert b"Traceback" not in process.stderr.read() and b"Exception" not in process.stderr.read()
-    process.wait()
+    assert process.stderr.read() == b"" and process.wait() == 0
+
+
+def stop_reading(monkeypatch):
+    """Standard output becomes a pipe whose reader has gone."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr(sys, "stdout", open(writer, "w"))
+
+
+@pytest.mark.parametrize("act", [
+    lambda: print("x"), lambda: print("x", flush=True), lambda: terminal.make_console().print("x"),
+])  # fmt: skip
+def test_a_command_whose_output_nobody_reads_is_done(monkeypatch, act):
+    stop_reading(monkeypatch)
+    assert running(monkeypatch, act) == 0
+    print("more", flush=True)  # as at the interpreter's end
+
+
+def test_a_rank_of_several_fails_with_its_pipe(monkeypatch):
+    stop_reading(monkeypatch)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(BrokenPipeError):
+        running(monkeypatch, lambda: print("x", flush=True))
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def test_another_pipe_that_breaks_is_a_failure(monkeypatch):
+    with pytest.raises(BrokenPipeError):
+        raising(monkeypatch, BrokenPipeError(errno.EPIPE, "Broken pipe"))
+
+
+def test_a_mistake_that_nobody_reads_is_one(monkeypatch):
+    stop_reading(monkeypatch)
+    monkeypatch.setattr(sys, "stderr", sys.stdout)
+    assert raising(monkeypatch, ConfigError("wrong")) == 2

@@ -1,11 +1,13 @@
 """`mm chat`: one shot, commands, the line editor, hygiene; and the real program in a terminal."""
 
+import errno
 import io
 import json
 import os
 import pty
 import re
 import select
+import shutil
 import signal
 import stat
 import subprocess
@@ -313,7 +315,7 @@ class TestScreen:
             return plain(tokens, state)
 
         model.advance = advance
-        screen = talk(tokenizer, "hello " * 800, "again", model=model)
+        screen = talk(tokenizer, "hello " * 1600, "again", model=model)
         out = capsys.readouterr().out
         assert "stopped; the model has not read all of it, so it counts as not said" in out
         assert "what was said so far is remembered" not in out
@@ -336,6 +338,59 @@ class TestScreen:
                      "seed sets nothing: write seed=0"):
             assert text in out, text
         assert len(screen.conversation.messages) == 2
+
+    def test_a_loaded_conversation_goes_on_with_its_settings(self, tokenizer, capsys, tmp_path):
+        path, chosen = tmp_path / "talk.mm", Settings(temperature=1.5, top_k=200, top_p=None, max_new_tokens=20, seed=7)
+        said = talk(tokenizer, "hello", f"/save {path}", "more", chosen=chosen)
+        other = talk(tokenizer, f"/load {path}", "more", chosen=Settings(0.1, max_new_tokens=3, seed=1), fixed_seed=False)
+        assert other.settings == chosen
+        assert other.conversation.session.history == said.conversation.session.history
+        assert f"nothing was read again; settings as saved: {chosen}]" in capsys.readouterr().out
+
+    def test_a_conversation_saved_without_settings_or_with_others(self, tokenizer, capsys, tmp_path):
+        old, chosen = Conversation(FakeModel(300), tokenizer), Settings(seed=3)
+        list(old.say("hello", 3))
+        old.save(tmp_path / "old")
+        screen = talk(tokenizer, f"/load {tmp_path / 'old'}", chosen=chosen)
+        assert screen.settings == chosen and screen.conversation.messages == old.messages
+        assert f"settings as before, for none were saved: {chosen}]" in capsys.readouterr().out
+        for values in (3, {"min_p": 0.1}, {"seed": -1}, {"temperature": "hot"}, {"max_new_tokens": None}):
+            old.save(tmp_path / "bad", values)
+            screen = talk(tokenizer, f"/load {tmp_path / 'bad'}", chosen=chosen)
+            assert screen.settings == chosen and screen.conversation.session.length == 0
+            assert "bad holds settings that cannot be used: " in capsys.readouterr().out
+
+    @pytest.mark.parametrize("line, message", [
+        ("/save ~nosuchuser/x.mm", "[~nosuchuser/x.mm: there is no home folder ~nosuchuser: write the whole path]"),
+        ("/load ~nosuchuser/x.mm", "[~nosuchuser/x.mm: there is no home folder ~nosuchuser: write the whole path]"),
+        ("/save " + "a" * 300, "aaa is too long for a file's name: give a shorter one]"),
+        ("/load " + "a" * 300, "aaa is too long for a file's name: give a shorter one]"),
+        ("/save " + "a" * 250, "aaa: File name too long: check the disk and the path; the conversation goes on unsaved]"),
+        ("/save file/x", "[cannot write file/x: Not a directory: check the disk and the path; the conversation goes on unsaved]"),
+        ("/load file/x", "[there is no saved session file/x: check the name]"),
+        ("/save /", "[/ is a folder: name a file to save the session in]"),
+        ("/save .", "[. is a folder: name a file to save the session in]"),
+        ("/why ²", "[/why ²: there is no such token; /why takes how many tokens from the end, 1 to"),
+        ("/why " + "9" * 5000, "there is no such token"),
+    ])
+    def test_a_mistyped_name_or_number_is_a_line(self, base_tokenizer, capsys, tmp_path, monkeypatch, line, message):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "file").write_text("")
+        screen = talk(base_tokenizer, "hello", line, "again")
+        out = capsys.readouterr().out
+        assert message in out and len(screen.conversation.messages) == 4
+        assert os.listdir() == ["file"]
+
+    def test_a_file_that_may_not_be_seen(self, base_tokenizer, capsys, monkeypatch):
+        """As another user's folder; the superuser of these tests may see all."""
+
+        def refuse(self, **_):
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+        monkeypatch.setattr(Path, "stat", refuse)
+        talk(base_tokenizer, "/save talk.mm", "/load talk.mm")
+        out = capsys.readouterr().out
+        assert "[cannot write talk.mm: no permission to write there" in out and "[talk.mm cannot be read (" in out
 
     def test_why(self, tokenizer, capsys):
         """What the heads read before a token, as mm eval --inspect has it for the text up to there."""
@@ -414,6 +469,23 @@ class TestLineEditor:
         path = tmp_path / "history"
         typed("first\rone\\\rtwo\r", 2, path)
         assert typed("\x1b[A\x1b[A\x1b[A\r", 1, path) == ["first"]  # up: two lines of the last, then the first
+
+    def test_a_file_that_can_no_longer_be_written_is_told_once(self, capsys, tmp_path):
+        path = tmp_path / "cache" / "history"
+        path.parent.mkdir()
+        with create_pipe_input() as pipe:
+            editor = chat_input.LineEditor(path, pipe, DummyOutput())
+            shutil.rmtree(path.parent)
+            pipe.send_text("first\rsecond\r")
+            pipe.close()
+            assert [editor.read(), editor.read()] == ["first", "second"]
+        assert editor.history.get_strings() == ["first", "second"]  # what the arrow keys go through
+        message = "[what you type is no longer kept, for its file cannot be written (No such file or directory)]\n"
+        assert capsys.readouterr().out == message
+
+    def test_a_file_that_cannot_be_read(self, typed, capsys, tmp_path):
+        assert typed("first\r", 1, tmp_path) == ["first"]  # a folder
+        assert capsys.readouterr().out.count("no longer kept") == 1
 
     def test_the_history_file_is_private(self, monkeypatch, tmp_path):
         monkeypatch.setenv("MM_CACHE", str(tmp_path / "cache"))

@@ -31,6 +31,16 @@ def test_pretrain_then_finetune(path, tmp_path, capsys):
     assert app.run(tune) == 0
     trainer = json.loads((tmp_path / "t/checkpoints/step-000002/trainer.json").read_text())
     assert (trainer["stage"], trainer["step"]) == ("finetune", 2)
+    capsys.readouterr()
+    assert app.run(["pretrain", str(path), "--plan", "--json", *tune[2:]]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    values = tiny_values(tmp_path, init_from=str(tmp_path / "run"))
+    del values["model"]  # it is the checkpoint's
+    chat = str(write_recipe(tmp_path / "t", values))
+    assert app.run(["pretrain", chat, "--plan", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["parameters"] == plan["parameters"]
+    assert "there is no nowhere: name a checkpoint" in complaint(capsys, "pretrain", chat, "--plan", "--set",
+                                                                 "training.init_from=nowhere")  # fmt: skip
 
 
 def test_a_cpu_without_compiled_kernels_is_told_so(path, tmp_path, monkeypatch, capfd):
@@ -54,9 +64,24 @@ def complaint(capsys, *words):
     return captured.err
 
 
+LLAMA = "model.model_type=llama"
+MODELS_THAT_CANNOT_BE = [
+    ((LLAMA, "model.rope_scaling={rope_type: yarn, factor: 4}"), "rope_scaling has rope_type 'yarn', and only linear and llama3"),
+    ((LLAMA, "model.rope_scaling={factor: 4}"), "model.rope_scaling has factor and no rope_type: choose linear or llama3"),
+    ((LLAMA, "model.rope_scaling={rope_type: linear}"), "model.rope_scaling.factor is None and must be a positive number"),
+    ((LLAMA, "model.rope_theta=0"), "model.rope_theta is 0.0: it must be positive and finite"),
+    (("model.rope_theta=500000",), "model.rope_theta is given for a memory_mosaics_v2, which has no use for it: remove it"),
+    (("model.num_key_value_heads=2",), "model.num_key_value_heads is given for a memory_mosaics_v2"),
+    (("model.max_position_embeddings=100000000000000000000",), "it must be at least 1 and below 2**31"),
+]
+"""What config.json could not say, or what would have no effect, is told before the first step."""
+
+
 def test_mistakes_of_the_command_line(path, capsys):
     assert "--json goes with --plan" in complaint(capsys, "pretrain", path, "--json")
     assert "keep one" in complaint(capsys, "pretrain", path, "--resume", "--overwrite")
+    for changes, told in MODELS_THAT_CANNOT_BE:
+        assert told in complaint(capsys, "pretrain", path, *(f"--set={change}" for change in changes))
     assert "unknown key training.stepz: did you mean steps?" in complaint(capsys, "pretrain", path, "--set", "training.stepz=3")
     assert "mm finetune" in complaint(capsys, "pretrain", path, "--set", "training.init_from=x")
     assert "no training.init_from" in complaint(capsys, "finetune", path)

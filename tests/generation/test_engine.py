@@ -392,6 +392,9 @@ class TestSavedSessions:
             session.save(path.parent)
         with pytest.raises(CheckpointError, match="cannot write .*No such file"):
             session.save(path.parent / "nowhere" / "talk")
+        os.mkfifo(path.parent / "pipe")
+        with pytest.raises(CheckpointError, match="pipe exists and is not a saved session"):
+            session.save(path.parent / "pipe")
         assert (path.parent / "thesis.tex").read_text() == "years of work"
 
     def test_missing_and_foreign_files(self, tmp_path):

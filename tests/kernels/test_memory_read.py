@@ -303,6 +303,24 @@ def test_threads_change_nothing(name, threads, same):
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("layout", ["other keys", "other queries", "one query"])
+def test_queries_and_keys_that_begin_at_one_address(form, layout):
+    """They are one tensor only where their strides are the same, too."""
+    all_ = torch.nn.functional.normalize(torch.randn(1, 128, 2, 16), dim=-1)
+    first, others = all_[:, :64], all_[:, ::2]
+    queries, keys = {"other keys": (first, others), "other queries": (others, first),
+                     "one query": (all_[:, :1].expand(-1, 64, -1, -1), first)}[layout]  # fmt: skip
+    inputs = [queries, keys, torch.randn(1, 64, 2, 16), *(torch.rand(2) + 1 for _ in range(2)), torch.full((2,), 0.3)]
+    upstream, found = torch.randn(1, 64, 2, 16), []
+    for read, dtype in ((loop, torch.float64), (lambda *inputs: memory_read(*inputs, implementation=form), torch.float32)):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in inputs]  # of fp32 the memory that they share
+        out = read(*leaves)
+        found.append([out, *torch.autograd.grad(out, leaves, upstream.to(dtype))])
+    for exact, got in zip(*found, strict=True):
+        assert torch.allclose(got.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("queries", [1, 40])
 def test_an_empty_memory_gives_exact_zeros(form, queries):
     case = Case(queries, 40, delay=3, documents=((queries,), (1,) * queries))

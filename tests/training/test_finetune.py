@@ -1,5 +1,6 @@
 """Fine-tuning: the checkpoint's weights and tokenizer, a longer context, conversations."""
 
+import dataclasses
 import json
 
 import pytest
@@ -161,6 +162,40 @@ def test_resume_is_exact_here_too(base, tmp_path):
     unbroken.fit()
     for (name, p), (_, q) in zip(two.model.named_parameters(), unbroken.model.named_parameters(), strict=True):
         assert torch.equal(p, q), name
+
+
+def zero_header(checkpoint):
+    with open(next(checkpoint.glob("model*.safetensors")), "r+b") as file:
+        file.write(bytes(256))
+
+
+def cut_json(checkpoint):
+    path = checkpoint / "config.json"
+    path.write_bytes(b"[" + path.read_bytes()[1:])
+
+
+def other_window(checkpoint):
+    path = checkpoint / "config.json"
+    text = path.read_text().replace('"short_term_window": 16', '"short_term_window": 15')
+    assert '": 15' in text
+    path.write_text(text)
+
+
+@pytest.mark.parametrize("damage", [zero_header, cut_json, other_window])
+def test_a_damaged_newest_checkpoint_is_passed_over(base, tmp_path, damage):
+    """Settings and weights are those of the newest whole one, of the run itself and of another run that it starts from."""
+    recipe = load_finetune_recipe(write(base, tmp_path, steps=2))
+    prepare_trainer(dataclasses.replace(recipe, checkpoint=dataclasses.replace(recipe.checkpoint, every=1)), stage="finetune").fit()
+    damage(tmp_path / "run/checkpoints/step-000002")
+    again = load_finetune_recipe(write(base, tmp_path, steps=2), ["checkpoint.every=1"], resume=True)
+    notices = []
+    trainer = prepare_trainer(again, stage="finetune", start=Start(resume=True), listeners=[notices.append])
+    assert trainer.step == 1 and again.model == recipe.model
+    assert sum("passed over a checkpoint" in getattr(event, "text", "") for event in notices) == 1
+
+    other = load_finetune_recipe(write(base, tmp_path), [f"training.init_from={tmp_path / 'run'}", f"checkpoint.folder={tmp_path / 'b'}"])
+    assert other.model == recipe.model
+    assert prepare_trainer(other, stage="finetune").step == 0
 
 
 def opened_source(folder):

@@ -11,7 +11,7 @@ from mmcore.checkpoint.formats.llama2c import open_llama2c
 from mmcore.checkpoint.formats.statedict import open_state_dict
 from mmcore.checkpoint.formats.torchfile import is_torch_file
 from mmcore.checkpoint.formats.v1 import is_v1, open_v1
-from mmcore.checkpoint.integrity import ALONE
+from mmcore.checkpoint.integrity import ALONE, Hashes
 from mmcore.checkpoint.resolve import resolve_checkpoint
 from mmcore.distributed.messages import Messages
 from mmcore.errors import CheckpointError
@@ -72,12 +72,12 @@ FORMATS = {
 """Name -> what it is, what can be done with it, and what comes along."""
 
 
-def open_checkpoint(path: str | Path, *, verify: bool = True, allow_nonfinite: bool = False,
+def open_checkpoint(path: str | Path, *, verify: Hashes = True, allow_nonfinite: bool = False,
                     messages: Messages = ALONE) -> Checkpoint:  # fmt: skip
     """Open whatever `path` means (see resolve_checkpoint), without reading weights yet.
 
-    verify=False leaves out the hashes of a training checkpoint, for one that was verified a moment ago; where a run's newest
-    one then turns out damaged, the newest whole one is taken, as with the hashes.
+    verify=False leaves out the hashes of a training checkpoint, for one that was verified a moment ago, and a set of names
+    all but theirs; where a run's newest one then turns out damaged, the newest whole one is taken, as with the hashes.
     allow_nonfinite=True hands out weights with NaN or infinity, to look at what went wrong. messages: of ranks that
     open it together, which share the reading for the hashes. Raises CheckpointError where the checkpoint is
     missing, damaged, or does not fit its configuration.
@@ -87,13 +87,13 @@ def open_checkpoint(path: str | Path, *, verify: bool = True, allow_nonfinite: b
         try:
             return open_folder(found, verify=False, allow_nonfinite=allow_nonfinite)
         except CheckpointError:
-            if verify or found == Path(path):
+            if verify is True or found == Path(path):
                 raise
         return open_checkpoint(path, allow_nonfinite=allow_nonfinite)  # the other ranks may have opened it
     if found.suffix == ".bin" and not is_torch_file(found):
         return open_llama2c(found, allow_nonfinite=allow_nonfinite)
     if is_v1(found):
-        return open_v1(found, verify=verify, allow_nonfinite=allow_nonfinite)
+        return open_v1(found, verify=verify is True, allow_nonfinite=allow_nonfinite)
     return open_state_dict(found, allow_nonfinite=allow_nonfinite)
 
 

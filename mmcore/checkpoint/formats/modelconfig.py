@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from mmcore.checkpoint import untrusted
 from mmcore.checkpoint.tensorfile import dtype_name
 from mmcore.checkpoint.untrusted import shown
 from mmcore.config import ARCHITECTURES, ModelConfig, model_config_from_json
+from mmcore.config.rotary import NUMBERS, rope_type, scaling_problem
 from mmcore.errors import CheckpointError, ConfigError
 
 _ARCHITECTURE_NAMES = {
@@ -27,13 +27,8 @@ _TWO_MEMORIES = ("short_term_window", "long_term_delay", "long_term_delay_range"
 _UNSUPPORTED = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "quantization_config": None,
                 "partial_rotary_factor": 1.0}  # fmt: skip
 """Settings of other Llamas -> the only value this model has."""
+_ROTARY = ("llama", "long_short_transformer")
 _WEIGHT_DTYPE_NAMES = ("float64", "float32", "bfloat16", "float16")
-_ROPE_NUMBERS = {
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
-"""rope_type -> the numbers that it needs."""
-
 
 def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
     """config.json of a folder, as settings and as it is. Raises CheckpointError; auto_map is never followed."""
@@ -61,13 +56,12 @@ def config_from(values: dict[str, Any], origin: str) -> ModelConfig:
         if values.get(key, only) not in (only, None):
             problems.append(f"{key} is {shown(repr(values[key]))} and this model only knows {only!r}")
     try:
-        scaling = _rope_scaling(values) if kind == "llama" else None
+        scaling = _rope_scaling(values) if kind in _ROTARY else None
         known = {key: value for key, value in values.items() if key not in ("rope_scaling", "rope_parameters")}
-        theta = (values.get("rope_parameters") or {}).get("rope_theta") if kind == "llama" else None
+        theta = (values.get("rope_parameters") or {}).get("rope_theta") if kind in _ROTARY else None
         if theta is not None:
             known["rope_theta"] = theta
         config = model_config_from_json(_without_nulls(known | ({"rope_scaling": scaling} if scaling else {})))
-        problems += unreasonable(config)
     except (ConfigError, ValueError, OverflowError, TypeError, AttributeError) as error:
         # the last four: numbers beyond float and lists where a number or a section belongs
         problems.append(shown(str(error), 1000))
@@ -94,39 +88,12 @@ def _rope_scaling(values: dict[str, Any]) -> dict[str, Any] | None:
         return None
     if not isinstance(given, dict):
         raise ValueError("rope_scaling must be a section")
-    kind = given.get("rope_type", given.get("type", "default"))
+    kind = rope_type(given)
     if kind == "default":
         return None
-    if not isinstance(kind, str) or kind not in _ROPE_NUMBERS:
-        raise ValueError(f"rope_scaling has rope_type {shown(repr(kind))}, and only linear and llama3 are known")
-    numbers = {key: given.get(key) for key in _ROPE_NUMBERS[kind]}
-    for key, number in numbers.items():
-        if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 < number < 1e12:
-            raise ValueError(f"rope_scaling.{key} is {shown(repr(number))} and must be a positive number")
-    if kind == "llama3" and numbers["low_freq_factor"] >= numbers["high_freq_factor"]:
-        raise ValueError("rope_scaling.low_freq_factor must be below high_freq_factor")
-    return {"rope_type": kind, **numbers}
-
-
-def unreasonable(config: ModelConfig) -> list[str]:
-    """Values that pass a recipe's checks, where a person sees the file, but not those of a stranger's file."""
-    problems = []
-    numbers = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-               "kv_heads", "head_size", "max_position_embeddings", "short_term_window", "long_term_delay")  # fmt: skip
-    for name in numbers:
-        if not 1 <= getattr(config, name) < 1 << 31:
-            problems.append(f"{name} is {shown(str(getattr(config, name)))} and must be at least 1 and below 2**31")
-    for name in ("rms_norm_eps", "rope_theta"):
-        if not (math.isfinite(getattr(config, name)) and getattr(config, name) > 0):
-            problems.append(f"{name} is {getattr(config, name)} and must be positive and finite")
-    if config.v1 and not all(n < 1 << 10 for n in (config.v1.persistent_banks, config.v1.key_taps,
-                                                   config.v1.value_taps or 1, config.v1.value_shift)):  # fmt: skip
-        problems.append("v1 has a number that must be below 1024")
-    if config.model_type in ("llama", "long_short_transformer") and config.head_size % 2:
-        problems.append(f"a head of size {config.head_size} cannot be rotated: it must be even")
-    if config.model_type != "llama" and config.head_size * config.num_attention_heads != config.hidden_size:
-        problems.append("head_dim is only known to llama: remove it")
-    return problems
+    if problem := scaling_problem(given):
+        raise ValueError(problem)
+    return {"rope_type": kind, **{key: given[key] for key in NUMBERS[kind]}}
 
 
 def config_json(config: ModelConfig, dtype: torch.dtype, bos_token_id: int | None = None,
@@ -147,7 +114,7 @@ def config_json(config: ModelConfig, dtype: torch.dtype, bos_token_id: int | Non
         values |= {key: getattr(config, key) for key in _TWO_MEMORIES}
         values["long_term_delay_range"] = list(config.long_term_delay_range)
         values |= {key: False for key in ("adaptive_bandwidth", "gated_keys") if not getattr(config, key)}
-    if config.model_type in ("llama", "long_short_transformer"):
+    if config.is_rotary:
         # transformers 4 reads these two; transformers 5 turns them into its rope_parameters
         values |= {"rope_theta": config.rope_theta, "rope_scaling": config.rope_scaling}
     return values | {

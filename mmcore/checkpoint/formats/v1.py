@@ -21,7 +21,7 @@ from torch import Tensor
 from mmcore.checkpoint import tensorfile
 from mmcore.checkpoint.formats import torchfile
 from mmcore.checkpoint.formats.base import Checkpoint
-from mmcore.checkpoint.formats.modelconfig import config_json, unreasonable
+from mmcore.checkpoint.formats.modelconfig import config_json
 from mmcore.checkpoint.names import Shapes, expected_tensors, shape_faults
 from mmcore.checkpoint.tensorfile import WEIGHT_DTYPES, LazyTensors, TensorSpec
 from mmcore.checkpoint.untrusted import shown
@@ -170,7 +170,7 @@ def _layout(args: dict[Any, Any], tensors: Mapping[str, Tensor], path: Path) -> 
     settings = _Settings(args)
     numbers = {name: settings.number(name, 0 if name.startswith("pmem_") else 1) for name in _NUMBERS}
     if nano:
-        v1 = V1Config(bias=settings.flag("bias"), persistent_banks=numbers["pmem_count"])
+        v1 = {"bias": settings.flag("bias"), "persistent_banks": numbers["pmem_count"]}
         conv_keys = conv_values = lowrank_keys = False
         tied = True
     else:
@@ -183,7 +183,7 @@ def _layout(args: dict[Any, Any], tensors: Mapping[str, Tensor], path: Path) -> 
         conv_keys, conv_values = kinds["k"] == "linearconv" and not fast, kinds["v"] == "linearconv"
         lowrank_keys = kinds["k"] == "lowrlinearconv" and not fast
         tied = settings.flag("weight_tying")
-        v1 = V1Config(
+        v1 = dict(
             variant="library", bias=settings.flag("bias"), norm_first=settings.flag("pre_ln"),
             persistent_banks=0 if settings.flag("attn_only") else numbers["pmem_count"],
             key_taps=taps["k"] if conv_keys else 1, value_taps=taps["v"] if conv_values else None,
@@ -197,13 +197,12 @@ def _layout(args: dict[Any, Any], tensors: Mapping[str, Tensor], path: Path) -> 
             model_type="memory_mosaics_v1", vocab_size=numbers["vocab_size"], hidden_size=numbers["n_embd"],
             intermediate_size=max(1, numbers["pmem_size"]), num_hidden_layers=numbers["n_layer"],
             num_attention_heads=numbers["n_head"], max_position_embeddings=numbers["block_size"],
-            rms_norm_eps=1e-5, tie_word_embeddings=tied, v1=v1,
+            rms_norm_eps=1e-5, tie_word_embeddings=tied, v1=V1Config(**v1),
         )  # fmt: skip
-        problems = unreasonable(config)
     except ConfigError as error:
-        problems = [str(error)]
-    if problems or numbers["n_layer"] > len(tensors):
-        told = "; ".join(problems) or f"n_layer is {numbers['n_layer']} and it holds {len(tensors)} tensors"
+        raise CheckpointError(f"the model_args of {path} cannot be used: {error}") from error
+    if numbers["n_layer"] > len(tensors):
+        told = f"n_layer is {numbers['n_layer']} and it holds {len(tensors)} tensors"
         raise CheckpointError(f"the model_args of {path} cannot be used: {told}")
     keys = "leaky_average.linear" if fast else f"k_featurizer.{'conv' if conv_keys else 'linear'}"
     words = {

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mmcore.config.words import whole_number
 from mmcore.errors import DataError
 from mmcore.evaluation.lines import lines_of
 
@@ -84,11 +85,11 @@ def goemotions(folder: Path) -> Classification:
         part = []
         for number, line in enumerate(lines_of(_text(contents[-1], folder / name)), start=1):
             text, _, rest = line.partition("\t")
-            marks = rest.split("\t")[0].split(",")
-            if not all(mark.isdigit() and int(mark) < len(names) for mark in marks):
+            marks = [whole_number(mark) for mark in rest.split("\t")[0].split(",")]
+            if not all(mark is not None and mark < len(names) for mark in marks):
                 raise DataError(f"line {number} of {folder / name} has no label numbers below {len(names)}: check the file")
             if len(marks) == 1:
-                part.append(Example((f"comment: {_flat(text)}", "emotion category:"), names[int(marks[0])]))
+                part.append(Example((f"comment: {_flat(text)}", "emotion category:"), names[marks[0]]))
         parts.append(part)
     paths = [folder / name for name in ("labels.txt", "train.tsv", "test.tsv")]
     return build("goemotions", "Classify each comment into its emotion category.", *parts, contents, paths)

@@ -16,6 +16,7 @@ from typing import Any
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
+from mmcore.config.words import whole_number
 from mmcore.errors import DataError
 from mmcore.evaluation.persistent.local import Rows
 
@@ -83,8 +84,8 @@ class _Reader:
         self._value("description", row)
         choices = self._choices(row)
         question = self._value("doc_to_text", row)
-        if "doc_to_text" in self._templates and choices is not None and question.isdigit():
-            question = int(question)
+        if "doc_to_text" in self._templates and choices is not None and (number := whole_number(question)) is not None:
+            question = number
         return question, choices, self._answer(row, choices)
 
     def _value(self, key: str, row: dict[str, Any]) -> Any:
@@ -120,8 +121,8 @@ class _Reader:
         value = self._value("doc_to_target", row)
         if "doc_to_target" not in self._templates:
             return value
-        if choices is not None and value.isdigit():
-            return int(value)
+        if choices is not None and (number := whole_number(value)) is not None:
+            return number
         if len(value) >= 2 and value[0] == "[" and value[-1] == "]":
             try:
                 return ast.literal_eval(value)

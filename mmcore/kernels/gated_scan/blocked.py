@@ -183,7 +183,7 @@ def _chunks(x: Tensor, padding: float | None) -> Tensor:
     if missing:
         shape = (batch, missing, heads, *rest)
         x = torch.cat([x, x[:, -1:].expand(shape) if padding is None else x.new_full(shape, padding)], dim=1)
-    x = x.reshape(batch, -1, size, heads, *rest)
+    x = x.reshape(batch, x.shape[1] // size, size, heads, *rest)
     return x.permute(1, 0, 3, 2, *range(4, x.dim())).contiguous()
 
 

@@ -142,7 +142,7 @@ static ptrdiff_t group_size(Shape s, ptrdiff_t threads)
     while (groups < s.H && (s.B * groups) % threads)
         groups++;
     ptrdiff_t size = (s.H + groups - 1) / groups;
-    return size < GROUP ? size : GROUP;
+    return size < 1 ? 1 : size < GROUP ? size : GROUP; /* of no heads, too */
 }
 
 /* Calls `group` with D a constant where that is worth its code: the loops over D then have no remainder to test. */

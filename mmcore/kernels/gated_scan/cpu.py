@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmcore.errors import ConfigError
 from mmcore.kernels import native, registry
-from mmcore.kernels.layout import threads_for, with_heads_together
+from mmcore.kernels.layout import FLOATS, threads_for, with_heads_together
 
 _FORWARD = struct.Struct("10P11n")  # `Forward` in cpu.c
 _C = native.functions(
@@ -49,7 +49,7 @@ def gated_scan(
 
 def _run(raw, gates, decays, resets, vector, log_scale):
     batch, time, heads, _ = raw.shape
-    kept = torch.empty(batch, time, 2, heads)
+    kept = torch.empty(batch, time, 2, heads, **FLOATS)
     return *_forward(raw, gates, decays, resets, vector, log_scale, kept), kept
 
 
@@ -74,8 +74,8 @@ def _gradients(ctx, grad_keys, *_):
 def _run_backward(grad_keys, keys, kept, vector):
     batch, time, heads, size = keys.shape
     grad_keys = with_heads_together(grad_keys)
-    grad_raw, scratch = torch.empty(keys.shape), torch.empty(batch, heads, size)
-    grad_gates, grad_decays = torch.empty(batch, time, heads), torch.empty(batch, time, heads)
+    grad_raw, scratch = torch.empty(keys.shape, **FLOATS), torch.empty(batch, heads, size, **FLOATS)
+    grad_gates, grad_decays = (torch.empty(batch, time, heads, **FLOATS) for _ in range(2))
     _C.gated_scan_backward(
         grad_keys.data_ptr(), keys.data_ptr(), kept.data_ptr(), _or_null(vector), grad_raw.data_ptr(),
         grad_gates.data_ptr(), grad_decays.data_ptr(), scratch.data_ptr(),
@@ -109,7 +109,7 @@ def _forward(raw, gates, decays, resets, vector, log_scale, kept) -> tuple[Tenso
     batch, time, heads, size = raw.shape
     # empty_like, where there is something alike, and bare numbers: torch.empty(shape) takes 3 us, these 1.3.
     keys = torch.empty_like(raw, memory_format=torch.contiguous_format)
-    new_vector, new_log_scale = torch.empty(batch, heads, size), torch.empty(batch, heads)
+    new_vector, new_log_scale = torch.empty(batch, heads, size, **FLOATS), torch.empty(batch, heads, **FLOATS)
     raw_row, raw_step, _, _ = raw.stride()
     gate_row, gate_step, _ = gates.stride()
     decay_row, decay_step, _ = decays.stride()

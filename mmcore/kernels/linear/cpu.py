@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from mmcore.kernels import dispatch, native, registry
-from mmcore.kernels.layout import rows_of
+from mmcore.kernels.layout import FLOATS, rows_of
 from mmcore.kernels.thin_linear.cpu import FORMATS
 
 _ADDRESS, _INT = ctypes.c_void_p, ctypes.c_int64
@@ -87,7 +87,7 @@ def _backward(work: int, list_: bytes, outs: Sequence[int], x: Tensor, x_row: in
     """`x` [rows, in], rows `x_row` numbers apart, is X, or dX, which is written. `halves`: dY is bf16."""
     rows, inside = x.shape
     threads = _threads(rows, sum(outs), inside)
-    scratch = torch.empty(_BACKWARD.mm_linear_backward_scratch(inside, weight_format, threads))
+    scratch = torch.empty(_BACKWARD.mm_linear_backward_scratch(inside, weight_format, threads), **FLOATS)
     _BACKWARD.mm_linear_backward(
         work, list_, len(outs), weight_format, x.data_ptr(), x.data_ptr(), rows, inside, x_row, _is_bf16(x), halves,
         scratch.data_ptr(), threads,
@@ -118,7 +118,7 @@ def products(
     outs = [weight.shape[0] for weight in weights]
     format_ = _ROUNDED if rounded else FORMATS[weights[0].dtype]
     halves = narrow and inside <= _C.mm_linear_depth(format_)  # else sums go on from round to round, in fp32
-    ys = [torch.empty(*leading, n, dtype=_dtype(halves)) for n in outs] if out is None else [out]
+    ys = [torch.empty(*leading, n, dtype=_dtype(halves), device="cpu") for n in outs] if out is None else [out]
     if x.numel() == 0:
         return [y.zero_().to(_dtype(narrow)) for y in ys]
     weights = [weight.contiguous() for weight in weights]
@@ -126,7 +126,7 @@ def products(
     list_ = _list(outs, places, weights, scales)
     rows = x.numel() // inside
     threads = _threads(rows, sum(outs), inside)
-    scratch = torch.empty(_C.mm_linear_scratch(rows, inside, format_, threads))
+    scratch = torch.empty(_C.mm_linear_scratch(rows, inside, format_, threads), **FLOATS)
     _C.mm_linear(
         list_, len(outs), format_, x.data_ptr(), rows, inside, row, _is_bf16(x), halves, scratch.data_ptr(), threads
     )
@@ -142,7 +142,7 @@ def input_gradient(grads: Sequence[Tensor], weights: Sequence[Tensor], out: Tens
     one dtype. Where operands are `rounded` it and `out` may be bf16."""
     weights, outs = [weight.contiguous() for weight in weights], [weight.shape[0] for weight in weights]
     if _is_bf16(out) and sum(outs) > _C.mm_linear_depth(_ROUNDED):
-        return out.copy_(input_gradient(grads, weights, torch.empty(out.shape), rounded))
+        return out.copy_(input_gradient(grads, weights, torch.empty(out.shape, **FLOATS), rounded))
     list_ = _list(outs, [(g.data_ptr(), g.stride(0)) for g in grads], weights)
     _backward(_INPUT, list_, outs, out, out.shape[1], _is_bf16(grads[0]), _format(rounded))
     return out
@@ -193,8 +193,8 @@ def _gradients(ctx, grads):
 
 
 def _run_backward(grads, x, weights, for_x: bool, for_weights: bool, rounded: bool):
-    grad_x = torch.empty(x.shape if for_x else 0, dtype=x.dtype)
-    grad_weights = [torch.empty(w.shape) for w in weights] if for_weights else []
+    grad_x = torch.empty(x.shape if for_x else 0, dtype=x.dtype, device="cpu")
+    grad_weights = [torch.empty(w.shape, **FLOATS) for w in weights] if for_weights else []
     if x.numel() == 0:
         return grad_x, [g.zero_() for g in grad_weights]
     grads = [_flat(g) for g in grads]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mmcore.kernels import registry
+from mmcore.kernels.layout import FLOATS
 from mmcore.kernels.linear import cpu as products
 from mmcore.kernels.loss_chunks import chunk_rows
 
@@ -96,7 +97,7 @@ class _Chunks:
         hidden = self.hidden[start:stop]
         if self.compiled:
             begins = self.grad_weight is None
-            self.grad_weight = torch.empty(self.weight.shape) if begins else self.grad_weight
+            self.grad_weight = torch.empty(self.weight.shape, **FLOATS) if begins else self.grad_weight
             products.weight_gradients([grad_logits], hidden, [self.grad_weight], not begins, self.rounded)
         elif grad_logits.dtype == self.statistics:
             if self.grad_weight is None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mmcore.kernels import native
+from mmcore.kernels.layout import FLOATS
 from mmcore.kernels.linear.cpu import multiplies_bf16
 from mmcore.kernels.linear_cross_entropy import blocked
 
@@ -34,7 +35,7 @@ def rounded(hidden: Tensor, weight: Tensor, labels: Tensor, reduction: str) -> T
 
 
 def _step(logits: Tensor, labels: Tensor, with_gradient: bool) -> Tensor:
-    losses = torch.empty(len(logits))
+    losses = torch.empty(len(logits), **FLOATS)
     labels = labels.contiguous()
     _C.mm_softmax_rows(
         logits.data_ptr(), labels.data_ptr(), losses.data_ptr(), *logits.shape, logits.stride(0),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmcore.errors import ConfigError
 from mmcore.kernels import native, registry
-from mmcore.kernels.layout import threads_for, with_heads_together
+from mmcore.kernels.layout import FLOATS, threads_for, with_heads_together
 
 _FP32 = {torch.float32}
 _FORWARD = struct.Struct("5P7n")  # `Forward` in cpu.c
@@ -58,9 +58,9 @@ def _run_backward(grad, raw, mix, scale, following):
     mix, scale, following = mix.contiguous(), scale.contiguous(), following.contiguous()
     heads, size = raw.shape[2:]
     threads = threads_for(raw.numel())
-    grad_raw, grad_following = torch.empty(raw.shape), torch.zeros(following.shape)
-    scratch = torch.empty(threads, 2, heads, size)
-    sums = torch.zeros(threads, 2, heads, dtype=torch.float64)
+    grad_raw, grad_following = torch.empty(raw.shape, **FLOATS), torch.zeros(following.shape, **FLOATS)
+    scratch = torch.empty(threads, 2, heads, size, **FLOATS)
+    sums = torch.zeros(threads, 2, heads, dtype=torch.float64, device="cpu")
     _C.look_ahead_backward(
         raw.data_ptr(), following.data_ptr(), mix.data_ptr(), scale.data_ptr(), grad.data_ptr(),
         grad_raw.data_ptr(), grad_following.data_ptr(), scratch.data_ptr(), sums.data_ptr(),

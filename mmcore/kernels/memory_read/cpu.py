@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mmcore.errors import ConfigError
 from mmcore.kernels import native, registry
+from mmcore.kernels.layout import FLOATS
 from mmcore.kernels.linear.cpu import rounding
 
 FEW = 8  # up to so many queries, without gradients, cpu_few.c reads the pairs in place
@@ -82,7 +83,7 @@ def _few(queries, keys, values, bandwidths, place) -> Tensor:
     shares = 1 if units % threads == 0 else threads
     out = torch.empty_like(queries, memory_format=torch.contiguous_format)  # 1 us; torch.empty(shape) takes 3
     call = _call(queries, keys, values, bandwidths, place, out, None, threads, shares)
-    states = torch.empty(_C_FEW.memory_read_few_scratch(call))
+    states = torch.empty(_C_FEW.memory_read_few_scratch(call), **FLOATS)
     _C_FEW.memory_read_few(call, states.data_ptr())
     return out
 
@@ -91,11 +92,11 @@ def _forward(queries, keys, values, bandwidths, place, keep: bool, rounded: bool
     """(out, statistics [2, B, H, Tq] or None)."""
     batch, length, heads, _ = queries.shape
     threads = torch.get_num_threads()
-    out = torch.empty(queries.shape)
-    statistics = torch.empty(2, batch, heads, length) if keep else None
+    out = torch.empty(queries.shape, **FLOATS)
+    statistics = torch.empty(2, batch, heads, length, **FLOATS) if keep else None
     shares = _shares(batch * heads, length, threads)
     call = _call(queries, keys, values, bandwidths, place, out, statistics, threads, shares, rounded)
-    scratch = torch.empty(threads * _C.memory_read_forward_scratch(call))
+    scratch = torch.empty(threads * _C.memory_read_forward_scratch(call), **FLOATS)
     _C.memory_read_forward(call, scratch.data_ptr())
     return out, statistics
 
@@ -141,12 +142,12 @@ def _run_backward(
     call = _call(queries, keys, values, (base, slope, exponent), place, out, statistics, threads, shares, rounded)
     # where the queries are the keys, one tensor holds both gradients, unless each share has its own
     in_place = same and shares == 1
-    grad_queries = None if in_place else torch.empty(queries.shape)
-    grad_keys, grad_values = (torch.empty(shares, *keys.shape) for _ in range(2))
-    grad_bandwidth = torch.empty(shares, batch, heads, 3, dtype=torch.float64)
+    grad_queries = None if in_place else torch.empty(queries.shape, **FLOATS)
+    grad_keys, grad_values = (torch.empty(shares, *keys.shape, **FLOATS) for _ in range(2))
+    grad_bandwidth = torch.empty(shares, batch, heads, 3, dtype=torch.float64, device="cpu")
     tensors = (grad, out, grad_queries, grad_keys, grad_values, grad_bandwidth)
     sides = _BACKWARD(*(0 if t is None else t.data_ptr() for t in tensors))
-    scratch = torch.empty(threads * _C_BACKWARD.memory_read_backward_scratch(call))
+    scratch = torch.empty(threads * _C_BACKWARD.memory_read_backward_scratch(call), **FLOATS)
     _C_BACKWARD.memory_read_backward(call, sides, scratch.data_ptr())
     grad_keys, grad_values = (t[0] if shares == 1 else t.sum(0) for t in (grad_keys, grad_values))
     if same:
@@ -199,7 +200,7 @@ def memory_read(queries, keys, values, base, slope, exponent, starts, window, de
         starts = starts.to(torch.int32).contiguous()
     if registry.direct(queries):
         if offset + queries.shape[1] <= delay:  # no pair is old enough: a long-term memory's first tokens
-            return torch.zeros(queries.shape)
+            return torch.zeros(queries.shape, **FLOATS)
         place = (starts, window, delay, offset)
         if 0 < queries.shape[1] <= FEW:
             return _few(queries, keys, values, bandwidths, place)

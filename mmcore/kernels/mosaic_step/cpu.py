@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mmcore.kernels import native
+from mmcore.kernels.layout import FLOATS
 from mmcore.kernels.linear import cpu as linear
 from mmcore.kernels.memory_read import cpu as memory_read
 from mmcore.kernels.thin_linear import cpu as thin_linear
@@ -112,7 +113,7 @@ class Step:
         """Whether it finds the embeddings of single tokens by itself: what Python and PyTorch do between two tokens is done
         with caches that hold weights, 35 us for an embedding."""
         if self.takes_ids:
-            self._embedding = embedding.detach()
+            self._embedding, self._words = embedding.detach(), len(embedding)
             self._table = self._address(self._embedding), FORMATS[embedding.dtype]
         self._take_no_state()
 
@@ -154,8 +155,8 @@ class Step:
         rows, threads = len(x), torch.get_num_threads()
         if (rows, threads) not in self._scratch:
             size = _C.mm_mosaic_step_scratch(ctypes.byref(self._shape), rows, threads)
-            self._scratch[rows, threads] = torch.empty(size)
-        logits = torch.empty(rows, self._shape.vocabulary)
+            self._scratch[rows, threads] = torch.empty(size, **FLOATS)
+        logits = torch.empty(rows, self._shape.vocabulary, **FLOATS)
         table, ids = (self._table, x.data_ptr()) if x.dtype is torch.int64 else ((x.data_ptr(), 0), None)
         _C.mm_mosaic_step(
             ctypes.byref(self._shape), self._layers, self._norm, self._classifier, *table, ids, logits.data_ptr(),
@@ -164,9 +165,10 @@ class Step:
         return logits
 
     def _require_words(self, ids: Tensor) -> None:
-        """Raises IndexError as looking embeddings up does, before anything has changed."""
-        if not _C.mm_are_words(ids.data_ptr(), ids.numel(), self._shape.vocabulary):
-            raise IndexError(f"a token id is not one of {self._shape.vocabulary:,}: {ids.flatten().tolist()}")
+        """Raises IndexError as looking embeddings up does, before anything has changed. The classifier may know more words
+        than there are embeddings, or fewer."""
+        if not _C.mm_are_words(ids.data_ptr(), ids.numel(), self._words):
+            raise IndexError(f"a token id is not one of {self._words:,}: {ids.flatten().tolist()}")
 
     def _piece(self, x: Tensor, position: int, padding: int | None, wanted: int) -> Tensor:
         """Any number of tokens; x [B, T, d] -> [B, wanted, V]."""
@@ -176,8 +178,8 @@ class Step:
         model = ctypes.byref(self._shape), ctypes.byref(_functions()), self._layers
         size = _C_PIECE.mm_mosaic_piece_scratch(*model, rows, count, threads, shares)
         if self._work is None or self._work.numel() < size:
-            self._work = torch.empty(size)
-        logits = torch.empty(rows, wanted, self._shape.vocabulary)
+            self._work = torch.empty(size, **FLOATS)
+        logits = torch.empty(rows, wanted, self._shape.vocabulary, **FLOATS)
         _C_PIECE.mm_mosaic_piece(
             *model, self._norm, self._classifier, x.data_ptr(), logits.data_ptr(), self._work.data_ptr(), rows, count,
             position, wanted, padding, threads, shares,

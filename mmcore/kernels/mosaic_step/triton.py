@@ -94,8 +94,8 @@ class _Products:
     def _jobs(group: tuple[Matrix, ...], column: int) -> Tensor:
         """Blocks of at most ROWS rows, as `product_kernel` finds them, on the CPU."""
         count = len(group[0].weight)
-        firsts = torch.arange(0, count, ROWS.value)
-        jobs = torch.zeros(len(firsts), JOB.value, dtype=torch.int64)
+        firsts = torch.arange(0, count, ROWS.value, device="cpu")
+        jobs = torch.zeros(len(firsts), JOB.value, dtype=torch.int64, device="cpu")
         for place, (weight, scale) in enumerate(group):
             jobs[:, 2 * place] = weight.data_ptr() + firsts * (weight.stride(0) * weight.element_size())
             jobs[:, 2 * place + 1] = 0 if scale is None else scale.data_ptr() + firsts * scale.element_size()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmcore.errors import ConfigError
 from mmcore.kernels import native, registry
-from mmcore.kernels.layout import rows_of, threads_for
+from mmcore.kernels.layout import FLOATS, rows_of, threads_for
 
 _FORWARD = struct.Struct("4P4nd")  # `Forward` in cpu.c
 _C = native.functions(
@@ -43,7 +43,7 @@ def _converted(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _run(x, weight, eps):
-    rstd = torch.empty(x.shape[:-1])
+    rstd = torch.empty(x.shape[:-1], **FLOATS)
     return _forward(x, weight, eps, rstd), rstd
 
 
@@ -61,12 +61,12 @@ def _gradients(ctx, grad, _):
 
 
 def _run_backward(grad, x, weight, rstd):
-    grad_x = torch.empty(x.shape)
+    grad_x = torch.empty(x.shape, **FLOATS)
     grad, grad_row = rows_of(grad)
     x, x_row = rows_of(x)
     weight = weight.contiguous()
     threads, size = threads_for(x.numel()), x.shape[-1]
-    partial = torch.zeros(threads, size)
+    partial = torch.zeros(threads, size, **FLOATS)
     _C.rms_norm_backward(
         grad.data_ptr(), x.data_ptr(), weight.data_ptr(), rstd.data_ptr(), grad_x.data_ptr(), partial.data_ptr(),
         rstd.numel(), size, grad_row, x_row, threads,

@@ -46,7 +46,7 @@ def _gradients(ctx, grad):
 
 
 def _run_backward(grad, gate, up):
-    grad_gate, grad_up = (torch.empty(gate.shape, dtype=gate.dtype) for _ in range(2))
+    grad_gate, grad_up = (torch.empty(gate.shape, dtype=gate.dtype, device="cpu") for _ in range(2))
     grad, grad_row = rows_of(grad)
     gate, gate_row = rows_of(gate)
     up, up_row = rows_of(up)

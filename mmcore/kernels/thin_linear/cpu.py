@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mmcore.kernels import native, registry
+from mmcore.kernels.layout import FLOATS
 from mmcore.kernels.thin_linear import reference
 
 _ADDRESS, _INT = ctypes.c_void_p, ctypes.c_int64
@@ -49,7 +50,7 @@ def thin_linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tenso
     out, width = weight.shape
     y = x.new_empty(*x.shape[:-1], out)
     rows = x.numel() // width
-    scratch = torch.empty(_C.mm_thin_linear_scratch(rows, width))
+    scratch = torch.empty(_C.mm_thin_linear_scratch(rows, width), **FLOATS)
     _C.mm_thin_linear(
         x.data_ptr(), rows, width, weight.data_ptr(), None if scale is None else scale.data_ptr(), out,
         y.data_ptr(), scratch.data_ptr(), FORMATS[weight.dtype], torch.get_num_threads(),
