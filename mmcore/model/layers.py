@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -63,8 +64,10 @@ class Linear(nn.Linear):
         """Keep the weight in int8 with an fp32 scale for each row, for inference. Activations keep 16 bits or more.
 
         Row o of the weight w becomes round(127 w / max|w|) with the scale max|w| / 127: no entry moves by more than half
-        a scale.
+        a scale. One that is in int8 stays as it is.
         """
+        if self.scale is not None:
+            return
         exact = self.weight.detach().float()
         scale = exact.abs().amax(dim=1) / 127
         steps = torch.where(scale > 0, scale, torch.ones_like(scale))
@@ -111,17 +114,29 @@ def project(x: Tensor, *layers: nn.Module, narrow: bool = False) -> list[Tensor]
     a Linear's place (float8, an adapter) is called as it is. `narrow`: they are wanted in the dtype of autocast on a CPU
     too."""
     if not all(map(is_plain, layers)):
-        return [layer(x) for layer in layers]
+        return _alike([layer(x) for layer in layers])
     return _products(x, layers, narrow)
+
+
+def _alike(parts: list[Tensor]) -> list[Tensor]:
+    """All in the widest dtype of theirs: under autocast some products may be in its dtype and others in fp32, and what reads
+    them wants one."""
+    widest = functools.reduce(torch.promote_types, (part.dtype for part in parts))
+    return [part.to(widest) for part in parts]
 
 
 def _products(x: Tensor, layers: Sequence[Linear], narrow: bool = False) -> list[Tensor]:
     few = x.numel() <= MOST_ROWS * x.shape[-1]
     if few and x.is_cpu and not torch.is_grad_enabled():
         return [thin_linear(x, layer.weight, layer.scale) for layer in layers]
-    scales = None if layers[0].scale is None else [layer.scale for layer in layers]
-    rounded = None if layers[0].rounded is None else [layer.rounded for layer in layers]
-    return linear(x, [layer.weight for layer in layers], scales, rounded=rounded, narrow=narrow)
+    scales, rounded = ([getattr(layer, name) for layer in layers] for name in ("scale", "rounded"))
+    bare = [scale is None for scale in scales]
+    if any(bare) and not all(bare):  # quantized in part: a product is of weights of one kind
+        return _alike([_products(x, [layer], narrow)[0] for layer in layers])
+    return linear(
+        x, [layer.weight for layer in layers], None if any(bare) else scales, narrow=narrow,
+        rounded=None if all(part is None for part in rounded) else rounded,
+    )
 
 
 class RMSNorm(nn.Module):
