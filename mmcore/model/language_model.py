@@ -6,12 +6,15 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from mmcore.config import ModelConfig
 from mmcore.errors import ConfigError
+from mmcore.kernels.dispatch import autocasting
 from mmcore.kernels.linear_cross_entropy import linear_cross_entropy
+from mmcore.kernels.linear_cross_entropy.reference import of_logits
 from mmcore.model.documents import packing
-from mmcore.model.layers import Linear, RMSNorm, advanced, draw_normal, fan_in_sigma
+from mmcore.model.layers import Linear, RMSNorm, advanced, draw_normal, fan_in_sigma, is_plain
 from mmcore.model.state import DecodingState
 
 
@@ -43,6 +46,16 @@ class Classifier(Linear):
         return linear_cross_entropy(
             hidden, self.exact_weight(), labels, reduction=reduction, implementation=self.kernels
         )
+
+
+def _loss(head: nn.Module, hidden: Tensor, labels: Tensor, reduction: str) -> Tensor:
+    """`Classifier.loss` of whatever is the classifier: a hook, a bias, an adapter or another layer cost N x V logits, unless
+    it has a loss of its own (sharding puts one around a Classifier's)."""
+    theirs = getattr(type(head), "loss", None)  # not the method's own function, of which torch.compile knows nothing
+    own = "loss" in head.__dict__ or theirs not in (None, Classifier.loss)
+    if own or (theirs is not None and is_plain(head) and not hidden.is_meta):  # there logits take no memory
+        return head.loss(hidden, labels, reduction)
+    return of_logits(head(hidden), labels, reduction)
 
 
 class LanguageModel(nn.Module):
@@ -102,7 +115,7 @@ class LanguageModel(nn.Module):
         """[B, T] -> [B, T, d]; on a CPU and under autocast the residual stream is at least fp32, whatever the weights
         are kept in."""
         x = self.model.embed_tokens(tokens_BT)
-        wide = x.is_cpu or torch.is_autocast_enabled(x.device.type)
+        wide = x.is_cpu or autocasting(x.device.type)
         return x.float() if wide and x.dtype in (torch.bfloat16, torch.float16) else x
 
     def hidden(self, tokens: Tensor, documents: Tensor | None = None, delay: int | None = None) -> Tensor:
@@ -129,17 +142,23 @@ class LanguageModel(nn.Module):
         self, tokens: Tensor, labels: Tensor, documents: Tensor | None = None, delay: int | None = None,
         reduction: str = "sum",
     ) -> Tensor:
-        """Cross-entropy in nats of labels int64 [B, T], -100 for none, without T x V logits.
+        """Cross-entropy in nats of labels int64 [B, T], -100 for none, without T x V logits where the classifier is as it
+        was built.
 
         A scalar, or [B, T] with reduction="none".
         """
         hidden = self.hidden(tokens, documents, delay)
-        loss = self.lm_head.loss(hidden.flatten(0, 1), labels.flatten(), reduction)
+        loss = _loss(self.lm_head, hidden.flatten(0, 1), labels.flatten(), reduction)
         return loss.view(labels.shape) if reduction == "none" else loss
 
     def new_state(self, batch_size: int = 1, padding: Tensor | None = None) -> DecodingState:
         """An empty state for `batch_size` rows; `padding` int [B] counts the tokens that fill each row on the left.
-        Raises ValueError where there is no row, or not one number for each."""
+        Raises ValueError where there is no row, or not one number for each.
+
+        It goes with the weights it begins with, for what it remembers was made with them: begin another where parameters
+        change, a part of the model is replaced or it is quantized, which the steps of a state that has begun may see in
+        part or not at all. Hooks may be registered at any time; a state that has met one goes on without the compiled step.
+        """
         if batch_size < 1:
             raise ValueError(f"new_state got a batch of {batch_size} rows: give at least 1")
         if padding is not None:
@@ -156,19 +175,33 @@ class LanguageModel(nn.Module):
     def takes_back(self, state: DecodingState) -> bool:
         """Whether, of a token that is fed to `state` next, `state.take_back()` can leave no trace. A GPU's steps can, but
         for the first and those that move a store: it may be asked for the step on a token that is not known to be wanted."""
-        return not self.knocked_out and state.length > 0 and getattr(state.whole_step, "takes_back", False)
+        if self.knocked_out or not state.length or not state.whole_step:
+            return False
+        return getattr(self._step_of(state), "takes_back", False)
 
-    def _whole_step(self, state: DecodingState) -> Callable | bool:
+    def _step_of(self, state: DecodingState) -> Callable | bool:
+        """The state's compiled step: made when it is first wanted, which takes 1 ms, given up where the model has been hung
+        with hooks since, which a step passes over."""
+        handles = RemovableHandle.next_id
+        if state.whole_step is None:
+            state.whole_step = self._whole_step()
+        elif state.whole_step and state.handles != handles and not type(self.model.layers[0]).as_built(self):
+            state.whole_step = False
+        state.handles = handles
+        return state.whole_step
+
+    def _whole_step(self) -> Callable | bool:
         """A compiled form of `advance`, where the architecture has one and it can run here, else False."""
         block = type(self.model.layers[0])
-        ours = ("auto", "triton") if self.lm_head.weight.is_cuda else ("auto", "cpu")
+        ours = ("auto", "triton") if next(self.parameters()).is_cuda else ("auto", "cpu")
         return block.whole_step(self) if hasattr(block, "whole_step") and self.kernels in ours else False
 
     def advance(self, tokens: Tensor, state: DecodingState, last_only: bool = True) -> Tensor:
         """Feed the next tokens int64 [B, T] of each row: logits [B, V] after the last, or [B, T, V] after each.
 
-        `state` goes on. Equal to the full forward pass over all that was fed, whatever the sizes of the pieces. Raises
-        ValueError where the rows are not the state's, or there is no token.
+        `state` goes on. Equal to the full forward pass over all that was fed, whatever the sizes of the pieces, with the
+        weights that the state began with; see `new_state`. Raises ValueError where the rows are not the state's, or there is
+        no token.
         """
         rows, count = tokens.shape
         if rows != state.batch_size or count == 0:
@@ -176,7 +209,10 @@ class LanguageModel(nn.Module):
                 f"advance got tokens {(rows, count)} for a state of {state.batch_size} rows: give each of them one or more"
             )
         step = state.whole_step
-        if step and step.takes_ids and count == 1 and tokens.dtype is torch.int64 and not self.knocked_out:
+        if (
+            step and step.takes_ids and count == 1 and tokens.dtype is torch.int64 and not self.knocked_out
+            and state.handles == RemovableHandle.next_id
+        ):  # fmt: skip
             # As little of Python and PyTorch as may be: every line costs microseconds with caches that hold weights.
             logits = step(tokens, tuple(state.memories.values()), state.length, state.padding, last_only)
             state.length += 1
@@ -188,12 +224,9 @@ class LanguageModel(nn.Module):
         T = tokens.shape[1]
         one = T == 1 and state.length > 0
         if (one or (T and tokens.is_cpu)) and not self.knocked_out:
-            if state.whole_step is None:  # when it is wanted: it takes 1 ms
-                state.whole_step = self._whole_step(state)
-            if state.whole_step and (one or state.whole_step.pieces):
-                logits = state.whole_step(
-                    self.embed(tokens), tuple(state.memories.values()), state.length, state.padding, last_only
-                )
+            step = self._step_of(state)
+            if step and (one or step.pieces):
+                logits = step(self.embed(tokens), tuple(state.memories.values()), state.length, state.padding, last_only)
                 state.length += T
                 return logits
         x, last = self.embed(tokens), len(self.model.layers) - 1

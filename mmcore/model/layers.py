@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmcore.kernels.dispatch import autocasting
 from mmcore.kernels.linear import linear
 from mmcore.kernels.linear.cpu import rounding
 from mmcore.kernels.mosaic_step import Matrix
@@ -23,7 +25,7 @@ from mmcore.kernels.thin_linear import MOST_ROWS, thin_linear
 
 
 class Linear(nn.Linear):
-    """A projection without bias: [..., in] -> [..., out].
+    """A projection, built without bias: [..., in] -> [..., out]. A `bias` that it is given later is added.
 
     Without gradients on a CPU, few rows take the bandwidth-bound kernel, and bf16 weights (half the bytes of a
     decoding step) meet fp32 activations. `quantize` leaves a quarter of the bytes.
@@ -41,7 +43,8 @@ class Linear(nn.Linear):
         self.register_buffer("rounded", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _products(x, [self])[0]
+        y = _products(x, [self])[0]
+        return y if self.bias is None else y + self.bias
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear:
         """Whatever dtype a model is taken to, scales stay fp32, as kernels read them."""
@@ -63,8 +66,10 @@ class Linear(nn.Linear):
         """Keep the weight in int8 with an fp32 scale for each row, for inference. Activations keep 16 bits or more.
 
         Row o of the weight w becomes round(127 w / max|w|) with the scale max|w| / 127: no entry moves by more than half
-        a scale.
+        a scale. One that is in int8 stays as it is.
         """
+        if self.scale is not None:
+            return
         exact = self.weight.detach().float()
         scale = exact.abs().amax(dim=1) / 127
         steps = torch.where(scale > 0, scale, torch.ones_like(scale))
@@ -103,7 +108,10 @@ def advanced(module: nn.Module, *arguments: Any) -> Tensor:
 
 def is_plain(layer: nn.Module) -> bool:
     """Whether a layer does what Linear does and nothing else, so that its weight is all there is to know."""
-    return isinstance(layer, Linear) and type(layer).forward is Linear.forward and not hooked(layer)
+    return (
+        isinstance(layer, Linear) and type(layer).forward is Linear.forward and "forward" not in layer.__dict__
+        and layer.bias is None and not hooked(layer)
+    )  # fmt: skip
 
 
 def project(x: Tensor, *layers: nn.Module, narrow: bool = False) -> list[Tensor]:
@@ -111,17 +119,29 @@ def project(x: Tensor, *layers: nn.Module, narrow: bool = False) -> list[Tensor]
     a Linear's place (float8, an adapter) is called as it is. `narrow`: they are wanted in the dtype of autocast on a CPU
     too."""
     if not all(map(is_plain, layers)):
-        return [layer(x) for layer in layers]
+        return _alike([layer(x) for layer in layers])
     return _products(x, layers, narrow)
+
+
+def _alike(parts: list[Tensor]) -> list[Tensor]:
+    """All in the widest dtype of theirs: under autocast some products may be in its dtype and others in fp32, and what reads
+    them wants one."""
+    widest = functools.reduce(torch.promote_types, (part.dtype for part in parts))
+    return [part.to(widest) for part in parts]
 
 
 def _products(x: Tensor, layers: Sequence[Linear], narrow: bool = False) -> list[Tensor]:
     few = x.numel() <= MOST_ROWS * x.shape[-1]
     if few and x.is_cpu and not torch.is_grad_enabled():
         return [thin_linear(x, layer.weight, layer.scale) for layer in layers]
-    scales = None if layers[0].scale is None else [layer.scale for layer in layers]
-    rounded = None if layers[0].rounded is None else [layer.rounded for layer in layers]
-    return linear(x, [layer.weight for layer in layers], scales, rounded=rounded, narrow=narrow)
+    scales, rounded = ([getattr(layer, name) for layer in layers] for name in ("scale", "rounded"))
+    bare = [scale is None for scale in scales]
+    if any(bare) and not all(bare):  # quantized in part: a product is of weights of one kind
+        return _alike([_products(x, [layer], narrow)[0] for layer in layers])
+    return linear(
+        x, [layer.weight for layer in layers], None if any(bare) else scales, narrow=narrow,
+        rounded=None if all(part is None for part in rounded) else rounded,
+    )
 
 
 class RMSNorm(nn.Module):
@@ -143,7 +163,7 @@ def _normalized(x: Tensor, weight: Tensor, *, eps: float, kernels: str) -> Tenso
     for products that round what they read."""
     y = rms_norm(x, weight, eps, implementation=kernels)
     kind = y.device.type
-    cast = torch.is_autocast_enabled(kind) and not (y.is_cpu and rounding())
+    cast = autocasting(kind) and not (y.is_cpu and rounding())
     return y.to(torch.get_autocast_dtype(kind)) if cast else y
 
 

@@ -26,6 +26,7 @@ from mmcore.model.layers import (
     draw_normal,
     fan_in_sigma,
     hooked,
+    is_plain,
     project,
 )  # fmt: skip
 from mmcore.model.memories import ContextualMemory
@@ -134,20 +135,27 @@ class MosaicBlock(TwoMemoryBlock):
     @staticmethod
     def pair_dtype(model: LanguageModel) -> torch.dtype | None:
         """What decoding keeps pairs in: fp16 on a CPU where weights are bf16 or int8 (after long prompts pairs are most of
-        what a token reads), unless values are too large for it; None, as they are computed, elsewhere."""
-        weight = model.lm_head.weight
-        if not weight.is_cpu or weight.dtype not in (torch.bfloat16, torch.int8):
+        what a token reads), unless values are too large for it; None, as they are computed, elsewhere, and where what has
+        taken the classifier's place has no weight."""
+        weight = getattr(model.lm_head, "weight", None)
+        if weight is None or not weight.is_cpu or weight.dtype not in (torch.bfloat16, torch.int8):
             return None
         memories = (memory for layer in model.model.layers for memory in (layer.short_term, layer.long_term))
         largest = torch.stack([memory.value_log_scale for memory in memories]).max().item()
         return torch.float16 if largest <= math.log(LARGEST_IN_FP16) else None
 
     @staticmethod
-    def whole_step(model: LanguageModel) -> Callable | bool:
+    def as_built(model: LanguageModel) -> bool:
+        """Whether every part of the model does what it was built to do: the compiled step calls no module, so float8,
+        adapters and hooks would be passed over."""
+        return all(_as_built(module) for module in model.modules() if module is not model)
+
+    @classmethod
+    def whole_step(cls, model: LanguageModel) -> Callable | bool:
         """The compiled step of a whole mosaic, or False where it cannot run."""
         config = model.config
-        if not config.gated_keys or not all(_as_built(module) for module in model.modules() if module is not model):
-            return False  # the step calls no module: float8, adapters and hooks would be passed over
+        if not config.gated_keys or not cls.as_built(model):
+            return False
         layers = [layer.step_weights(config.long_term_delay) for layer in model.model.layers]
         classifier = model.lm_head.matrix()
         if mosaic_step.why_not(layers, classifier):
@@ -159,12 +167,14 @@ class MosaicBlock(TwoMemoryBlock):
 
 
 _FORWARDS = frozenset(
-    kind.forward for kind in (nn.Module, nn.Embedding, MosaicBlock, ContextualMemory, PersistentMemory, RMSNorm, Linear)
+    kind.forward for kind in (nn.Module, nn.Embedding, MosaicBlock, ContextualMemory, PersistentMemory, RMSNorm)
 )
 
 
 def _as_built(module: nn.Module) -> bool:
     """Whether a part of a mosaic does what build_mosaic made it to do, with nothing hung on it or put in its place."""
+    if isinstance(module, Linear):
+        return is_plain(module)
     return type(module).forward in _FORWARDS and "forward" not in vars(module) and not hooked(module)
 
 

@@ -36,7 +36,7 @@ class Store:
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
         self.lent = False  # the pairs are another store's, which must not change meanwhile: see branch
-        self.marked = False  # somebody may come back to pairs of this buffer: see mark
+        self.marked = False  # somebody may come back to pairs of this buffer, or was given them: see mark, keep_pairs
 
     def append(self, keys_BTHD: Tensor, values_BTHD: Tensor) -> None:
         """Add T completed pairs."""
@@ -122,11 +122,21 @@ class Part:
     times, held 1.5 GB for 17 MB)."""
 
     def __init__(self, owner: DecodingState) -> None:
-        self._owner = weakref.ref(owner)
+        self.belong_to(owner)
 
     @property
     def owner(self) -> DecodingState:
         return self._owner()
+
+    def belong_to(self, owner: DecodingState) -> None:
+        """Become a part of another state, with the parts that this one has itself."""
+        self._owner = weakref.ref(owner)
+        for part in vars(self).values():
+            if isinstance(part, Part):
+                part.belong_to(owner)
+
+    def keep_pairs(self) -> None:
+        """Move no stored pair within its buffer, which somebody else may be reading from now on."""
 
 
 class AttentionState(Part):
@@ -141,6 +151,9 @@ class AttentionState(Part):
 
     def pairs(self) -> tuple[Tensor, Tensor]:
         return self.store.pairs()
+
+    def keep_pairs(self) -> None:
+        self.store.marked = True
 
     def mark(self, room: int) -> tuple[Any, ...]:
         return (self.store.mark(room),)
@@ -272,9 +285,41 @@ class DecodingState:
         # The compiled form of `advance`, made when it is first called; False: there is none. It looks at the weights when
         # it is made, so a state must not outlive a change of weights (its memories would not fit them anyway).
         self.whole_step: Callable | bool | None = None
+        self.handles = 0  # hooks that PyTorch had numbered when the model was last looked at for it
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DecodingState:
+        """Another state that goes on from here by itself. Marks of the one are none of the other, but for those that are
+        copied along with it."""
+        other = memo[id(self)] = object.__new__(type(self))
+        fields = {name: value for name, value in vars(self).items() if name != "whole_step"}
+        vars(other).update(copy.deepcopy(fields, memo))
+        for memory in other.memories.values():
+            memory.belong_to(other)
+        other.whole_step = self._step_for_another()
+        return other
+
+    def __copy__(self) -> DecodingState:
+        raise TypeError("a DecodingState and a shallow copy would write into the same memories: take copy.deepcopy")
+
+    def _step_for_another(self) -> Callable | bool | None:
+        """What a state of the same model has as its whole_step: a new one takes longer to make than most branches live."""
+        step = self.whole_step
+        return (step.for_another_state() if step.pieces else None) if step else step
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors by name, to be saved; `load` takes them back."""
+        """All tensors by name, to be saved; `load` takes them back.
+
+        No token that is read later changes them. What is read after a `rewind` or `take_back` may: pairs, most of a state,
+        are not copied, and the newest can then be written over; clone what is to be kept beyond that.
+        """
+        for memory in self.memories.values():
+            memory.keep_pairs()
+        # Steps write in place into all but stored pairs.
+        return {name: tensor if name.endswith((".keys", ".values")) else tensor.clone()
+                for name, tensor in self._tensors().items()}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """`tensors` as they lie."""
         found = {} if self.padding is None else {"padding": self.padding}
         for name, memory in self.memories.items():
             found.update({f"{name}.{key}": value for key, value in memory.tensors().items()})
@@ -304,6 +349,7 @@ class DecodingState:
         for name, memory in self.memories.items():
             if isinstance(mark.memories[name], dict):
                 vars(memory).update(_copy(memory, mark.memories[name]))
+                memory.belong_to(self)
             else:
                 memory.rewind(mark.memories[name])
 
@@ -320,8 +366,7 @@ class DecodingState:
         delay): their pairs are not copied.
         """
         self.length = source.length
-        step = source.whole_step  # a new one takes longer to make than most branches live
-        self.whole_step = (step.for_another_state() if step.pieces else None) if step else step
+        self.whole_step, self.handles = source._step_for_another(), source.handles
         for name, memory in self.memories.items():
             memory.branch(source.memories[name], self.batch_size, room, name in lent)
 
@@ -334,9 +379,9 @@ class DecodingState:
     @property
     def bytes(self) -> int:
         """Memory that the state's tensors fill, in bytes."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._tensors().values())
 
 
 def _copy(memory: Any, fields: dict[str, Any] | None = None) -> dict[str, Any]:
-    """All that a memory's state consists of (or `fields` of one), copied; the owner stays who it is."""
+    """All that a memory's state consists of (or `fields` of one), copied."""
     return copy.deepcopy(vars(memory) if fields is None else fields)

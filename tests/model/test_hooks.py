@@ -1,11 +1,15 @@
 """What users hang on a model or put in a layer's place is seen by forward passes and decoding alike."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import prune
 
 from mmcore.distributed.rounding import round_once_a_step
+from mmcore.model.language_model import _loss
+from mmcore.model.layers import Linear
 from tests.helpers.models import random_tokens, tiny
 
 TYPES = ["memory_mosaics_v2", "llama", "long_short_transformer"]
@@ -27,6 +31,13 @@ class Adapter(nn.Module):
 
     def forward(self, x):
         return self.base(x) + x @ self.down.T @ self.up.T
+
+
+def stepping(model):
+    """The compiled step of a new state, or False."""
+    state = model.new_state(1)
+    model.advance(random_tokens(1, 2), state)
+    return state.whole_step
 
 
 def both_ways(model, tokens):
@@ -78,6 +89,90 @@ def test_adapters_in_the_place_of_projections(names):
         setattr(block, leaf, Adapter(getattr(block, leaf)))
     whole, pieces = both_ways(model, tokens)
     assert torch.allclose(whole, pieces, atol=3e-5) and (whole - plain).abs().max() > 1e-3
+
+
+class Wrapped(nn.Module):
+    """An adapter that shows nothing of what it is put around."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.inner = Adapter(base)
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def with_bias(layer):
+    layer.bias = nn.Parameter(torch.linspace(-1, 1, layer.out_features))
+    return layer
+
+
+def doubled(layer):
+    layer.forward = lambda x, before=layer.forward: 2 * before(x)
+    return layer
+
+
+def hooked(layer):
+    layer.register_forward_hook(lambda module, given, result: 2 * result)
+    return layer
+
+
+def other(layer):
+    torch.manual_seed(0)
+    return nn.Linear(layer.in_features, layer.out_features)
+
+
+def other_of_ours(layer):
+    fresh = Linear(layer.in_features, layer.out_features)
+    fresh.load_state_dict(other(layer).state_dict(), strict=False)
+    return fresh
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize("change", [Adapter, Wrapped, with_bias, doubled, hooked, other, other_of_ours])
+def test_a_changed_classifier_is_the_one_of_the_loss_too(model_type, change):
+    model, tokens = tiny(model_type), random_tokens(2, 12)
+    before = both_ways(model, tokens)[0]
+    model.lm_head = change(model.lm_head)
+    whole, pieces = both_ways(model, tokens)
+    assert torch.allclose(whole, pieces, atol=3e-5) and (whole - before).abs().max() > 1e-2
+    labels = tokens.roll(-1, 1)
+    labels[0, 3] = -100
+    for reduction in ("none", "sum", "mean"):
+        want = nn.functional.cross_entropy(whole.flatten(0, 1), labels.flatten(), reduction=reduction)
+        found = model.loss(tokens, labels, reduction=reduction)
+        assert torch.allclose(found, want.view(found.shape), rtol=1e-4)
+    model.loss(tokens, labels).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.lm_head.parameters())
+
+
+@pytest.mark.parametrize("change", [lambda layer: layer, with_bias])
+def test_a_traced_loss_sees_what_the_classifier_has_become(change):
+    head, labels, hidden = change(tiny().lm_head), random_tokens(10), torch.randn(10, 32)
+    want = nn.functional.cross_entropy(head(hidden), labels)
+    assert torch.allclose(torch.compile(_loss, backend="eager")(head, hidden, labels, "mean"), want)
+
+
+@pytest.mark.parametrize("model_type, name", [
+    ("memory_mosaics_v2", "long_term.value_proj"), ("memory_mosaics_v2", "out_proj"), ("memory_mosaics_v2", "persistent.up_proj"),
+    ("llama", "self_attn.k_proj"),
+])  # fmt: skip
+@pytest.mark.parametrize("change", [with_bias, doubled])
+def test_a_projection_with_a_bias_or_a_forward_of_its_own(model_type, name, change):
+    """Of few rows, whose products are made one by one, and of many."""
+    model, tokens = tiny(model_type), random_tokens(2, 30)
+    replaced = tiny(model_type)
+    change(model.model.layers[0].get_submodule(name))
+    owner, _, leaf = name.rpartition(".")
+    layer = replaced.model.layers[0].get_submodule(name)
+    same = nn.Linear(layer.in_features, layer.out_features)
+    factor, bias = (1, torch.linspace(-1, 1, layer.out_features)) if change is with_bias else (2, torch.zeros(layer.out_features))
+    same.weight.data, same.bias.data = factor * layer.weight.data, bias
+    setattr(replaced.model.layers[0].get_submodule(owner), leaf, same)
+    whole, pieces = both_ways(model, tokens[:, :12])
+    assert torch.allclose(whole, pieces, atol=3e-5)
+    with torch.no_grad():
+        assert torch.allclose(model(tokens), replaced(tokens), atol=3e-5)
 
 
 class Scaled(nn.Embedding):
@@ -137,6 +232,36 @@ def test_the_compiled_step_gives_way_to_hooks_but_for_those_of_training(training
     state = model.new_state(1)
     model.advance(tokens, state)
     assert bool(state.whole_step) is (bool(plain.whole_step) and training_only) and bool(seen) is not training_only
+
+
+@pytest.mark.parametrize("name", ["model.layers.0", "model.layers.1.long_term.key_proj", "lm_head"])
+@pytest.mark.parametrize("how", ["next", "piece", "copy"])
+def test_a_hook_is_called_by_a_state_that_has_begun(name, how):
+    model, tokens, seen = tiny(), random_tokens(1, 24), []
+    state = model.new_state(1)
+    first = [model.advance(piece, state, last_only=False) for piece in tokens[:, :12].split([10, 1, 1], 1)]
+    torch.zeros(1, requires_grad=True).register_hook(print)  # of something else
+    first.append(model.advance(tokens[:, 12:13], state, last_only=False))
+    assert bool(state.whole_step) is bool(stepping(model))
+    handle = model.get_submodule(name).register_forward_hook(lambda *_: seen.append(1))
+    if how == "copy":
+        state = copy.deepcopy(state)
+    sizes = [11] if how == "piece" else [1] * 11
+    first += [model.advance(piece, state, last_only=False) for piece in tokens[:, 13:].split(sizes, 1)]
+    assert len(seen) == len(sizes) and not state.whole_step
+    handle.remove()
+    with torch.no_grad():
+        assert torch.allclose(torch.cat(first, 1), model(tokens), atol=3e-5)
+
+
+def test_a_branch_calls_hooks_that_its_source_has_not_met():
+    model, tokens, seen = tiny(), random_tokens(1, 12), []
+    state, rows = model.new_state(1), model.new_state(2)
+    model.advance(tokens, state)
+    model.model.layers[0].register_forward_hook(lambda *_: seen.append(1))
+    rows.branch(state, 2)
+    model.advance(random_tokens(2, 1), rows)
+    assert seen == [1]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
