@@ -166,7 +166,7 @@ def _fake_total(hidden, weight, labels, step, for_hidden, for_weight):
 
 def _keep_total(ctx, inputs, output):
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*output[1:])
+    ctx.save_for_backward(*output)  # the total for what it was computed from: the gradients are constants to autograd
     ctx.dtype = inputs[1].dtype
 
 
@@ -174,7 +174,7 @@ def _total_gradients(ctx, upstream, *_):
     # Not in place: a second backward pass through a retained graph must find them as they were.
     grads = (
         (grad.to(upstream.dtype) * upstream).to(ctx.dtype) if needed else None
-        for grad, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[:2], strict=True)
+        for grad, needed in zip(ctx.saved_tensors[1:], ctx.needs_input_grad[:2], strict=True)
     )
     return *grads, None, None, None, None
 
