@@ -21,9 +21,12 @@ from typing import Any
 import torch
 import torch.compiler.config
 from torch import Tensor
+from torch._C import DispatchKey, _is_tracing, _len_torch_dispatch_stack
+from torch._C import _dispatch_tls_is_dispatch_key_included as _is_included
 
 _LIBRARY = torch.library.Library("mm", "DEF")
 _DEVICES = ("CPU", "CUDA")
+_PRE_DISPATCH = DispatchKey.PreDispatch  # set while make_fx looks on above autograd
 _DIFFERENTIABLE: dict[str, Any] = {}
 
 
@@ -143,5 +146,13 @@ def operators(*kernels: str) -> tuple[Any, ...]:
 
 
 def direct(x: Tensor) -> bool:
-    """Whether a call on `x` may pass by the dispatcher: no gradient is recorded, nothing is traced, the data is real."""
-    return not torch.is_grad_enabled() and type(x) is Tensor and not torch.compiler.is_compiling()
+    """Whether a call on `x` may pass by the dispatcher: no gradient is recorded, nobody looks on, the data is real."""
+    return not torch.is_grad_enabled() and type(x) is Tensor and not watched()
+
+
+def watched() -> bool:
+    """Whether calls are to be seen: by torch.compile, torch.jit.trace, make_fx, or a mode such as FlopCounterMode's."""
+    # Asked some ten times a layer and token, so of what needs 30 ns to answer.
+    if torch.compiler.is_compiling() or _len_torch_dispatch_stack() > 0:
+        return True
+    return _is_tracing() or _is_included(_PRE_DISPATCH)

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
 
 from mmcore.kernels import dispatch, registry
 from mmcore.kernels.gated_scan import gated_scan
@@ -254,11 +256,63 @@ def test_the_remedy_for_second_derivatives_is_one(monkeypatch):
 
 @needs_compiler
 def test_calls_without_gradients_pass_by_the_dispatcher():
-    with torch.no_grad(), Recorded() as seen:
+    x, weight = draw(B, 6), draw(5, 6)
+    with torch.no_grad(), torch.autograd.profiler.profile(use_kineto=False) as seen:
         for name, work in calls("cpu").items():
             if "linear_cross_entropy" not in name:
                 work()
-    assert not seen.calls
+        linear(x, [weight], implementation="cpu")
+        thin_linear(x, weight, implementation="cpu")
+    names = {event.name for event in seen.function_events}
+    assert "aten::empty_like" in names and not any(name.startswith("mm::") for name in names)
+
+
+def traced(function, example):
+    """The function as it is traced by jit.trace and by make_fx, below and above autograd."""
+    yield torch.jit.trace(function, (example,), check_trace=False)
+    for above in (False, True):
+        yield make_fx(lambda x: function(x), pre_dispatch=above)(example)
+
+
+def flops(function, *arguments):
+    with FlopCounterMode(display=False) as counter:
+        function(*arguments)
+    return counter.get_total_flops()
+
+
+@needs_compiler
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_calls_without_gradients_are_seen_by_who_looks_on():
+    """Traced graphs compute, and do not give back memory that was left unwritten; products are counted."""
+    weight, thin = draw(6, 6).detach(), draw(5, 6).detach()
+
+    def work(x):
+        (y,) = linear(rms_norm(x, weight[0], 1e-5), [weight])
+        return thin_linear(swiglu(y, x), thin)
+
+    with torch.no_grad(), Recorded() as seen:
+        for name, call in calls("cpu").items():
+            if "linear_cross_entropy" not in name:
+                call()
+    assert len(seen.calls) == 6
+    x, other = draw(7, 6).detach(), draw(4, 7, 6)[0].detach()
+    with torch.no_grad():
+        for function in traced(work, x):
+            torch.testing.assert_close(function(other), work(other))
+        assert flops(work, x) == 2 * 7 * 6 * (6 + 5)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("shape", [(2, 20), (1, 8)])
+@pytest.mark.parametrize("change", [lambda model: model, lambda model: model.quantize()], ids=["fp32", "int8"])
+def test_a_model_without_gradients_is_seen_by_who_looks_on(shape, change):
+    model, tokens, others = change(tiny(num_hidden_layers=1)), random_tokens(*shape), random_tokens(*shape, seed=1)
+    with torch.no_grad():
+        want, count = model(others), flops(model, tokens)
+        for function in traced(model, tokens):
+            torch.testing.assert_close(function(others), want, rtol=1e-2, atol=1e-3)
+    assert count == flops(model, tokens) > 0
 
 
 @pytest.mark.slow
