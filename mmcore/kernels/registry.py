@@ -14,16 +14,19 @@ source of the kernels: another version's graphs, whose operators may give other 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.compiler.config
 from torch import Tensor
+from torch._C import DispatchKey, _is_tracing, _len_torch_dispatch_stack
+from torch._C import _dispatch_tls_is_dispatch_key_included as _is_included
 
 _LIBRARY = torch.library.Library("mm", "DEF")
 _DEVICES = ("CPU", "CUDA")
+_PRE_DISPATCH = DispatchKey.PreDispatch  # set while make_fx looks on above autograd
 _DIFFERENTIABLE: dict[str, Any] = {}
 
 
@@ -51,7 +54,8 @@ def operator(
     fake: the same for tensors without data: outputs of the right shape, dtype and device.
     keep(ctx, inputs, outputs): saves what `backward(ctx, *gradients)` needs. The gradient of an output that is marked
         non-differentiable comes as None. Both are given where the operator has gradients; they exist once: a gradient
-        of a gradient is refused.
+        of a gradient is refused. So that it is, whichever tensor it is asked for, every input that has a gradient is
+        among the tensors that are saved, or one of them was computed from it.
     """
     name = signature.partition("(")[0]
     _LIBRARY.define(signature, tags=(torch.Tag.pt2_compliant_tag,))
@@ -65,38 +69,74 @@ def operator(
             ctx.set_materialize_grads(False)
             keep(ctx, inputs, output)
 
+        once = differentiable_once(name, backward)
+
         def gradients(ctx, *given):
             if all(g is None for g in given):
                 return (None,) * len(ctx.needs_input_grad)
-            with torch.no_grad():
-                found = backward(ctx, *given)
-            if torch.is_grad_enabled():  # create_graph: PyTorch's once_differentiable takes what we saved for constants
-                found = _without_gradients(found, name)
-            return found
+            return once(ctx, *given)
 
         torch.library.register_autograd(f"mm::{name}", gradients, setup_context=setup, lib=_LIBRARY)
         _DIFFERENTIABLE[name] = made
     return made
 
 
-def _without_gradients(found: Any, name: str) -> Any:
-    """Gradients, and lists of them for inputs that are lists, as ones that refuse to have any themselves."""
+_REMEDY = "start Python with MM_KERNELS=reference in its environment, and leave `kernels` and `implementation` at 'auto'"
+
+
+def differentiable_once(name: str, backward: Callable) -> Callable:
+    """`backward(ctx, *gradients)` of an autograd function, with gradients that refuse to have any themselves.
+
+    PyTorch's once_differentiable takes what was saved for constants, and its refusal is met by .backward() alone:
+    autograd.grad only goes where the tensors asked for lie, and would leave out what goes through here in silence. So
+    the refusal lies on the ways to all tensors that a gradient was computed from.
+    """
+
+    def gradients(ctx, *given):
+        if not torch.is_grad_enabled():
+            return backward(ctx, *given)
+        unpacked = _Unpacked(ctx)
+        with torch.no_grad():
+            found = backward(unpacked, *given)
+        return _without_gradients(found, name, (*given, *unpacked.saved_tensors))
+
+    return gradients
+
+
+class _Unpacked:
+    """A context whose saved tensors may be asked for again; under activation checkpointing they can be unpacked once."""
+
+    def __init__(self, ctx: Any) -> None:
+        self.saved_tensors, self._ctx = ctx.saved_tensors, ctx
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+
+def _without_gradients(found: Any, name: str, sources: tuple) -> Any:
+    """Gradients, and lists of them for inputs that are lists, as ones that refuse to have any with regard to `sources`."""
     if isinstance(found, (list, tuple)):
-        return type(found)(_without_gradients(part, name) for part in found)
-    return found if found is None else _Last.apply(found, name, torch.empty(0, requires_grad=True))
+        return type(found)(_without_gradients(part, name, sources) for part in found)
+    return found if found is None else _Last.apply(found, name, *_flat(sources))
+
+
+def _flat(tensors: Any) -> Iterator[Any]:
+    """What is in a tuple and in the lists in it."""
+    for part in tensors:
+        yield from part if isinstance(part, (list, tuple)) else (part,)
 
 
 class _Last(torch.autograd.Function):
-    """A gradient that has none itself."""
+    """A gradient that has none itself, computed from `sources`."""
 
     @staticmethod
-    def forward(ctx, gradient, name, _):
+    def forward(ctx, gradient, name, *sources):
         ctx.name = name
         return gradient.view_as(gradient)
 
     @staticmethod
     def backward(ctx, *_):
-        raise RuntimeError(f"mm::{ctx.name} has no second derivatives: build or load the model with kernels='reference'")
+        raise RuntimeError(f"mm::{ctx.name} has no second derivatives: {_REMEDY}")
 
 
 def operators(*kernels: str) -> tuple[Any, ...]:
@@ -106,5 +146,13 @@ def operators(*kernels: str) -> tuple[Any, ...]:
 
 
 def direct(x: Tensor) -> bool:
-    """Whether a call on `x` may pass by the dispatcher: no gradient is recorded, nothing is traced, the data is real."""
-    return not torch.is_grad_enabled() and type(x) is Tensor and not torch.compiler.is_compiling()
+    """Whether a call on `x` may pass by the dispatcher: no gradient is recorded, nobody looks on, the data is real."""
+    return not torch.is_grad_enabled() and type(x) is Tensor and not watched()
+
+
+def watched() -> bool:
+    """Whether calls are to be seen: by torch.compile, torch.jit.trace, make_fx, or a mode such as FlopCounterMode's."""
+    # Asked some ten times a layer and token, so of what needs 30 ns to answer.
+    if torch.compiler.is_compiling() or _len_torch_dispatch_stack() > 0:
+        return True
+    return _is_tracing() or _is_included(_PRE_DISPATCH)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmcore.errors import ConfigError
@@ -278,6 +279,52 @@ def test_bad_input_is_named():
         linear_cross_entropy(hidden, weight, labels, reduction="average")
     with pytest.raises(ConfigError, match="no implementation 'fast'"):
         linear_cross_entropy(hidden, weight, labels, implementation="fast")
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("label", [9, -1, 10**11])
+def test_a_label_outside_the_vocabulary_is_refused_when_a_traced_call_runs(implementation, reduction, label):
+    hidden, weight, labels = draw(6, 4, 9, ignored=0.2)
+    hidden, weight = hidden.float().requires_grad_(), weight.float().requires_grad_()
+
+    def loss(hidden, weight, labels):
+        return linear_cross_entropy(hidden, weight, labels, reduction=reduction, implementation=implementation)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        graph = make_fx(loss, tracing_mode="fake")(hidden, weight, labels)
+    torch.testing.assert_close(graph(hidden, weight, labels), loss(hidden, weight, labels))
+    labels[labels != IGNORED] = label
+    with pytest.raises((ValueError, RuntimeError), match=rf"label {label} lies outside|index {label} is out of bounds"):
+        graph(hidden, weight, labels)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_compiled_loss_refuses_a_label_outside_the_vocabulary(implementation):
+    hidden, weight, labels = draw(6, 4, 9, ignored=0.2)
+    hidden, weight = hidden.float().requires_grad_(), weight.float().requires_grad_()
+    loss = torch.compile(linear_cross_entropy, fullgraph=True)
+    loss(hidden, weight, labels, implementation=implementation).backward()
+    for label in (9, -1, 10**11):
+        labels[2] = label
+        with pytest.raises((ValueError, RuntimeError), match=f"label {label} lies outside|out of bounds"):
+            loss(hidden, weight, labels, implementation=implementation)
+
+
+@needs_triton
+@pytest.mark.parametrize("label", [9, -1, 10**11])
+def test_triton_gives_nan_for_a_label_outside_the_vocabulary(label):
+    """Of its row alone, and without waiting for the GPU."""
+    from mmcore.kernels.linear_cross_entropy import triton
+
+    hidden, weight, labels = draw(6, 4, 9)
+    labels[:2] = torch.tensor([IGNORED, label])
+    logits = (hidden @ weight.T).float().to(DEVICE)
+    losses = triton._step(logits, labels.to(DEVICE), True).cpu()
+    assert losses[0] == 0 and losses[1].isnan() and losses[2:].isfinite().all()
+    assert (logits[0] == 0).all() and logits[1].isnan().all() and logits[2:].isfinite().all()
 
 
 @needs_triton

@@ -239,6 +239,32 @@ def test_under_autocast_all_operands_but_the_scores_are_rounded(name, sharpness)
         assert not torch.equal(out.detach(), memory_read(*leaves, **case.place(), implementation="cpu").detach())
 
 
+@pytest.mark.parametrize("form", ["reference", "blocked", "auto"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("sharpness", [1.0, 3000.0])
+def test_under_autocast_scores_are_as_without_it(form, dtype, autocast, sharpness):
+    """Also in a backward pass within it, and where bandwidths in fp16 would be infinite and multiply the rounding of keys."""
+    case = Case(70, window=30)
+    inputs, upstream = case.tensors()
+    leaves = [t.to(dtype) for t in inputs[:3]] + [t.float() for t in inputs[3:]]
+    leaves[4] *= sharpness
+    leaves = [t.requires_grad_() for t in leaves]
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", autocast, enabled=enabled):
+            out = memory_read(*leaves, **case.place(), implementation=form)
+            results.append([out.detach(), *torch.autograd.grad(out, leaves, upstream.to(dtype))])
+    # all operands but the scores', as a test of its own has it
+    rounds = form == "auto" and dtype is torch.float32 and autocast is torch.bfloat16
+    for name, without, within in zip(("output", *NAMES), *results, strict=True):
+        assert without.dtype == within.dtype and within.isfinite().all()
+        if form == "reference":  # in fp64 where it cannot have fp32
+            assert float((without - within).abs().max()) <= 0.02 * float(without.abs().max()), name
+        elif not rounds:
+            assert torch.equal(without, within), name
+
+
 @pytest.mark.skipif(not multiplies_bf16(), reason="this processor has no products of bf16")
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("name", ["packed", "packed 300", "300 long", "head of 40", "head of 128"])

@@ -2,13 +2,16 @@
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
 
-from mmcore.kernels import registry
+from mmcore.kernels import dispatch, registry
 from mmcore.kernels.gated_scan import gated_scan
 from mmcore.kernels.linear import linear
+from mmcore.kernels.linear.reference import NarrowProduct
 from mmcore.kernels.linear_cross_entropy import linear_cross_entropy
 from mmcore.kernels.look_ahead import look_ahead
 from mmcore.kernels.memory_read import memory_read
@@ -167,13 +170,149 @@ def test_a_gradient_of_a_gradient_is_refused(form):
             grad.sum().backward()
 
 
+def leaves_of(result):
+    """The tensors that a result was computed from and that ask for gradients."""
+    found, waiting = [], [result.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        found += [node.variable] if hasattr(node, "variable") else []
+        waiting += [before for before, _ in node.next_functions if before is not None]
+    return found
+
+
+def assert_no_second_derivatives(result):
+    """By whichever tensor they are asked for: also where a gradient does not depend on it, and none is given in part."""
+    leaves = leaves_of(result)
+    assert leaves
+    for grad in torch.autograd.grad(result.sum(), leaves, create_graph=True, allow_unused=True):
+        for leaf in leaves if grad is not None else ():
+            with pytest.raises(RuntimeError, match="no second derivatives: start Python with MM_KERNELS=reference"):
+                torch.autograd.grad(grad.sum(), leaf, retain_graph=True, allow_unused=True)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_gradient_of_a_gradient_is_refused_by_whichever_tensor(form):
+    for work in calls(form).values():
+        assert_no_second_derivatives(first_tensor(work()))
+
+
+@needs_compiler
+def test_a_gradient_of_a_gradient_of_linear_is_refused():
+    x, weights = draw(B, T, 6), [draw(5, 6), draw(2, 6)]
+    assert_no_second_derivatives(torch.cat(linear(x, weights, implementation="cpu"), -1))
+    assert_no_second_derivatives(NarrowProduct.apply(x.bfloat16(), weights[0]))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("ask", ["hessian", "hvp", "vhp", "jvp"])
+def test_hessians_are_refused_and_jacobians_are_not(form, ask):
+    def loss(x, form=form):
+        return swiglu(x[None], x[None] * 2, implementation=form).square().sum()
+
+    x = draw(5).detach()
+    want = torch.autograd.functional.jacobian(lambda x: loss(x, "reference"), x)
+    torch.testing.assert_close(torch.autograd.functional.jacobian(loss, x, create_graph=True), want)
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        getattr(torch.autograd.functional, ask)(loss, x, *(() if ask == "hessian" else (x,)))
+
+
+def test_gradients_that_could_be_differentiated_may_be_used_in_one_graph_with_others():
+    """Only what goes through them is refused; under activation checkpointing too."""
+    x, other = draw(B, 6), draw(B, 6)
+
+    def gated(x):
+        return swiglu(x, x * 2, implementation="blocked")
+
+    for y in (gated(x), checkpoint(gated, x, use_reentrant=False)):
+        grad, (plain,) = torch.autograd.grad(y.sum(), x, create_graph=True)[0], torch.autograd.grad(gated(x).sum(), x)
+        assert torch.equal(grad, plain)
+        (found,) = torch.autograd.grad((grad * other.sin()).sum(), other)
+        torch.testing.assert_close(found, plain * other.cos())
+
+
+def test_the_remedy_for_second_derivatives_is_one(monkeypatch):
+    """A model as it is by default has them where MM_KERNELS=reference; against differences of gradients in fp64."""
+    monkeypatch.setattr(dispatch, "_FORCED", "reference")
+    model, tokens = tiny(num_hidden_layers=1, lively=False), random_tokens(1, 8)
+    slope = model.model.layers[0].short_term.bandwidth_slope
+
+    def gradient(**options):
+        return torch.autograd.grad(model.loss(tokens, tokens), slope, **options)[0]
+
+    (found,) = torch.autograd.grad(gradient(create_graph=True).sum(), slope)
+    model.double()
+    step, differences = 1e-4, []
+    for head in range(len(slope)):
+        ends = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                slope[head] += sign * step
+            ends.append(gradient().sum())
+            with torch.no_grad():
+                slope[head] -= sign * step
+        differences.append((ends[0] - ends[1]) / (2 * step))
+    torch.testing.assert_close(found.double(), torch.stack(differences), rtol=1e-2, atol=1e-5)
+
+
 @needs_compiler
 def test_calls_without_gradients_pass_by_the_dispatcher():
-    with torch.no_grad(), Recorded() as seen:
+    x, weight = draw(B, 6), draw(5, 6)
+    with torch.no_grad(), torch.autograd.profiler.profile(use_kineto=False) as seen:
         for name, work in calls("cpu").items():
             if "linear_cross_entropy" not in name:
                 work()
-    assert not seen.calls
+        linear(x, [weight], implementation="cpu")
+        thin_linear(x, weight, implementation="cpu")
+    names = {event.name for event in seen.function_events}
+    assert "aten::empty_like" in names and not any(name.startswith("mm::") for name in names)
+
+
+def traced(function, example):
+    """The function as it is traced by jit.trace and by make_fx, below and above autograd."""
+    yield torch.jit.trace(function, (example,), check_trace=False)
+    for above in (False, True):
+        yield make_fx(lambda x: function(x), pre_dispatch=above)(example)
+
+
+def flops(function, *arguments):
+    with FlopCounterMode(display=False) as counter:
+        function(*arguments)
+    return counter.get_total_flops()
+
+
+@needs_compiler
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_calls_without_gradients_are_seen_by_who_looks_on():
+    """Traced graphs compute, and do not give back memory that was left unwritten; products are counted."""
+    weight, thin = draw(6, 6).detach(), draw(5, 6).detach()
+
+    def work(x):
+        (y,) = linear(rms_norm(x, weight[0], 1e-5), [weight])
+        return thin_linear(swiglu(y, x), thin)
+
+    with torch.no_grad(), Recorded() as seen:
+        for name, call in calls("cpu").items():
+            if "linear_cross_entropy" not in name:
+                call()
+    assert len(seen.calls) == 6
+    x, other = draw(7, 6).detach(), draw(4, 7, 6)[0].detach()
+    with torch.no_grad():
+        for function in traced(work, x):
+            torch.testing.assert_close(function(other), work(other))
+        assert flops(work, x) == 2 * 7 * 6 * (6 + 5)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("shape", [(2, 20), (1, 8)])
+@pytest.mark.parametrize("change", [lambda model: model, lambda model: model.quantize()], ids=["fp32", "int8"])
+def test_a_model_without_gradients_is_seen_by_who_looks_on(shape, change):
+    model, tokens, others = change(tiny(num_hidden_layers=1)), random_tokens(*shape), random_tokens(*shape, seed=1)
+    with torch.no_grad():
+        want, count = model(others), flops(model, tokens)
+        for function in traced(model, tokens):
+            torch.testing.assert_close(function(others), want, rtol=1e-2, atol=1e-3)
+    assert count == flops(model, tokens) > 0
 
 
 @pytest.mark.slow

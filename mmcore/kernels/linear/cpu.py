@@ -55,7 +55,7 @@ def why_not(x: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor] | Non
         return "int8 weights, and no others, have scales"
     if scales is not None and any(s.dtype is not torch.float32 or not s.is_contiguous() for s in scales):
         return "the scales are no contiguous fp32 tensors"
-    if kind is not torch.float32 and (torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad)):
+    if kind is not torch.float32 and (registry.watched() or (torch.is_grad_enabled() and x.requires_grad)):
         return f"gradients and traced calls want weights of torch.float32, and these are {kind}"
     if torch.is_autocast_enabled("cpu") and not (rounding() and kind is torch.float32):
         return "autocast is on, and products are to be in its dtype"

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from mmcore.kernels import registry
 
 from mmcore.kernels.dispatch import autocasting
 
@@ -51,15 +52,21 @@ class NarrowProduct(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, rounded: Tensor | None = None) -> Tensor:
         if rounded is None:
             rounded = weight.to(x.dtype)
-        ctx.save_for_backward(x, rounded)
+        ctx.save_for_backward(x, rounded, weight)  # this one for what depends on it: see `differentiable_once`
         return F.linear(x, rounded)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor, None]:
-        x, rounded = ctx.saved_tensors
-        grad_x = grad @ rounded if ctx.needs_input_grad[0] else None
-        return grad_x, product_in_fp32(grad.reshape(-1, grad.shape[-1]).T, x.reshape(-1, x.shape[-1])), None
+        return _narrow_gradients(ctx, grad)
+
+
+def _of_narrow_product(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor, None]:
+    x, rounded, _ = ctx.saved_tensors
+    grad_x = grad @ rounded if ctx.needs_input_grad[0] else None
+    return grad_x, product_in_fp32(grad.reshape(-1, grad.shape[-1]).T, x.reshape(-1, x.shape[-1])), None
+
+
+_narrow_gradients = registry.differentiable_once("linear", _of_narrow_product)
 
 
 def product_in_fp32(a: Tensor, b: Tensor) -> Tensor:

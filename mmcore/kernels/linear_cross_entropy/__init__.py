@@ -8,7 +8,7 @@ from torch import Tensor
 from mmcore.kernels import dispatch
 from mmcore.kernels.linear.cpu import rounding
 from mmcore.kernels.linear_cross_entropy import blocked, cpu, reference
-from mmcore.kernels.linear_cross_entropy.blocked import IGNORED
+from mmcore.kernels.linear_cross_entropy.blocked import IGNORED, check_labels
 
 
 def _triton(*arguments):
@@ -44,11 +44,14 @@ def linear_cross_entropy(
 
     "sum" and "mean" compute their gradients in the forward pass, while a chunk's logits are at hand, and scale them
     by the upstream scalar in the backward pass: three matrix products, where recomputing the logits takes four. "none"
-    recomputes. Raises ValueError for shapes, labels or a reduction that make no sense.
+    recomputes. Raises ValueError for shapes, labels or a reduction that make no sense; a label outside the vocabulary is
+    reported by a GPU itself, later, or has the loss NaN there.
     """
     _check(hidden, weight, labels, reduction)
     function = dispatch.choose("linear_cross_entropy", _TABLE, implementation, hidden.device)
     if function is reference.linear_cross_entropy:
+        if not torch.compiler.is_compiling():  # a compiled gather finds bad labels itself
+            check_labels(labels, len(weight))
         return function(hidden, weight, labels, reduction)
     kind = hidden.device.type
     if function is cpu.linear_cross_entropy and rounding() and hidden.dtype != torch.float64:
@@ -78,9 +81,3 @@ def _check(hidden: Tensor, weight: Tensor, labels: Tensor, reduction: str) -> No
         raise ValueError(
             f"linear_cross_entropy: labels are {labels.dtype} {list(labels.shape)}: they must be int64 [{len(hidden)}]"
         )
-    # A GPU reports it itself, later.
-    if labels.device.type == "cpu" and labels.numel() and not torch.compiler.is_compiling():
-        low, high = torch.aminmax(torch.where(labels == IGNORED, 0, labels))
-        if low < 0 or high >= len(weight):
-            bad = int(low if low < 0 else high)
-            raise ValueError(f"linear_cross_entropy: label {bad} lies outside the vocabulary of {len(weight)}")

@@ -63,11 +63,24 @@ def softmax_step(logits: Tensor, labels: Tensor, with_gradient: bool) -> Tensor:
 STEPS["blocked"] = softmax_step
 
 
+def check_labels(labels: Tensor, words: int) -> None:
+    """Raises ValueError for a label that is no word. The operators ask it when they run: a traced call cannot, and C reads
+    and writes where a label says. Not of a GPU, which would have to be waited for: there PyTorch's row operation stops, and
+    Triton's gives NaN."""
+    if labels.device.type != "cpu" or not labels.numel():
+        return
+    low, high = torch.aminmax(torch.where(labels == IGNORED, 0, labels))
+    if low < 0 or high >= words:
+        bad = int(low if low < 0 else high)
+        raise ValueError(f"linear_cross_entropy: label {bad} lies outside the vocabulary of {words}")
+
+
 class _Chunks:
     """The products of the chunks of one call, with the buffer they share."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, step: str) -> None:
-        self.hidden, self.weight, self.step = hidden, weight.to(hidden.dtype), STEPS[step]
+    def __init__(self, hidden: Tensor, weight: Tensor, labels: Tensor, step: str) -> None:
+        check_labels(labels, len(weight))
+        self.hidden, self.weight, self.labels, self.step = hidden, weight.to(hidden.dtype), labels, STEPS[step]
         self.widen = step not in TAKE_HALF
         # the C products go with the C softmax
         self.rounded = step == "rounded"
@@ -81,7 +94,7 @@ class _Chunks:
         count = len(self.hidden)
         return [(start, min(start + self.rows, count)) for start in range(0, count, self.rows)]
 
-    def losses(self, labels: Tensor, start: int, stop: int, with_gradient: bool) -> tuple[Tensor, Tensor]:
+    def losses(self, start: int, stop: int, with_gradient: bool) -> tuple[Tensor, Tensor]:
         """Losses of the rows, and their logits turned into softmax - onehot (or scratch without the gradient)."""
         logits = self.buffer[: stop - start]
         if self.compiled:
@@ -90,7 +103,7 @@ class _Chunks:
             torch.mm(self.hidden[start:stop], self.weight.T, out=logits)
         if self.widen:
             logits = logits.to(self.statistics)  # the buffer itself, unless the inputs are half precision
-        return self.step(logits, labels[start:stop], with_gradient), logits
+        return self.step(logits, self.labels[start:stop], with_gradient), logits
 
     def add_to_weight(self, grad_logits: Tensor, start: int, stop: int) -> None:
         """grad_weight += grad_logits^T hidden, summed in the dtype of the statistics."""
@@ -132,11 +145,11 @@ class _Chunks:
 
 
 def _run_total(hidden, weight, labels, step, for_hidden: bool, for_weight: bool):
-    chunks = _Chunks(hidden, weight, step)
+    chunks = _Chunks(hidden, weight, labels, step)
     total = torch.zeros((), dtype=chunks.statistics, device=hidden.device)
     grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if for_hidden else hidden.new_empty(0)
     for start, stop in chunks.spans():
-        losses, grad_logits = chunks.losses(labels, start, stop, for_hidden or for_weight)
+        losses, grad_logits = chunks.losses(start, stop, for_hidden or for_weight)
         total += losses.sum()
         grad_logits = grad_logits.to(hidden.dtype)
         if for_hidden:
@@ -154,7 +167,7 @@ def _fake_total(hidden, weight, labels, step, for_hidden, for_weight):
 
 def _keep_total(ctx, inputs, output):
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*output[1:])
+    ctx.save_for_backward(*output)  # the total for what it was computed from: the gradients are constants to autograd
     ctx.dtype = inputs[1].dtype
 
 
@@ -162,16 +175,16 @@ def _total_gradients(ctx, upstream, *_):
     # Not in place: a second backward pass through a retained graph must find them as they were.
     grads = (
         (grad.to(upstream.dtype) * upstream).to(ctx.dtype) if needed else None
-        for grad, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[:2], strict=True)
+        for grad, needed in zip(ctx.saved_tensors[1:], ctx.needs_input_grad[:2], strict=True)
     )
     return *grads, None, None, None, None
 
 
 def _run_rows(hidden, weight, labels, step):
-    chunks = _Chunks(hidden, weight, step)
+    chunks = _Chunks(hidden, weight, labels, step)
     losses = torch.empty(len(hidden), dtype=chunks.statistics, device=hidden.device)
     for start, stop in chunks.spans():
-        losses[start:stop] = chunks.losses(labels, start, stop, False)[0]
+        losses[start:stop] = chunks.losses(start, stop, False)[0]
     return losses
 
 
@@ -191,10 +204,10 @@ def _rows_gradients(ctx, upstream):
 
 
 def _run_rows_backward(upstream, hidden, weight, labels, step, for_hidden: bool, for_weight: bool):
-    chunks = _Chunks(hidden, weight, step)
+    chunks = _Chunks(hidden, weight, labels, step)
     grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if for_hidden else hidden.new_empty(0)
     for start, stop in chunks.spans():
-        _, grad_logits = chunks.losses(labels, start, stop, True)
+        _, grad_logits = chunks.losses(start, stop, True)
         grad_logits = grad_logits.mul_(upstream[start:stop, None]).to(hidden.dtype)
         if for_hidden:
             chunks.hidden_gradient(grad_logits, grad_hidden[start:stop])

@@ -23,13 +23,15 @@ WIDTH = 64 if tuning.INTERPRETED else 8192  # numbers of a row held at once
 def _softmax_kernel(
     logits, labels, losses, words, step, ignored, GRADIENT: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """The loss of one row, and its logits turned into softmax - onehot, 0 where the label does not count."""
+    """The loss of one row, and its logits turned into softmax - onehot: 0 where the label does not count, NaN where it is
+    no word."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * step
     label = tl.load(labels + row)
     counts = label != ignored
     columns = tl.arange(0, WIDTH)
-    own = tl.load(logits + label, mask=counts, other=0.0).to(tl.float32)
+    known = (label >= 0) & (label < words)
+    own = tl.load(logits + label, mask=known, other=0.0).to(tl.float32)
     top = float("-inf")
     total = 0.0
     for begin in range(0, words, WIDTH):
@@ -38,7 +40,7 @@ def _softmax_kernel(
         new_top = tl.maximum(top, tl.max(x, 0))
         total = total * tl.exp(top - new_top) + tl.sum(tl.exp(x - new_top), 0)
         top = new_top
-    level = top + tl.log(total)
+    level = tl.where(known, top + tl.log(total), float("nan"))
     tl.store(losses + row, tl.where(counts, level - own, 0.0))
     if GRADIENT:
         for begin in range(0, words, WIDTH):

@@ -61,7 +61,8 @@ def memory_read(
             no Tq x Tk matrix), or reference (the definition, Tq x Tk).
 
     Returns:
-        [B, Tq, H, D], in the queries' dtype. Scores, softmax and sums are fp32 (fp64 for fp64 tensors).
+        [B, Tq, H, D], in the queries' dtype. Scores, softmax and sums are fp32 (fp64 for fp64 tensors), under
+            autocast too.
 
     Raises:
         ConfigError: the shapes or dtypes do not fit together, or the implementation's name is unknown.

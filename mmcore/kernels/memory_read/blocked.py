@@ -7,6 +7,9 @@ scores, so that memory stays linear in T.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -42,6 +45,19 @@ def _read_block(queries, keys, values, base, slope, exponent, first_BQ, last_BQ,
     return read.transpose(1, 2).masked_fill(empty_BQ1.unsqueeze(-1), 0.0).to(queries.dtype)
 
 
+def _exact(form: Callable) -> Callable:
+    """`form` without autocast, which would round scores, whose errors a bandwidth multiplies. It may be on in the backward
+    pass as well."""
+
+    @functools.wraps(form)
+    def run(first, *others):
+        with torch.autocast(first.device.type, enabled=False):
+            return form(first, *others)
+
+    return run
+
+
+@_exact
 def _run(queries, keys, values, base, slope, exponent, starts, window, delay, offset):
     out = torch.zeros_like(queries, memory_format=torch.contiguous_format)
     for block, reach, first, last in _blocks(queries, keys, starts, window, delay, offset):
@@ -65,6 +81,7 @@ def _gradients(ctx, grad):
     return *_read_backward(grad, *inputs, *ctx.place, out), None, None, None, None
 
 
+@_exact
 def _run_backward(grad, queries, keys, values, base, slope, exponent, starts, window, delay, offset, out):
     dtype = wide(queries.dtype)
     inputs = (queries, keys, values, base, slope, exponent)

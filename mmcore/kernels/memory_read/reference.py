@@ -45,7 +45,9 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 def memory_read(queries, keys, values, base, slope, exponent, starts, window, delay, offset) -> Tensor:
     """See mmcore.kernels.memory_read.memory_read."""
     batch, length, _, _ = queries.shape
-    dtype = wide(queries.dtype)
+    # Autocast would round the scores, whose errors a bandwidth multiplies. It leaves fp64 alone, in the backward pass too.
+    autocast = not queries.is_meta and torch.is_autocast_enabled(queries.device.type)
+    dtype = torch.float64 if autocast else wide(queries.dtype)
     shape = (batch, length, keys.shape[1])
     first_BQ, last_BQ = intervals(starts, window, delay, offset, shape, queries.device)
     beta_BQH = bandwidth(last_BQ - first_BQ + 1, base.to(dtype), slope.to(dtype), exponent.to(dtype))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mmcore.errors import HardwareError
-from mmcore.kernels import dispatch
+from mmcore.kernels import dispatch, registry
 from mmcore.kernels.thin_linear import cpu, reference
 from mmcore.kernels.thin_linear.cpu import MOST_ROWS
 
@@ -35,7 +35,7 @@ def thin_linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, *, imple
         raise ValueError(f"thin_linear: x is {list(x.shape)} and the weight {[out, inside]}{scales}: give [out, in], [out]")
     function = dispatch.choose("thin_linear", _TABLE, implementation, x.device)
     if function is cpu.thin_linear:
-        if torch.compiler.is_compiling():
+        if registry.watched():
             return cpu.traced(x, weight, scale)
         if reason := cpu.why_not(x, weight, scale):
             if implementation == "cpu":

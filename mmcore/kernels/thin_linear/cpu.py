@@ -5,10 +5,12 @@ every call, so a weight may be moved or converted in between."""
 from __future__ import annotations
 
 import ctypes
+import math
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from mmcore.kernels import native, registry
 from mmcore.kernels.layout import FLOATS
@@ -68,4 +70,9 @@ def _fake(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
 
 
 traced = registry.operator("thin_linear_cpu(Tensor x, Tensor weight, Tensor? scale) -> Tensor", _run, _fake)
-"""The product as an operator, for torch.compile; calls that are not traced do without."""
+"""The product as an operator, for torch.compile and whoever else looks on; other calls do without."""
+
+
+@register_flop_formula(torch.ops.mm.thin_linear_cpu)
+def _flops(x_shape, weight_shape, *_, **__) -> int:
+    return 2 * math.prod(x_shape[:-1]) * math.prod(weight_shape)
