@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmcore.kernels import registry
-
 from mmcore.kernels.dispatch import autocasting
 
 
