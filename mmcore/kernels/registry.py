@@ -23,6 +23,7 @@ import torch.compiler.config
 from torch import Tensor
 from torch._C import DispatchKey, _is_tracing, _len_torch_dispatch_stack
 from torch._C import _dispatch_tls_is_dispatch_key_included as _is_included
+from torch.autograd import forward_ad
 
 _LIBRARY = torch.library.Library("mm", "DEF")
 _DEVICES = ("CPU", "CUDA")
@@ -46,8 +47,9 @@ def operator(
     *,
     keep: Callable | None = None,
     backward: Callable | None = None,
-) -> torch._ops.OpOverload:
-    """Define `mm::<signature>`, say `mm::double(Tensor x) -> Tensor`, and return the operator to call.
+) -> Callable:
+    """Define `mm::<signature>`, say `mm::double(Tensor x) -> Tensor`, and return the operator to call, or where it has
+    gradients a function that calls it.
 
     run: what it computes, on tensors of any device that it is called with. It changes no input, and no output shares
         memory with an input or another output. All outputs are contiguous.
@@ -55,7 +57,7 @@ def operator(
     keep(ctx, inputs, outputs): saves what `backward(ctx, *gradients)` needs. The gradient of an output that is marked
         non-differentiable comes as None. Both are given where the operator has gradients; they exist once: a gradient
         of a gradient is refused. So that it is, whichever tensor it is asked for, every input that has a gradient is
-        among the tensors that are saved, or one of them was computed from it.
+        among the tensors that are saved, or one of them was computed from it. Forward-mode derivatives are refused.
     """
     name = signature.partition("(")[0]
     _LIBRARY.define(signature, tags=(torch.Tag.pt2_compliant_tag,))
@@ -63,22 +65,27 @@ def operator(
         _LIBRARY.impl(name, run, device)
     torch.library.register_fake(f"mm::{name}", fake, lib=_LIBRARY)
     made = getattr(torch.ops.mm, name).default
-    if backward is not None:
+    if backward is None:
+        return made
 
-        def setup(ctx, inputs, output):
-            ctx.set_materialize_grads(False)
-            keep(ctx, inputs, output)
+    def setup(ctx, inputs, output):
+        ctx.set_materialize_grads(False)
+        keep(ctx, inputs, output)
 
-        once = differentiable_once(name, backward)
+    once = differentiable_once(name, backward)
 
-        def gradients(ctx, *given):
-            if all(g is None for g in given):
-                return (None,) * len(ctx.needs_input_grad)
-            return once(ctx, *given)
+    def gradients(ctx, *given):
+        if all(g is None for g in given):
+            return (None,) * len(ctx.needs_input_grad)
+        return once(ctx, *given)
 
-        torch.library.register_autograd(f"mm::{name}", gradients, setup_context=setup, lib=_LIBRARY)
-        _DIFFERENTIABLE[name] = made
-    return made
+    def call(*arguments):
+        refuse_tangents(name, arguments)
+        return made(*arguments)
+
+    torch.library.register_autograd(f"mm::{name}", gradients, setup_context=setup, lib=_LIBRARY)
+    _DIFFERENTIABLE[name] = made
+    return call
 
 
 _REMEDY = "start Python with MM_KERNELS=reference in its environment, and leave `kernels` and `implementation` at 'auto'"
@@ -93,6 +100,7 @@ def differentiable_once(name: str, backward: Callable) -> Callable:
     """
 
     def gradients(ctx, *given):
+        refuse_tangents(name, given)
         if not torch.is_grad_enabled():
             return backward(ctx, *given)
         unpacked = _Unpacked(ctx)
@@ -139,6 +147,16 @@ class _Last(torch.autograd.Function):
         raise RuntimeError(f"mm::{ctx.name} has no second derivatives: {_REMEDY}")
 
 
+def refuse_tangents(name: str, arguments: tuple) -> None:
+    """Raises RuntimeError where forward-mode derivatives are taken (torch.func.jvp, dual tensors) with regard to one of the
+    arguments: what has no rule for them would drop them in silence."""
+    if forward_ad._current_level < 0:
+        return
+    tensors = (part for part in _flat(arguments) if isinstance(part, Tensor))
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise RuntimeError(f"mm::{name} has no forward-mode derivatives: {_REMEDY}")
+
+
 def operators(*kernels: str) -> tuple[Any, ...]:
     """The operators, in all forms known so far, whose results are kept when a policy wants those of `kernels` kept:
     `operators("memory_read", "gated_scan")`. Forms in Triton are known from their first use on."""
@@ -151,8 +169,9 @@ def direct(x: Tensor) -> bool:
 
 
 def watched() -> bool:
-    """Whether calls are to be seen: by torch.compile, torch.jit.trace, make_fx, or a mode such as FlopCounterMode's."""
+    """Whether calls are to be seen: by torch.compile, torch.jit.trace, make_fx, a mode such as FlopCounterMode's, or
+    forward-mode differentiation."""
     # Asked some ten times a layer and token, so of what needs 30 ns to answer.
-    if torch.compiler.is_compiling() or _len_torch_dispatch_stack() > 0:
+    if torch.compiler.is_compiling() or _len_torch_dispatch_stack() > 0 or forward_ad._current_level >= 0:
         return True
     return _is_tracing() or _is_included(_PRE_DISPATCH)

@@ -8,10 +8,9 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmcore.kernels import dispatch, registry
+from mmcore.kernels import registry
 from mmcore.kernels.gated_scan import gated_scan
 from mmcore.kernels.linear import linear
-from mmcore.kernels.linear.reference import NarrowProduct
 from mmcore.kernels.linear_cross_entropy import linear_cross_entropy
 from mmcore.kernels.look_ahead import look_ahead
 from mmcore.kernels.memory_read import memory_read
@@ -158,100 +157,6 @@ def test_a_selective_policy_keeps_the_named_kernels_results(form):
     assert torch.equal(got, want)
     names = [[func.__name__ for func, _ in record.calls] for record in (plain, seen)]
     assert sorted(names[0]) == sorted(names[1]) and len(names[0]) == 4
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_a_gradient_of_a_gradient_is_refused(form):
-    x = draw(B, 6)
-    y = swiglu(x, x * 2, implementation=form)
-    for upstream in (y.square().sum(), y.sum()):  # of the second only what was saved depends on x
-        (grad,) = torch.autograd.grad(upstream, x, create_graph=True)
-        with pytest.raises(RuntimeError, match="no second derivatives" if form != "reference" else None):
-            grad.sum().backward()
-
-
-def leaves_of(result):
-    """The tensors that a result was computed from and that ask for gradients."""
-    found, waiting = [], [result.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        found += [node.variable] if hasattr(node, "variable") else []
-        waiting += [before for before, _ in node.next_functions if before is not None]
-    return found
-
-
-def assert_no_second_derivatives(result):
-    """By whichever tensor they are asked for: also where a gradient does not depend on it, and none is given in part."""
-    leaves = leaves_of(result)
-    assert leaves
-    for grad in torch.autograd.grad(result.sum(), leaves, create_graph=True, allow_unused=True):
-        for leaf in leaves if grad is not None else ():
-            with pytest.raises(RuntimeError, match="no second derivatives: start Python with MM_KERNELS=reference"):
-                torch.autograd.grad(grad.sum(), leaf, retain_graph=True, allow_unused=True)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_a_gradient_of_a_gradient_is_refused_by_whichever_tensor(form):
-    for work in calls(form).values():
-        assert_no_second_derivatives(first_tensor(work()))
-
-
-@needs_compiler
-def test_a_gradient_of_a_gradient_of_linear_is_refused():
-    x, weights = draw(B, T, 6), [draw(5, 6), draw(2, 6)]
-    assert_no_second_derivatives(torch.cat(linear(x, weights, implementation="cpu"), -1))
-    assert_no_second_derivatives(NarrowProduct.apply(x.bfloat16(), weights[0]))
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("ask", ["hessian", "hvp", "vhp", "jvp"])
-def test_hessians_are_refused_and_jacobians_are_not(form, ask):
-    def loss(x, form=form):
-        return swiglu(x[None], x[None] * 2, implementation=form).square().sum()
-
-    x = draw(5).detach()
-    want = torch.autograd.functional.jacobian(lambda x: loss(x, "reference"), x)
-    torch.testing.assert_close(torch.autograd.functional.jacobian(loss, x, create_graph=True), want)
-    with pytest.raises(RuntimeError, match="no second derivatives"):
-        getattr(torch.autograd.functional, ask)(loss, x, *(() if ask == "hessian" else (x,)))
-
-
-def test_gradients_that_could_be_differentiated_may_be_used_in_one_graph_with_others():
-    """Only what goes through them is refused; under activation checkpointing too."""
-    x, other = draw(B, 6), draw(B, 6)
-
-    def gated(x):
-        return swiglu(x, x * 2, implementation="blocked")
-
-    for y in (gated(x), checkpoint(gated, x, use_reentrant=False)):
-        grad, (plain,) = torch.autograd.grad(y.sum(), x, create_graph=True)[0], torch.autograd.grad(gated(x).sum(), x)
-        assert torch.equal(grad, plain)
-        (found,) = torch.autograd.grad((grad * other.sin()).sum(), other)
-        torch.testing.assert_close(found, plain * other.cos())
-
-
-def test_the_remedy_for_second_derivatives_is_one(monkeypatch):
-    """A model as it is by default has them where MM_KERNELS=reference; against differences of gradients in fp64."""
-    monkeypatch.setattr(dispatch, "_FORCED", "reference")
-    model, tokens = tiny(num_hidden_layers=1, lively=False), random_tokens(1, 8)
-    slope = model.model.layers[0].short_term.bandwidth_slope
-
-    def gradient(**options):
-        return torch.autograd.grad(model.loss(tokens, tokens), slope, **options)[0]
-
-    (found,) = torch.autograd.grad(gradient(create_graph=True).sum(), slope)
-    model.double()
-    step, differences = 1e-4, []
-    for head in range(len(slope)):
-        ends = []
-        for sign in (1, -1):
-            with torch.no_grad():
-                slope[head] += sign * step
-            ends.append(gradient().sum())
-            with torch.no_grad():
-                slope[head] -= sign * step
-        differences.append((ends[0] - ends[1]) / (2 * step))
-    torch.testing.assert_close(found.double(), torch.stack(differences), rtol=1e-2, atol=1e-5)
 
 
 @needs_compiler

@@ -36,6 +36,7 @@ def thin_linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, *, imple
     function = dispatch.choose("thin_linear", _TABLE, implementation, x.device)
     if function is cpu.thin_linear:
         if registry.watched():
+            registry.refuse_tangents("thin_linear_cpu", (x, weight))
             return cpu.traced(x, weight, scale)
         if reason := cpu.why_not(x, weight, scale):
             if implementation == "cpu":
