@@ -121,11 +121,18 @@ class Part:
     times, held 1.5 GB for 17 MB)."""
 
     def __init__(self, owner: DecodingState) -> None:
-        self._owner = weakref.ref(owner)
+        self._owner = weakref.ref(owner)  # not by belong_to: fields are found faster while nobody has asked for vars
 
     @property
     def owner(self) -> DecodingState:
         return self._owner()
+
+    def belong_to(self, owner: DecodingState) -> None:
+        """Become a part of another state, with the parts that this one has itself."""
+        self._owner = weakref.ref(owner)
+        for part in vars(self).values():
+            if isinstance(part, Part):
+                part.belong_to(owner)
 
 
 class AttentionState(Part):
@@ -272,6 +279,25 @@ class DecodingState:
         # it is made, so a state must not outlive a change of weights (its memories would not fit them anyway).
         self.whole_step: Callable | bool | None = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> DecodingState:
+        """Another state that goes on from here by itself. Marks of the one are none of the other, but for those that are
+        copied along with it."""
+        other = memo[id(self)] = object.__new__(type(self))
+        fields = {name: value for name, value in vars(self).items() if name != "whole_step"}
+        vars(other).update(copy.deepcopy(fields, memo))
+        for memory in other.memories.values():
+            memory.belong_to(other)
+        other.whole_step = self._step_for_another()
+        return other
+
+    def __copy__(self) -> DecodingState:
+        raise TypeError("a DecodingState and a shallow copy would write into the same memories: take copy.deepcopy")
+
+    def _step_for_another(self) -> Callable | bool | None:
+        """What a state of the same model has as its whole_step: a new one takes longer to make than most branches live."""
+        step = self.whole_step
+        return (step.for_another_state() if step.pieces else None) if step else step
+
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name, to be saved; `load` takes them back."""
         found = {} if self.padding is None else {"padding": self.padding}
@@ -303,6 +329,7 @@ class DecodingState:
         for name, memory in self.memories.items():
             if isinstance(mark.memories[name], dict):
                 vars(memory).update(_copy(memory, mark.memories[name]))
+                memory.belong_to(self)
             else:
                 memory.rewind(mark.memories[name])
 
@@ -319,8 +346,7 @@ class DecodingState:
         delay): their pairs are not copied.
         """
         self.length = source.length
-        step = source.whole_step  # a new one takes longer to make than most branches live
-        self.whole_step = (step.for_another_state() if step.pieces else None) if step else step
+        self.whole_step = source._step_for_another()
         for name, memory in self.memories.items():
             memory.branch(source.memories[name], self.batch_size, room, name in lent)
 
@@ -337,5 +363,5 @@ class DecodingState:
 
 
 def _copy(memory: Any, fields: dict[str, Any] | None = None) -> dict[str, Any]:
-    """All that a memory's state consists of (or `fields` of one), copied; the owner stays who it is."""
+    """All that a memory's state consists of (or `fields` of one), copied."""
     return copy.deepcopy(vars(memory) if fields is None else fields)
