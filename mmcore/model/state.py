@@ -35,7 +35,7 @@ class Store:
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
         self.lent = False  # the pairs are another store's, which must not change meanwhile: see branch
-        self.marked = False  # somebody may come back to pairs of this buffer: see mark
+        self.marked = False  # somebody may come back to pairs of this buffer, or was given them: see mark, keep_pairs
 
     def append(self, keys_BTHD: Tensor, values_BTHD: Tensor) -> None:
         """Add T completed pairs."""
@@ -134,6 +134,9 @@ class Part:
             if isinstance(part, Part):
                 part.belong_to(owner)
 
+    def keep_pairs(self) -> None:
+        """Move no stored pair within its buffer, which somebody else may be reading from now on."""
+
 
 class AttentionState(Part):
     """Keys and values of one attention layer for B rows; a query also reads its own pair, so nothing waits."""
@@ -147,6 +150,9 @@ class AttentionState(Part):
 
     def pairs(self) -> tuple[Tensor, Tensor]:
         return self.store.pairs()
+
+    def keep_pairs(self) -> None:
+        self.store.marked = True
 
     def mark(self, room: int) -> tuple[Any, ...]:
         return (self.store.mark(room),)
@@ -299,7 +305,19 @@ class DecodingState:
         return (step.for_another_state() if step.pieces else None) if step else step
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors by name, to be saved; `load` takes them back."""
+        """All tensors by name, to be saved; `load` takes them back.
+
+        No token that is read later changes them. What is read after a `rewind` or `take_back` may: pairs, most of a state,
+        are not copied, and the newest can then be written over; clone what is to be kept beyond that.
+        """
+        for memory in self.memories.values():
+            memory.keep_pairs()
+        # Steps write in place into all but stored pairs.
+        return {name: tensor if name.endswith((".keys", ".values")) else tensor.clone()
+                for name, tensor in self._tensors().items()}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """`tensors` as they lie."""
         found = {} if self.padding is None else {"padding": self.padding}
         for name, memory in self.memories.items():
             found.update({f"{name}.{key}": value for key, value in memory.tensors().items()})
@@ -359,7 +377,7 @@ class DecodingState:
     @property
     def bytes(self) -> int:
         """Memory that the state's tensors fill, in bytes."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._tensors().values())
 
 
 def _copy(memory: Any, fields: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -87,3 +87,18 @@ def test_a_copy_of_what_has_read_nothing_and_of_a_branch():
 def test_a_shallow_copy_is_refused():
     with pytest.raises(TypeError, match="take copy.deepcopy"):
         copy.copy(tiny().new_state(1))
+
+
+def test_what_a_state_hands_out_stays_as_it_was(begun):
+    """Through every move of a window's pairs, and where the next ones begin in the same buffer."""
+    model, tokens, whole, state = begun
+    saved = state.tensors()
+    before = {name: tensor.clone() for name, tensor in saved.items()}
+    size = state.bytes
+    go_on(model, state, random_tokens(2, 2 * LENGTH, seed=1))
+    assert size == sum(tensor.nbytes for tensor in saved.values()) < state.bytes
+    assert all(torch.equal(tensor, before[name]) for name, tensor in saved.items())
+    other = model.new_state(2)
+    other.load(saved)
+    assert torch.allclose(go_on(model, other, tokens), whole[:, CUT:], atol=3e-5)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in saved.items())
