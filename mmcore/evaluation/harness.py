@@ -72,7 +72,7 @@ class HarnessModel(_TemplateLM or object):
         self.begin, self.end = tokenizer.frame()
         self.max_length = max_length or model.config.max_position_embeddings
         self.cursor = Cursor(model)
-        self._device = model.classifier_weight.device
+        self._device = next(model.parameters()).device
         self._journal, self._identity, self._tick, self._task = journal, identity, tick, task
         self._seed = seed
         self._done = 0

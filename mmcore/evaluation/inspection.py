@@ -59,7 +59,7 @@ def inspect(model: Any, ids: list[int], token: int = -1) -> list[Read]:
         raise ConfigError(f"--token is {token}: the text has the tokens 0 to {len(ids) - 1:,}")
     if len(ids) > MOST_TOKENS:
         raise ConfigError(f"the text has {len(ids):,} tokens: inspect at most {MOST_TOKENS:,}")
-    x = model.embed(torch.tensor([ids[: place + 1]], device=model.classifier_weight.device))
+    x = model.embed(torch.tensor([ids[: place + 1]], device=next(model.parameters()).device))
     delay, packing = model.config.long_term_delay, Packing()
     found: list[Read] = []
     for depth, layer in enumerate(model.model.layers):

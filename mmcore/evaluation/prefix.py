@@ -45,7 +45,7 @@ class Cursor:
         """`copies_bytes`: memory for rows read side by side; 0: one at a time; None: by the device."""
         self.model = model
         self.chunk = chunk
-        self.device = model.classifier_weight.device
+        self.device = next(model.parameters()).device
         default = CPU_BYTES if self.device.type == "cpu" else GPU_BYTES
         self.copies_bytes = default if copies_bytes is None else copies_bytes
         self.tokens_read = 0

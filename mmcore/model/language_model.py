@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from mmcore.config import ModelConfig
 from mmcore.errors import ConfigError
 from mmcore.kernels.linear_cross_entropy import linear_cross_entropy
+from mmcore.kernels.linear_cross_entropy.reference import of_logits
 from mmcore.model.documents import packing
-from mmcore.model.layers import Linear, RMSNorm, advanced, draw_normal, fan_in_sigma
+from mmcore.model.layers import Linear, RMSNorm, advanced, draw_normal, fan_in_sigma, is_plain
 from mmcore.model.state import DecodingState
 
 
@@ -43,6 +44,16 @@ class Classifier(Linear):
         return linear_cross_entropy(
             hidden, self.exact_weight(), labels, reduction=reduction, implementation=self.kernels
         )
+
+
+def _loss(head: nn.Module, hidden: Tensor, labels: Tensor, reduction: str) -> Tensor:
+    """`Classifier.loss` of whatever is the classifier: a hook, a bias, an adapter or another layer cost N x V logits, unless
+    it has a loss of its own (sharding puts one around a Classifier's)."""
+    theirs = getattr(type(head), "loss", None)  # not the method's own function, of which torch.compile knows nothing
+    own = "loss" in head.__dict__ or theirs not in (None, Classifier.loss)
+    if own or (theirs is not None and is_plain(head)):
+        return head.loss(hidden, labels, reduction)
+    return of_logits(head(hidden), labels, reduction)
 
 
 class LanguageModel(nn.Module):
@@ -129,12 +140,13 @@ class LanguageModel(nn.Module):
         self, tokens: Tensor, labels: Tensor, documents: Tensor | None = None, delay: int | None = None,
         reduction: str = "sum",
     ) -> Tensor:
-        """Cross-entropy in nats of labels int64 [B, T], -100 for none, without T x V logits.
+        """Cross-entropy in nats of labels int64 [B, T], -100 for none, without T x V logits where the classifier is as it
+        was built.
 
         A scalar, or [B, T] with reduction="none".
         """
         hidden = self.hidden(tokens, documents, delay)
-        loss = self.lm_head.loss(hidden.flatten(0, 1), labels.flatten(), reduction)
+        loss = _loss(self.lm_head, hidden.flatten(0, 1), labels.flatten(), reduction)
         return loss.view(labels.shape) if reduction == "none" else loss
 
     def new_state(self, batch_size: int = 1, padding: Tensor | None = None) -> DecodingState:
@@ -153,7 +165,7 @@ class LanguageModel(nn.Module):
     def _whole_step(self, state: DecodingState) -> Callable | bool:
         """A compiled form of `advance`, where the architecture has one and it can run here, else False."""
         block = type(self.model.layers[0])
-        ours = ("auto", "triton") if self.lm_head.weight.is_cuda else ("auto", "cpu")
+        ours = ("auto", "triton") if next(self.parameters()).is_cuda else ("auto", "cpu")
         return block.whole_step(self) if hasattr(block, "whole_step") and self.kernels in ours else False
 
     def advance(self, tokens: Tensor, state: DecodingState, last_only: bool = True) -> Tensor:

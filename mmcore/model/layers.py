@@ -24,7 +24,7 @@ from mmcore.kernels.thin_linear import MOST_ROWS, thin_linear
 
 
 class Linear(nn.Linear):
-    """A projection without bias: [..., in] -> [..., out].
+    """A projection, built without bias: [..., in] -> [..., out]. A `bias` that it is given later is added.
 
     Without gradients on a CPU, few rows take the bandwidth-bound kernel, and bf16 weights (half the bytes of a
     decoding step) meet fp32 activations. `quantize` leaves a quarter of the bytes.
@@ -42,7 +42,8 @@ class Linear(nn.Linear):
         self.register_buffer("rounded", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _products(x, [self])[0]
+        y = _products(x, [self])[0]
+        return y if self.bias is None else y + self.bias
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear:
         """Whatever dtype a model is taken to, scales stay fp32, as kernels read them."""
@@ -106,7 +107,10 @@ def advanced(module: nn.Module, *arguments: Any) -> Tensor:
 
 def is_plain(layer: nn.Module) -> bool:
     """Whether a layer does what Linear does and nothing else, so that its weight is all there is to know."""
-    return isinstance(layer, Linear) and type(layer).forward is Linear.forward and not hooked(layer)
+    return (
+        isinstance(layer, Linear) and type(layer).forward is Linear.forward and "forward" not in layer.__dict__
+        and layer.bias is None and not hooked(layer)
+    )  # fmt: skip
 
 
 def project(x: Tensor, *layers: nn.Module, narrow: bool = False) -> list[Tensor]:

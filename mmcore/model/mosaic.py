@@ -26,6 +26,7 @@ from mmcore.model.layers import (
     draw_normal,
     fan_in_sigma,
     hooked,
+    is_plain,
     project,
 )  # fmt: skip
 from mmcore.model.memories import ContextualMemory
@@ -134,9 +135,10 @@ class MosaicBlock(TwoMemoryBlock):
     @staticmethod
     def pair_dtype(model: LanguageModel) -> torch.dtype | None:
         """What decoding keeps pairs in: fp16 on a CPU where weights are bf16 or int8 (after long prompts pairs are most of
-        what a token reads), unless values are too large for it; None, as they are computed, elsewhere."""
-        weight = model.lm_head.weight
-        if not weight.is_cpu or weight.dtype not in (torch.bfloat16, torch.int8):
+        what a token reads), unless values are too large for it; None, as they are computed, elsewhere, and where what has
+        taken the classifier's place has no weight."""
+        weight = getattr(model.lm_head, "weight", None)
+        if weight is None or not weight.is_cpu or weight.dtype not in (torch.bfloat16, torch.int8):
             return None
         memories = (memory for layer in model.model.layers for memory in (layer.short_term, layer.long_term))
         largest = torch.stack([memory.value_log_scale for memory in memories]).max().item()
@@ -159,12 +161,14 @@ class MosaicBlock(TwoMemoryBlock):
 
 
 _FORWARDS = frozenset(
-    kind.forward for kind in (nn.Module, nn.Embedding, MosaicBlock, ContextualMemory, PersistentMemory, RMSNorm, Linear)
+    kind.forward for kind in (nn.Module, nn.Embedding, MosaicBlock, ContextualMemory, PersistentMemory, RMSNorm)
 )
 
 
 def _as_built(module: nn.Module) -> bool:
     """Whether a part of a mosaic does what build_mosaic made it to do, with nothing hung on it or put in its place."""
+    if isinstance(module, Linear):
+        return is_plain(module)
     return type(module).forward in _FORWARDS and "forward" not in vars(module) and not hooked(module)
 
 

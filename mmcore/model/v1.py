@@ -58,7 +58,9 @@ class Projection(Linear):
         """[B, T, d] -> [B, T, d]. past: at least taps - 1 inputs from before y; None: zeros. starts int32 [B, T]: the
         index in the row of the first token of each token's document; None: every row is one, or y and past hold zeros
         where it has not begun."""
-        out = super().forward(y_BTd) if self.taps == 1 else self._convolve(y_BTd, past_BRd, starts_BT)
+        if self.taps == 1:
+            return super().forward(y_BTd)
+        out = self._convolve(y_BTd, past_BRd, starts_BT)
         return out if self.bias is None else out + self.bias
 
     def quantize(self) -> None:

@@ -6,6 +6,8 @@ from torch import nn
 from torch.nn.utils import prune
 
 from mmcore.distributed.rounding import round_once_a_step
+from mmcore.model.language_model import _loss
+from mmcore.model.layers import Linear
 from tests.helpers.models import random_tokens, tiny
 
 TYPES = ["memory_mosaics_v2", "llama", "long_short_transformer"]
@@ -78,6 +80,90 @@ def test_adapters_in_the_place_of_projections(names):
         setattr(block, leaf, Adapter(getattr(block, leaf)))
     whole, pieces = both_ways(model, tokens)
     assert torch.allclose(whole, pieces, atol=3e-5) and (whole - plain).abs().max() > 1e-3
+
+
+class Wrapped(nn.Module):
+    """An adapter that shows nothing of what it is put around."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.inner = Adapter(base)
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def with_bias(layer):
+    layer.bias = nn.Parameter(torch.linspace(-1, 1, layer.out_features))
+    return layer
+
+
+def doubled(layer):
+    layer.forward = lambda x, before=layer.forward: 2 * before(x)
+    return layer
+
+
+def hooked(layer):
+    layer.register_forward_hook(lambda module, given, result: 2 * result)
+    return layer
+
+
+def other(layer):
+    torch.manual_seed(0)
+    return nn.Linear(layer.in_features, layer.out_features)
+
+
+def other_of_ours(layer):
+    fresh = Linear(layer.in_features, layer.out_features)
+    fresh.load_state_dict(other(layer).state_dict(), strict=False)
+    return fresh
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize("change", [Adapter, Wrapped, with_bias, doubled, hooked, other, other_of_ours])
+def test_a_changed_classifier_is_the_one_of_the_loss_too(model_type, change):
+    model, tokens = tiny(model_type), random_tokens(2, 12)
+    before = both_ways(model, tokens)[0]
+    model.lm_head = change(model.lm_head)
+    whole, pieces = both_ways(model, tokens)
+    assert torch.allclose(whole, pieces, atol=3e-5) and (whole - before).abs().max() > 1e-2
+    labels = tokens.roll(-1, 1)
+    labels[0, 3] = -100
+    for reduction in ("none", "sum", "mean"):
+        want = nn.functional.cross_entropy(whole.flatten(0, 1), labels.flatten(), reduction=reduction)
+        found = model.loss(tokens, labels, reduction=reduction)
+        assert torch.allclose(found, want.view(found.shape), rtol=1e-4)
+    model.loss(tokens, labels).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.lm_head.parameters())
+
+
+@pytest.mark.parametrize("change", [lambda layer: layer, with_bias])
+def test_a_traced_loss_sees_what_the_classifier_has_become(change):
+    head, labels, hidden = change(tiny().lm_head), random_tokens(10), torch.randn(10, 32)
+    want = nn.functional.cross_entropy(head(hidden), labels)
+    assert torch.allclose(torch.compile(_loss, backend="eager")(head, hidden, labels, "mean"), want)
+
+
+@pytest.mark.parametrize("model_type, name", [
+    ("memory_mosaics_v2", "long_term.value_proj"), ("memory_mosaics_v2", "out_proj"), ("memory_mosaics_v2", "persistent.up_proj"),
+    ("llama", "self_attn.k_proj"),
+])  # fmt: skip
+@pytest.mark.parametrize("change", [with_bias, doubled])
+def test_a_projection_with_a_bias_or_a_forward_of_its_own(model_type, name, change):
+    """Of few rows, whose products are made one by one, and of many."""
+    model, tokens = tiny(model_type), random_tokens(2, 30)
+    replaced = tiny(model_type)
+    change(model.model.layers[0].get_submodule(name))
+    owner, _, leaf = name.rpartition(".")
+    layer = replaced.model.layers[0].get_submodule(name)
+    same = nn.Linear(layer.in_features, layer.out_features)
+    factor, bias = (1, torch.linspace(-1, 1, layer.out_features)) if change is with_bias else (2, torch.zeros(layer.out_features))
+    same.weight.data, same.bias.data = factor * layer.weight.data, bias
+    setattr(replaced.model.layers[0].get_submodule(owner), leaf, same)
+    whole, pieces = both_ways(model, tokens[:, :12])
+    assert torch.allclose(whole, pieces, atol=3e-5)
+    with torch.no_grad():
+        assert torch.allclose(model(tokens), replaced(tokens), atol=3e-5)
 
 
 class Scaled(nn.Embedding):

@@ -10,7 +10,11 @@ from mmcore.kernels.linear_cross_entropy.blocked import IGNORED
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, reduction: str) -> Tensor:
     """As in `mmcore.kernels.linear_cross_entropy`, differentiable by plain autograd."""
-    logits = hidden @ weight.to(hidden.dtype).T
+    return of_logits(hidden @ weight.to(hidden.dtype).T, labels, reduction)
+
+
+def of_logits(logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
+    """The same from logits [N, V]."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
     kept = labels != IGNORED
     log_p = torch.log_softmax(logits, dim=1)
