@@ -211,9 +211,7 @@ class MemoryMosaicModel(MemoryMosaicPreTrainedModel):
         cache = past_key_values if cache is None else cache
         if cache is not None and not isinstance(cache, MemoryMosaicCache):
             raise ValueError(f"the cache is a {type(cache).__name__}: a Memory Mosaic needs a MemoryMosaicCache")
-        past = cache.length if cache is not None else 0
-        if document_ids is None and attention_mask is None and not past:
-            document_ids = documents_from_positions(position_ids, x)
+        document_ids = packed_documents(document_ids, position_ids, attention_mask, cache, x)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and document_ids is None
         if document_ids is not None and (use_cache or cache is not None):
@@ -267,8 +265,12 @@ class MemoryMosaicModel(MemoryMosaicPreTrainedModel):
         return Place(time, starts[:, None].expand(B, T), times == starts[:, None])
 
 
-def documents_from_positions(position_ids, x):
-    """Document ids [B, T] where position_ids do not count up by one, else None."""
+def packed_documents(document_ids, position_ids, attention_mask, cache, x):
+    """The document ids that were given, or [B, T] where position_ids of rows without mask and past do not count up by one,
+    else None. x: ids or embeddings, [B, T, ...]."""
+    past = cache.length if isinstance(cache, MemoryMosaicCache) else 0
+    if document_ids is not None or attention_mask is not None or past:
+        return document_ids
     if position_ids is None or position_ids.ndim != 2 or position_ids.shape[1] != x.shape[1]:
         return None
     breaks = position_ids[:, 1:] - position_ids[:, :-1] != 1
@@ -334,11 +336,14 @@ class MemoryMosaicForCausalLM(MemoryMosaicPreTrainedModel, GenerationMixin):
         """Logits [B, T, V], or of the last `logits_to_keep` positions (an index tensor: of those); with `labels`
         [B, T] (the input ids, -100 where nothing is to be learned) also the loss of predicting each from those before
         it in its document. The other arguments are MemoryMosaicModel's."""
+        cache, x = past_key_values if cache is None else cache, input_ids if inputs_embeds is None else inputs_embeds
+        if x is not None:  # for the loss, too, and before the cache goes on
+            document_ids = packed_documents(document_ids, position_ids, attention_mask, cache, x)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            cache=past_key_values if cache is None else cache,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,

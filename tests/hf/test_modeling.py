@@ -112,6 +112,19 @@ def test_loss_and_gradients_equal(models):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("embedded", [False, True])
+def test_positions_mark_documents_for_the_loss_as_for_the_logits(models, embedded):
+    theirs, tokens = models[1], random_tokens(2, 20)
+    positions = torch.cat([torch.arange(8), torch.arange(12)])[None]
+    given = {"inputs_embeds": theirs.model.embed_tokens(tokens)} if embedded else {"input_ids": tokens}
+    found = theirs(**given, position_ids=positions, labels=tokens)
+    wanted = theirs(tokens, document_ids=documents(8, 12).expand(2, -1), labels=tokens)
+    assert torch.equal(found.logits, wanted.logits) and torch.equal(found.loss, wanted.loss)
+    whole = theirs(tokens, position_ids=torch.arange(20)[None], labels=tokens)
+    assert torch.equal(whole.loss, theirs(tokens, labels=tokens).loss) and not torch.equal(whole.loss, wanted.loss)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("sizes", [[40], [1] * 40, [3, 1, 1, 20, 15], [39, 1], [9, 31], [8, 1, 31]])
 def test_pieces_with_a_cache_equal_the_whole(models, sizes):
     tokens = random_tokens(2, 40)
