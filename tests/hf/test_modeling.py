@@ -152,6 +152,14 @@ def test_generate_goes_on_from_a_cache(models):
     assert torch.equal(theirs.generate(tokens, **how, **{CACHE: theirs(tokens[:, :9])[CACHE]}), expected)
 
 
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"num_beams": 2}], ids=range(3))
+def test_generate_goes_on_from_embeddings(models, options):
+    theirs, tokens = models[1], random_tokens(2, 6)
+    how = {"max_new_tokens": 4, "do_sample": False, **options}
+    embedded = theirs.model.embed_tokens(tokens).detach()
+    assert torch.equal(theirs.generate(inputs_embeds=embedded, **how), theirs.generate(tokens, **how)[:, 6:])
+
+
 def test_generate_keeps_its_cache_while_checkpointing_is_on(models):
     theirs = copy.deepcopy(models[1]).float()
     expected = theirs.generate(random_tokens(1, 6), max_new_tokens=9, do_sample=False)
