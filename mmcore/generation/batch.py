@@ -14,7 +14,7 @@ from torch import Tensor
 from mmcore.errors import ConfigError
 from mmcore.generation import sampling as drawing
 from mmcore.generation.engine import chunk_of
-from mmcore.generation.requests import check_length, checked_ids, default_stop_ids, drawable
+from mmcore.generation.requests import check_length, checked_ids, checked_stop_ids, default_stop_ids, drawable
 from mmcore.generation.sampling import Draw, Sampling, uniform
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def generate_batch(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
-    stop_ids: Iterable[int] | None = None,
+    stop_ids: Iterable[int] | Tensor | None = None,
     vocab_size: int | None = None,
     chunk: int | None = None,
 ) -> list[list[int]]:
@@ -46,7 +46,7 @@ def generate_batch(
     rows = [checked_ids(prompt, size) for prompt in prompts]
     if not rows or not all(rows):
         raise ConfigError("a prompt is empty: give each at least one token, such as the tokenizer's bos_id")
-    stops = frozenset(default_stop_ids(model) if stop_ids is None else stop_ids)
+    stops = checked_stop_ids(default_stop_ids(model) if stop_ids is None else stop_ids)
     longest = max(map(len, rows))
     padding = [longest - len(row) for row in rows]
     device = next(model.parameters()).device

@@ -19,7 +19,7 @@ from torch import Tensor
 from mmcore.errors import CheckpointError, ConfigError
 from mmcore.generation import history as files
 from mmcore.generation import sampling as drawing
-from mmcore.generation.requests import check_length, checked_ids, default_stop_ids, drawable
+from mmcore.generation.requests import check_length, checked_ids, checked_stop_ids, default_stop_ids, drawable
 from mmcore.generation.sampling import Draw, Sampling, uniform
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ class Session:
         self,
         max_new_tokens: int,
         sampling: Sampling = GREEDY,
-        stop_ids: Iterable[int] = (),
+        stop_ids: Iterable[int] | Tensor = (),
         progress: Progress | None = None,
     ) -> Iterator[int]:
         """Draw up to `max_new_tokens` ids that go on with the text.
@@ -174,7 +174,7 @@ class Session:
         check_length(max_new_tokens)
         if not self._unread and self._logits is None:
             raise ConfigError("the prompt is empty: give at least one token, such as the tokenizer's bos_id")
-        return self._stream(max_new_tokens, sampling, frozenset(stop_ids), progress)
+        return self._stream(max_new_tokens, sampling, checked_stop_ids(stop_ids), progress)
 
     def save(self, path: str | Path, extra: dict[str, Any] | None = None) -> None:
         """Write text and memories to one file, whole or not at all, with `extra` (JSON values) beside them.
@@ -375,7 +375,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
-    stop_ids: Iterable[int] | None = None,
+    stop_ids: Iterable[int] | Tensor | None = None,
     state: Any = None,
     vocab_size: int | None = None,
 ) -> Iterator[int]:

@@ -38,9 +38,30 @@ def checked_ids(ids: Iterable[int] | Tensor, vocab_size: int) -> list[int]:
     an id that is no whole number or not one of `vocab_size`, and for several rows."""
     shape = getattr(ids, "shape", None)  # of a tensor or an array
     if shape is not None and math.prod(shape[:-1]) > 1:
-        raise ConfigError(f"ids of shape {tuple(shape)} are several texts: give one, or all to mmcore.generate_batch")
-    ids = list(ids) if shape is None else ids.reshape(-1).tolist()
+        raise ConfigError(
+            f"ids of shape {tuple(shape)} are several texts: give one, or all to mmcore.generation.batch.generate_batch"
+        )
+    ids = _listed(ids)
     for token in ids:
         if not is_whole(token) or not 0 <= token < vocab_size:
             raise ConfigError(f"the token id {token!r} is not one of the model's {vocab_size:,}: check the tokenizer")
     return list(map(int, ids))
+
+
+def checked_stop_ids(stop_ids: Iterable[int] | Tensor) -> frozenset[int]:
+    """`stop_ids` as drawn tokens are compared with them, from whatever `checked_ids` takes. Raises ConfigError for what are
+    no whole numbers; one that the model does not have is never drawn."""
+    if not isinstance(stop_ids, Iterable):
+        raise ConfigError(f"stop_ids is {stop_ids!r}: give a list of token ids")
+    ids = _listed(stop_ids)
+    for token in ids:
+        if not is_whole(token):
+            raise ConfigError(f"the stop id {token!r} is no token id: give whole numbers, such as the tokenizer's eos_id")
+    return frozenset(map(int, ids))
+
+
+def _listed(ids: Iterable[int] | Tensor) -> list:
+    """Numbers of a tensor or an array as Python's, and of tensors of one number each in a list, too."""
+    if hasattr(ids, "shape"):
+        return ids.reshape(-1).tolist()
+    return [token.item() if isinstance(token, Tensor) and token.numel() == 1 else token for token in ids]

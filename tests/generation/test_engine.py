@@ -216,6 +216,18 @@ def test_a_stop_id_comes_last_and_stays_out_of_the_text():
     assert list(generate(model, PROMPT, max_new_tokens=40, temperature=1.0, stop_ids=())) == free
 
 
+@pytest.mark.parametrize("kind", [
+    torch.tensor, np.array, lambda ids: list(torch.tensor(ids)), lambda ids: list(np.array(ids)), iter,
+    lambda ids: torch.tensor(ids[0]), lambda ids: [*ids, 1 << 40],
+], ids=range(7))  # fmt: skip
+def test_stop_ids_may_be_tensors_and_arrays(kind):
+    free = list(generate(FakeModel(), PROMPT, max_new_tokens=40, temperature=1.0))
+    ended = free[: free.index(free[10]) + 1]
+    settings = {"max_new_tokens": 40, "temperature": 1.0}
+    assert list(generate(FakeModel(), PROMPT, stop_ids=kind([free[10]]), **settings)) == ended
+    assert generate_batch(FakeModel(), [PROMPT], stop_ids=kind([free[10]]), **settings) == [ended]
+
+
 def test_generate_goes_on_from_a_state():
     model = FakeModel()
     state = model.new_state(1)
@@ -286,10 +298,13 @@ def test_rows_without_a_token_are_never_drawn():
     (lambda m: generate_batch(m, [[1], []], max_new_tokens=3), "a prompt is empty"),
     (lambda m: Session(m, chunk=0), "chunk is 0"),
     (lambda m: generate(m, [True], max_new_tokens=3), "token id True is not one"),
-    (lambda m: generate(m, torch.tensor([PROMPT, PROMPT]), max_new_tokens=3), "are several texts: give one, or all to mmcore.generate_batch"),
+    (lambda m: generate(m, torch.tensor([PROMPT, PROMPT]), max_new_tokens=3), "are several texts: give one, or all to mmcore.generation.batch.generate_batch"),
+    (lambda m: generate(m, PROMPT, max_new_tokens=3, stop_ids="</s>"), "the stop id '<' is no token id: give whole numbers"),
+    (lambda m: generate(m, PROMPT, max_new_tokens=3, stop_ids=5), "stop_ids is 5: give a list"),
+    (lambda m: generate_batch(m, [PROMPT], max_new_tokens=3, stop_ids=torch.tensor([1.0])), "the stop id 1.0 is no token id"),
     (lambda m: generate(m, PROMPT, max_new_tokens=3, vocab_size=0), "vocab_size is 0"),
     (lambda m: generate_batch(m, [PROMPT], max_new_tokens=3, vocab_size=-5), "vocab_size is -5"),
-], ids=range(13))
+], ids=range(16))
 def test_bad_calls_are_refused_before_the_model_runs(action, message):
     model = FakeModel()
     with pytest.raises(ConfigError, match=message):
