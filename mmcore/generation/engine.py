@@ -383,8 +383,8 @@ def generate(
 
     An id of `stop_ids` (none: those the model was loaded with) ends the stream and is its last one. `state`, of
     batch size 1, goes on from an earlier text and is changed: afterwards it has read every id but the last one
-    given out. It goes with the weights it began with: begin another where they change. Settings are checked at once,
-    the model runs as ids are asked for. Raises ConfigError.
+    given out. It goes with the weights it began with (see LanguageModel.new_state): begin another where they change.
+    Settings are checked at once, the model runs as ids are asked for. Raises ConfigError.
     """
     session = Session(model, state=state, vocab_size=vocab_size, ahead=None if state is None else False)
     session.append(prompt_ids)

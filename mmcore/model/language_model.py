@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from mmcore.config import ModelConfig
 from mmcore.errors import ConfigError
@@ -150,7 +151,12 @@ class LanguageModel(nn.Module):
         return loss.view(labels.shape) if reduction == "none" else loss
 
     def new_state(self, batch_size: int = 1, padding: Tensor | None = None) -> DecodingState:
-        """An empty state for `batch_size` rows; `padding` int [B] counts the tokens that fill each row on the left."""
+        """An empty state for `batch_size` rows; `padding` int [B] counts the tokens that fill each row on the left.
+
+        It goes with the weights it begins with, for what it remembers was made with them: begin another where parameters
+        change, a part of the model is replaced or it is quantized, which the steps of a state that has begun may see in
+        part or not at all. Hooks may be registered at any time; a state that has met one goes on without the compiled step.
+        """
         block = type(self.model.layers[0])
         state = DecodingState(batch_size, padding, block.pair_dtype(self) if hasattr(block, "pair_dtype") else None)
         for depth, layer in enumerate(self.model.layers):
@@ -160,9 +166,22 @@ class LanguageModel(nn.Module):
     def takes_back(self, state: DecodingState) -> bool:
         """Whether, of a token that is fed to `state` next, `state.take_back()` can leave no trace. A GPU's steps can, but
         for the first and those that move a store: it may be asked for the step on a token that is not known to be wanted."""
-        return not self.knocked_out and state.length > 0 and getattr(state.whole_step, "takes_back", False)
+        if self.knocked_out or not state.length or not state.whole_step:
+            return False
+        return getattr(self._step_of(state), "takes_back", False)
 
-    def _whole_step(self, state: DecodingState) -> Callable | bool:
+    def _step_of(self, state: DecodingState) -> Callable | bool:
+        """The state's compiled step: made when it is first wanted, which takes 1 ms, given up where the model has been hung
+        with hooks since, which a step passes over."""
+        handles = RemovableHandle.next_id
+        if state.whole_step is None:
+            state.whole_step = self._whole_step()
+        elif state.whole_step and state.handles != handles and not type(self.model.layers[0]).as_built(self):
+            state.whole_step = False
+        state.handles = handles
+        return state.whole_step
+
+    def _whole_step(self) -> Callable | bool:
         """A compiled form of `advance`, where the architecture has one and it can run here, else False."""
         block = type(self.model.layers[0])
         ours = ("auto", "triton") if next(self.parameters()).is_cuda else ("auto", "cpu")
@@ -171,10 +190,14 @@ class LanguageModel(nn.Module):
     def advance(self, tokens: Tensor, state: DecodingState, last_only: bool = True) -> Tensor:
         """Feed the next tokens int64 [B, T] of each row: logits [B, V] after the last, or [B, T, V] after each.
 
-        `state` goes on. Equal to the full forward pass over all that was fed, whatever the sizes of the pieces.
+        `state` goes on. Equal to the full forward pass over all that was fed, whatever the sizes of the pieces, with the
+        weights that the state began with; see `new_state`.
         """
         step = state.whole_step
-        if step and step.takes_ids and tokens.shape[1] == 1 and tokens.dtype is torch.int64 and not self.knocked_out:
+        if (
+            step and step.takes_ids and tokens.shape[1] == 1 and tokens.dtype is torch.int64 and not self.knocked_out
+            and state.handles == RemovableHandle.next_id
+        ):  # fmt: skip
             # As little of Python and PyTorch as may be: every line costs microseconds with caches that hold weights.
             logits = step(tokens, tuple(state.memories.values()), state.length, state.padding, last_only)
             state.length += 1
@@ -186,12 +209,9 @@ class LanguageModel(nn.Module):
         T = tokens.shape[1]
         one = T == 1 and state.length > 0
         if (one or (T and tokens.is_cpu)) and not self.knocked_out:
-            if state.whole_step is None:  # when it is wanted: it takes 1 ms
-                state.whole_step = self._whole_step(state)
-            if state.whole_step and (one or state.whole_step.pieces):
-                logits = state.whole_step(
-                    self.embed(tokens), tuple(state.memories.values()), state.length, state.padding, last_only
-                )
+            step = self._step_of(state)
+            if step and (one or step.pieces):
+                logits = step(self.embed(tokens), tuple(state.memories.values()), state.length, state.padding, last_only)
                 state.length += T
                 return logits
         x, last = self.embed(tokens), len(self.model.layers) - 1

@@ -145,11 +145,17 @@ class MosaicBlock(TwoMemoryBlock):
         return torch.float16 if largest <= math.log(LARGEST_IN_FP16) else None
 
     @staticmethod
-    def whole_step(model: LanguageModel) -> Callable | bool:
+    def as_built(model: LanguageModel) -> bool:
+        """Whether every part of the model does what it was built to do: the compiled step calls no module, so float8,
+        adapters and hooks would be passed over."""
+        return all(_as_built(module) for module in model.modules() if module is not model)
+
+    @classmethod
+    def whole_step(cls, model: LanguageModel) -> Callable | bool:
         """The compiled step of a whole mosaic, or False where it cannot run."""
         config = model.config
-        if not config.gated_keys or not all(_as_built(module) for module in model.modules() if module is not model):
-            return False  # the step calls no module: float8, adapters and hooks would be passed over
+        if not config.gated_keys or not cls.as_built(model):
+            return False
         layers = [layer.step_weights(config.long_term_delay) for layer in model.model.layers]
         classifier = model.lm_head.matrix()
         if mosaic_step.why_not(layers, classifier):

@@ -284,6 +284,7 @@ class DecodingState:
         # The compiled form of `advance`, made when it is first called; False: there is none. It looks at the weights when
         # it is made, so a state must not outlive a change of weights (its memories would not fit them anyway).
         self.whole_step: Callable | bool | None = None
+        self.handles = 0  # hooks that PyTorch had numbered when the model was last looked at for it
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DecodingState:
         """Another state that goes on from here by itself. Marks of the one are none of the other, but for those that are
@@ -364,7 +365,7 @@ class DecodingState:
         delay): their pairs are not copied.
         """
         self.length = source.length
-        self.whole_step = source._step_for_another()
+        self.whole_step, self.handles = source._step_for_another(), source.handles
         for name, memory in self.memories.items():
             memory.branch(source.memories[name], self.batch_size, room, name in lent)
 

@@ -1,5 +1,7 @@
 """What users hang on a model or put in a layer's place is seen by forward passes and decoding alike."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -29,6 +31,13 @@ class Adapter(nn.Module):
 
     def forward(self, x):
         return self.base(x) + x @ self.down.T @ self.up.T
+
+
+def stepping(model):
+    """The compiled step of a new state, or False."""
+    state = model.new_state(1)
+    model.advance(random_tokens(1, 2), state)
+    return state.whole_step
 
 
 def both_ways(model, tokens):
@@ -223,6 +232,36 @@ def test_the_compiled_step_gives_way_to_hooks_but_for_those_of_training(training
     state = model.new_state(1)
     model.advance(tokens, state)
     assert bool(state.whole_step) is (bool(plain.whole_step) and training_only) and bool(seen) is not training_only
+
+
+@pytest.mark.parametrize("name", ["model.layers.0", "model.layers.1.long_term.key_proj", "lm_head"])
+@pytest.mark.parametrize("how", ["next", "piece", "copy"])
+def test_a_hook_is_called_by_a_state_that_has_begun(name, how):
+    model, tokens, seen = tiny(), random_tokens(1, 24), []
+    state = model.new_state(1)
+    first = [model.advance(piece, state, last_only=False) for piece in tokens[:, :12].split([10, 1, 1], 1)]
+    torch.zeros(1, requires_grad=True).register_hook(print)  # of something else
+    first.append(model.advance(tokens[:, 12:13], state, last_only=False))
+    assert bool(state.whole_step) is bool(stepping(model))
+    handle = model.get_submodule(name).register_forward_hook(lambda *_: seen.append(1))
+    if how == "copy":
+        state = copy.deepcopy(state)
+    sizes = [11] if how == "piece" else [1] * 11
+    first += [model.advance(piece, state, last_only=False) for piece in tokens[:, 13:].split(sizes, 1)]
+    assert len(seen) == len(sizes) and not state.whole_step
+    handle.remove()
+    with torch.no_grad():
+        assert torch.allclose(torch.cat(first, 1), model(tokens), atol=3e-5)
+
+
+def test_a_branch_calls_hooks_that_its_source_has_not_met():
+    model, tokens, seen = tiny(), random_tokens(1, 12), []
+    state, rows = model.new_state(1), model.new_state(2)
+    model.advance(tokens, state)
+    model.model.layers[0].register_forward_hook(lambda *_: seen.append(1))
+    rows.branch(state, 2)
+    model.advance(random_tokens(2, 1), rows)
+    assert seen == [1]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

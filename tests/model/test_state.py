@@ -11,7 +11,7 @@ from mmcore.model import build_model
 from tests.helpers.models import random_tokens, tiny
 
 SETTINGS = {
-    "compiled": {}, "layers": {"kernels": "blocked"}, "llama": {"model_type": "llama"},
+    "compiled": {}, "layers": {"kernels": "blocked", "num_hidden_layers": 1}, "llama": {"model_type": "llama"},
     "long_short": {"model_type": "long_short_transformer"},
 }
 LENGTH, CUT = 45, 20
