@@ -61,8 +61,10 @@ def model_from(
     from mmcore.kernels.allocator import move_to_huge_pages
     from mmcore.model import build_model  # here, so that opening a checkpoint does not load the kernels
 
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype is torch.int8)):
-        raise ConfigError(f"dtype is {dtype!r}: give a torch.dtype of floats, such as torch.bfloat16, or torch.int8")
+    if dtype is not None and dtype not in (*_FORMATS.values(), torch.float64):
+        raise ConfigError(
+            f"dtype is {dtype!r}: give a torch.dtype of floats of 16 bits or more, such as torch.bfloat16, or torch.int8"
+        )
     where = _device(device)
     with torch.device("meta"):
         model = build_model(checkpoint.config, kernels)

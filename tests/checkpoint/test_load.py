@@ -118,6 +118,7 @@ def test_a_checkpoint_without_a_tokenizer(tmp_path):
 
 @pytest.mark.parametrize("settings, message", [
     ({"dtype": "float32"}, "dtype is 'float32': give a torch.dtype"), ({"dtype": torch.int32}, "dtype is torch.int32"),
+    ({"dtype": torch.float8_e4m3fn}, "dtype is torch.float8_e4m3fn: give a torch.dtype of floats of 16 bits or more"),
     ({"kernels": "x"}, "kernels is 'x': choose one of auto, reference"), ({"without": "short"}, "no memory 'short'"),
 ])  # fmt: skip
 def test_settings_that_a_model_cannot_have(tmp_path, settings, message):
