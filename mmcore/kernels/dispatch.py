@@ -47,6 +47,11 @@ def refusal(name: str, device: torch.device) -> str | None:
     return excluded(name) or why_not(name, device)
 
 
+def autocasting(kind: str) -> bool:
+    """Whether autocast is on for devices of a kind. The meta device knows no autocast, and PyTorch refuses to be asked."""
+    return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
 def notice() -> str | None:
     """What the user of a CPU should know where compiled kernels are wanted and cannot be had, or None."""
     if _FORCED != "auto" or _NO_COMPILER is None:

@@ -10,6 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from mmcore.config import ModelConfig
 from mmcore.errors import ConfigError
+from mmcore.kernels.dispatch import autocasting
 from mmcore.kernels.linear_cross_entropy import linear_cross_entropy
 from mmcore.kernels.linear_cross_entropy.reference import of_logits
 from mmcore.model.documents import packing
@@ -52,7 +53,7 @@ def _loss(head: nn.Module, hidden: Tensor, labels: Tensor, reduction: str) -> Te
     it has a loss of its own (sharding puts one around a Classifier's)."""
     theirs = getattr(type(head), "loss", None)  # not the method's own function, of which torch.compile knows nothing
     own = "loss" in head.__dict__ or theirs not in (None, Classifier.loss)
-    if own or (theirs is not None and is_plain(head)):
+    if own or (theirs is not None and is_plain(head) and not hidden.is_meta):  # there logits take no memory
         return head.loss(hidden, labels, reduction)
     return of_logits(head(hidden), labels, reduction)
 
@@ -114,7 +115,7 @@ class LanguageModel(nn.Module):
         """[B, T] -> [B, T, d]; on a CPU and under autocast the residual stream is at least fp32, whatever the weights
         are kept in."""
         x = self.model.embed_tokens(tokens_BT)
-        wide = x.is_cpu or torch.is_autocast_enabled(x.device.type)
+        wide = x.is_cpu or autocasting(x.device.type)
         return x.float() if wide and x.dtype in (torch.bfloat16, torch.float16) else x
 
     def hidden(self, tokens: Tensor, documents: Tensor | None = None, delay: int | None = None) -> Tensor:

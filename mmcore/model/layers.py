@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmcore.kernels.dispatch import autocasting
 from mmcore.kernels.linear import linear
 from mmcore.kernels.linear.cpu import rounding
 from mmcore.kernels.mosaic_step import Matrix
@@ -162,7 +163,7 @@ def _normalized(x: Tensor, weight: Tensor, *, eps: float, kernels: str) -> Tenso
     for products that round what they read."""
     y = rms_norm(x, weight, eps, implementation=kernels)
     kind = y.device.type
-    cast = torch.is_autocast_enabled(kind) and not (y.is_cpu and rounding())
+    cast = autocasting(kind) and not (y.is_cpu and rounding())
     return y.to(torch.get_autocast_dtype(kind)) if cast else y
 
 

@@ -166,6 +166,17 @@ def test_a_meta_build_is_filled_by_init_weights():
     assert all(torch.equal(a, b) for a, b in zip(built.parameters(), model.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("model_type", ["memory_mosaics_v2", "llama", "long_short_transformer"])
+def test_shapes_are_found_on_the_meta_device(model_type):
+    """Of forward and backward passes and of decoding, without numbers."""
+    model, tokens = tiny(model_type).to("meta"), torch.zeros(2, 40, dtype=torch.int64, device="meta")
+    assert model(tokens).shape == (2, 40, 61)
+    loss = model.loss(tokens, tokens, reduction="none")
+    loss.sum().backward()
+    state = model.new_state(2)
+    assert loss.shape == (2, 40) and model.advance(tokens, state).shape == model.advance(tokens[:, :1], state).shape == (2, 61)
+
+
 def test_a_compiled_memory_has_the_same_scale_and_bandwidth():
     """Computed together there, apart else: also beyond their limits, at them, and from what is no number."""
     memory = tiny().model.layers[0].short_term

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mmcore.kernels.dispatch import autocasting
+
 
 def linear(x: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor] | None = None) -> list[Tensor]:
     """y_i[..., o] = sum_k x[..., k] w_i[o, k] scale_i[o], in x's dtype."""
@@ -19,7 +21,7 @@ def library_linear(
     x: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor] | None = None, rounded: Sequence[Tensor] | None = None
 ) -> list[Tensor]:
     """The same through F.linear, any dtype and device; under autocast in its dtype, with `rounded` for the weights."""
-    if not torch.is_autocast_enabled(x.device.type):
+    if not autocasting(x.device.type):
         weights = _widened(x, weights, scales)
     elif scales is not None:
         weights = _widened(x.float(), weights, scales)
