@@ -131,8 +131,9 @@ def _alike(parts: list[Tensor]) -> list[Tensor]:
 
 
 def _products(x: Tensor, layers: Sequence[Linear], narrow: bool = False) -> list[Tensor]:
-    few = x.numel() <= MOST_ROWS * x.shape[-1]
-    if few and x.is_cpu and not torch.is_grad_enabled():
+    # An exported program is for any number of rows.
+    inference = x.is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_exporting()
+    if inference and x.numel() <= MOST_ROWS * x.shape[-1]:
         return [thin_linear(x, layer.weight, layer.scale) for layer in layers]
     scales, rounded = ([getattr(layer, name) for layer in layers] for name in ("scale", "rounded"))
     bare = [scale is None for scale in scales]

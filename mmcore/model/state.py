@@ -122,7 +122,7 @@ class Part:
     times, held 1.5 GB for 17 MB)."""
 
     def __init__(self, owner: DecodingState) -> None:
-        self.belong_to(owner)
+        self._owner = weakref.ref(owner)  # not by belong_to: fields are found faster while nobody has asked for vars
 
     @property
     def owner(self) -> DecodingState:

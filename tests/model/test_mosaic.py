@@ -200,3 +200,16 @@ def test_a_compiled_memory_has_the_same_scale_and_bandwidth():
     for got, wanted, values in zip(gradients(together), gradients(apart), columns, strict=True):
         there = ~values.isnan()
         torch.testing.assert_close(got[there], wanted[there], rtol=0, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_an_exported_model_takes_any_number_of_tokens(strict, grad):
+    """Few rows have a kernel of their own, which the program must not have chosen or excluded for good."""
+    model, sizes = tiny(), {0: torch.export.Dim("rows", min=1, max=64), 1: torch.export.Dim("length", min=2, max=4096)}
+    with torch.set_grad_enabled(grad):
+        program = torch.export.export(model, (random_tokens(3, 40),), dynamic_shapes={"tokens": sizes}, strict=strict)
+        for shape in (1, 2), (3, 4), (1, 17), (3, 60):
+            tokens = random_tokens(*shape)
+            assert torch.allclose(program.module()(tokens), model(tokens), atol=3e-5)
