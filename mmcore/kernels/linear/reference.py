@@ -11,8 +11,6 @@ from torch import Tensor
 from mmcore.kernels import registry
 from mmcore.kernels.dispatch import autocasting
 
-from mmcore.kernels.dispatch import autocasting
-
 
 def linear(x: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor] | None = None) -> list[Tensor]:
     """y_i[..., o] = sum_k x[..., k] w_i[o, k] scale_i[o], in x's dtype."""
