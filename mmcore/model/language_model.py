@@ -13,6 +13,7 @@ from mmcore.errors import ConfigError
 from mmcore.kernels.dispatch import autocasting
 from mmcore.kernels.linear_cross_entropy import linear_cross_entropy
 from mmcore.kernels.linear_cross_entropy.reference import of_logits
+from mmcore.kernels.registry import watched
 from mmcore.model.documents import packing
 from mmcore.model.layers import Linear, RMSNorm, advanced, draw_normal, fan_in_sigma, is_plain
 from mmcore.model.state import DecodingState
@@ -211,7 +212,7 @@ class LanguageModel(nn.Module):
         step = state.whole_step
         if (
             step and step.takes_ids and count == 1 and tokens.dtype is torch.int64 and not self.knocked_out
-            and state.handles == RemovableHandle.next_id
+            and state.handles == RemovableHandle.next_id and not watched()
         ):  # fmt: skip
             # As little of Python and PyTorch as may be: every line costs microseconds with caches that hold weights.
             logits = step(tokens, tuple(state.memories.values()), state.length, state.padding, last_only)
@@ -223,7 +224,7 @@ class LanguageModel(nn.Module):
     def _advance(self, tokens: Tensor, state: DecodingState, last_only: bool) -> Tensor:
         T = tokens.shape[1]
         one = T == 1 and state.length > 0
-        if (one or (T and tokens.is_cpu)) and not self.knocked_out:
+        if (one or (T and tokens.is_cpu)) and not self.knocked_out and not watched():
             step = self._step_of(state)
             if step and (one or step.pieces):
                 logits = step(self.embed(tokens), tuple(state.memories.values()), state.length, state.padding, last_only)

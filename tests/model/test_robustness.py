@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from mmcore.config import ModelConfig
 from mmcore.model import build_model
@@ -98,3 +99,19 @@ def test_a_classifier_of_another_length_than_the_embedding(rows):
 def test_an_empty_batch(kernels, dtype):
     built = model(kernels).to(dtype)
     assert built(words(0, 40)).shape == (0, 40, CONFIG.vocab_size)
+
+
+def test_a_step_that_is_looked_at_shows_its_products():
+    """It is one call of C otherwise, in which nobody sees any; the state may go either way from token to token."""
+    built, ids = model(), words(2, 23)
+    seen, unseen = built.new_state(2), built.new_state(2)
+    counts = []
+    for piece in ids.split([20, 1, 1, 1], dim=1):
+        with FlopCounterMode(display=False) as counter:
+            logits = built.advance(piece, seen)
+        counts.append(counter.get_total_flops())
+        assert torch.allclose(logits, built.advance(piece, unseen), atol=1e-5)
+        built.advance(piece[:, :1], seen)
+        built.advance(piece[:, :1], unseen)
+    weights = sum(p.numel() for p in built.parameters() if p.dim() == 2) - built.model.embed_tokens.weight.numel()
+    assert counts[0] > counts[1] > 2 * 2 * weights - 1
