@@ -142,9 +142,11 @@ def _leave_quietly(error: BrokenPipeError) -> int:
 
     Raises `error` where it was another pipe that broke, and in a rank of several, for which the others would wait.
     """
-    if not _is_unread(sys.stdout) or "WORLD_SIZE" in os.environ:
+    if not _is_unread(sys.stdout) or os.environ.get("WORLD_SIZE", "1") != "1":
         raise error
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    from mmcli.terminal import drop_output
+
+    drop_output()
     return 0
 
 
@@ -154,7 +156,7 @@ def _is_unread(stream: TextIO) -> bool:
 
     try:
         descriptor = stream.fileno()
-    except (OSError, ValueError):  # it is none of the system's, or closed
+    except (AttributeError, OSError, ValueError):  # it is none of the system's, closed, or none at all
         return False
     poll = select.poll()
     poll.register(descriptor, 0)

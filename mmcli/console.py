@@ -5,6 +5,7 @@ Both are listeners of the trainer's events. Rich is imported only for the panel:
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import shlex
@@ -14,7 +15,7 @@ from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from mmcli.terminal import make_console
+from mmcli.terminal import drop_output, make_console
 from mmcore.training import events
 
 if TYPE_CHECKING:
@@ -88,8 +89,13 @@ class PlainView:
             self.say(tokenizing_line(event))
 
     def say(self, text: str) -> None:
-        """Print a line now."""
-        print(text, file=self._stream, flush=True)
+        """Print a line now. Training goes on where nobody reads them any more: a `tee` that died is no reason to stop."""
+        try:
+            print(text, file=self._stream, flush=True)
+        except BrokenPipeError:
+            drop_output()
+            with contextlib.suppress(OSError):
+                print("mm: nobody reads the output any more; training goes on without it", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Give the terminal back."""

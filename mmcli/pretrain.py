@@ -14,7 +14,7 @@ import typer
 
 from mmcli import launch
 from mmcli.launch import NodesOption, RanksOption, RdzvOption, RestartsOption
-from mmcore.errors import ConfigError, MMError
+from mmcore.errors import CheckpointError, ConfigError, MMError
 
 if TYPE_CHECKING:
     from mmcore.config import Recipe
@@ -102,17 +102,22 @@ def _show_plan(recipe: Path, changes: list[str], gpus: str | None, as_json: bool
 def _recipe_to_plan(path: Path, changes: list[str]) -> Recipe:
     """The recipe, with its checkpoint's model where it begins with one. A stage can be planned before the one that it goes
     on from has run, if the recipe says itself what model that is."""
-    from mmcore.config import ModelConfig, load_recipe
+    from mmcore.config import load_recipe, read_recipe
 
     recipe = load_recipe(path, changes)
     source = recipe.training.init_from
+    says_itself = "hidden_size" in (read_recipe(path, tuple(changes)).get("model") or {})
     if source is None:
         return recipe
     if os.path.exists(source):
         from mmcore.training.finetune import load_finetune_recipe
 
-        return load_finetune_recipe(path, changes)
-    if recipe.model == ModelConfig():
+        try:
+            return load_finetune_recipe(path, changes)
+        except CheckpointError:  # a run that has none yet
+            if not says_itself:
+                raise
+    if not says_itself:
         raise ConfigError(f"{path} takes its model from training.init_from, and there is no {source}: name a checkpoint")
     return recipe
 

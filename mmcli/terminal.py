@@ -52,6 +52,11 @@ def make_console(**settings: Any) -> Console:
     return Piped(**settings)
 
 
+def drop_output() -> None:
+    """Let what is written to standard output go nowhere from now on, what is still in its buffer included."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def names_in(text: str | None) -> tuple[str, ...]:
     """The names of an option that takes several with commas between them."""
     return tuple(name.strip() for name in (text or "").split(",") if name.strip())

@@ -216,7 +216,7 @@ def _beside(
             notes.append(f"the tokenizer's files were copied as they are, for {error}")
     said = {key: value for key, value in checkpoint.config_json.items() if key != "auto_map"}  # a stranger's code
     values = hub.hub_config({"bos_token_id": None, "eos_token_id": None} | said, tokenizer)
-    found: dict[str, bytes | Path] = {**hub.hub_files(values, tokenizer, given)}
+    found: dict[str, bytes | Path] = {**hub.hub_files(values, tokenizer, given, named=chosen is not None)}
     if tokenizer is None:
         found = {**files, **found}
     if "tokenizer.model" in found and "tokenizer.json" not in found and tokenizer is not None:

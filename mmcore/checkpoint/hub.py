@@ -57,12 +57,14 @@ def has_classes(values: Mapping[str, Any]) -> bool:
 
 
 def hub_files(
-    values: Mapping[str, Any], tokenizer: Tokenizer | None = None, given: Mapping[str, bytes] | None = None
+    values: Mapping[str, Any], tokenizer: Tokenizer | None = None, given: Mapping[str, bytes] | None = None,
+    named: bool = False,
 ) -> dict[str, bytes]:
     """The files of an exported folder but config.json and the weights: name -> content.
 
     values: its config.json. tokenizer: the model's. given: tokenizer files and generation_config.json of the source
     folder; where another program made them (`made_elsewhere`) they are kept as they are, and `tokenizer` is not needed.
+    named: the user named the tokenizer, whose marks then say nothing of who trained the weights.
     Raises CheckpointError where a file of `given` is no JSON.
     """
     given = dict(given or {})
@@ -74,7 +76,8 @@ def hub_files(
     elsewhere = made_elsewhere(given)
     generation = generation_config(dict(values) | known, tokenizer)  # a chat model's own may lack the end of a turn
     generation |= {key: value for key, value in known.items() if elsewhere or key != "eos_token_id"}
-    if tokenizer is not None and tokenizer.chat_template is not None and _made_here(given) and not set(known) - _IDS:
+    ours = tokenizer is not None and tokenizer.chat_template is not None and _made_here(given) and not named
+    if ours and not set(known) - _IDS:
         generation = CHAT_SAMPLING | generation
     if elsewhere:
         files |= {name: content for name, content in given.items() if name != _GENERATION}

@@ -9,13 +9,13 @@ from mmcore.config.sections import Recipe
 from mmcore.errors import ConfigError
 
 
-def check_run(recipe: Recipe, ranks: int = 1, per_node: int = 1) -> None:
+def check_run(recipe: Recipe, ranks: int = 1, per_node: int = 1, begins: bool = True) -> None:
     """Raise ConfigError where sections of a recipe contradict one another, or the number of ranks.
 
-    per_node: ranks of one node.
+    per_node: ranks of one node. begins: not where a run is resumed, whose recipe must stay as it was.
     """
     training = recipe.training
-    _check_ranges(recipe)
+    _check_ranges(recipe, begins)
     training.total_steps  # noqa: B018 - raises where the recipe gives no length
     if not recipe.data.sources:
         raise ConfigError("data.sources is empty: name the files or folders to train on")
@@ -53,22 +53,19 @@ def _check_distributed(recipe: Recipe, ranks: int, per_node: int) -> None:
 
 
 def _without_effect(model: ModelConfig) -> list[str]:
-    """Settings that a model of this kind has no use for: who gave them would believe in an effect."""
-    defaults, useless = ModelConfig(), []
-    if not model.is_rotary:
-        useless += ["rope_theta", "rope_scaling"]
-    if model.model_type != "llama":
-        useless += ["num_key_value_heads"]
+    """Settings that a model of this kind has no use for: who gave them would believe in an effect. Those of memories stay in
+    the recipe of a twin that has none."""
+    defaults = ModelConfig()
     return [
         f"model.{name} is given for a {model.model_type}, which has no use for it: remove it"
-        for name in useless
-        if getattr(model, name) != getattr(defaults, name)
+        for name in model.unused
+        if model.model_type != "llama" and getattr(model, name) != getattr(defaults, name)
     ]
 
 
-def _check_ranges(recipe: Recipe) -> None:
+def _check_ranges(recipe: Recipe, begins: bool) -> None:
     """What no run should begin with. Recipes of earlier runs may hold it, and are still read."""
-    training, tokenizer, problems = recipe.training, recipe.tokenizer, _without_effect(recipe.model)
+    training, tokenizer, problems = recipe.training, recipe.tokenizer, _without_effect(recipe.model) if begins else []
     if recipe.data.workers is not None and recipe.data.workers < 0:
         problems.append(f"data.workers is {recipe.data.workers}: it must not be negative")
     if tokenizer.path is None and not 0 < tokenizer.train_megabytes < math.inf:

@@ -11,6 +11,11 @@ from mmcore.config.rotary import rope_type, scaling_problem
 from mmcore.config.typed import build
 from mmcore.errors import ConfigError
 
+ROTARY = ("llama", "long_short_transformer")
+"""The architectures in which positions turn queries and keys."""
+_ROTARY_ONLY = ("rope_theta", "rope_scaling")
+_LLAMA_ONLY = ("num_key_value_heads", "head_dim")
+_MEMORIES_ONLY = ("short_term_window", "long_term_delay", "long_term_delay_range")
 ARCHITECTURES = ("memory_mosaics_v2", "llama", "long_short_transformer", "memory_mosaics_v1")
 
 
@@ -105,7 +110,8 @@ class ModelConfig:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                      "num_key_value_heads", "head_dim", "short_term_window", "long_term_delay", "max_position_embeddings"):
             value = getattr(self, name)
-            if not 1 <= (value or value is None) < 1 << 31:
+            is_none = not value and name in _LLAMA_ONLY
+            if not is_none and not 1 <= value < 1 << 31:
                 problems.append(f"model.{name} is {value}: it must be at least 1 and below 2**31")
         if not problems:
             problems = self._misfits()
@@ -133,18 +139,24 @@ class ModelConfig:
         for name in ("rms_norm_eps", "rope_theta"):
             if not 0 < getattr(self, name) < math.inf:
                 problems.append(f"model.{name} is {getattr(self, name)}: it must be positive and finite")
-        if problem := scaling_problem(self.rope_scaling or {}):
+        if self.is_rotary and (problem := scaling_problem(self.rope_scaling or {})):
             problems.append(f"model.{problem}")
         if self.is_rotary and self.head_size % 2:
             problems.append(f"a head of size {self.head_size} cannot be rotated: it must be even")
-        if self.model_type != "llama" and self.head_size * self.num_attention_heads != self.hidden_size:
+        if self.head_dim and self.model_type != "llama" and self.head_dim * self.num_attention_heads != self.hidden_size:
             problems.append("model.head_dim is only known to llama: remove it")
         return problems
 
     @property
     def is_rotary(self) -> bool:
         """Whether positions turn queries and keys, as rope_theta and rope_scaling say."""
-        return self.model_type in ("llama", "long_short_transformer")
+        return self.model_type in ROTARY
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """The settings that a model of this type has no use for."""
+        names = () if self.is_rotary else _ROTARY_ONLY
+        return names + (_MEMORIES_ONLY if self.model_type == "llama" else _LLAMA_ONLY)
 
     @property
     def kv_heads(self) -> int:

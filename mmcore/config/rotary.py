@@ -22,7 +22,7 @@ def scaling_problem(scaling: Mapping[str, Any]) -> str | None:
     kind = rope_type(scaling)
     if kind == "default":
         told = [key for key in scaling if key not in ("rope_type", "type", "rope_theta")]
-        return f"rope_scaling has {told[0]} and no rope_type: choose linear or llama3" if told else None
+        return f"rope_scaling has {told[0]} and no rope_type that uses it: choose linear or llama3" if told else None
     if not isinstance(kind, str) or kind not in NUMBERS:
         return f"rope_scaling has rope_type {kind!r:.100}, and only linear and llama3 are known"
     numbers = {key: scaling.get(key) for key in NUMBERS[kind]}

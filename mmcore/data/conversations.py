@@ -35,23 +35,30 @@ _CALLS = ("tool_calls", "function_call")
 _NOT_LEARNT = ("reasoning_content", "reasoning", "thinking", "refusal", "audio")  # what others write beside content
 
 
+def _says(value: Any) -> bool:
+    """Whether a field says anything: not where it is empty, or text that stands for nothing."""
+    return bool(value) and not (isinstance(value, str) and value.strip() in ("", "[]", "{}", "null"))
+
+
 def conversation_of(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     """The messages of a row as `check_messages` gives them; a text `system` beside them becomes the first one.
 
-    Raises DataError also for a system message in both places, and for tools that the row offers.
+    Raises DataError also for two different system messages, and for tools that the row offers.
     """
     for key in ("tools", "functions"):
-        if row.get(key):
+        if _says(row.get(key)):
             raise DataError(
                 f"{where} offers tools ({key}), which mm cannot learn to call: remove the row, or leave {key} out of it"
             )
     checked, system = check_messages(row.get("messages"), where), row.get("system")
-    if not system:
+    if not _says(system):
         return checked
     if not isinstance(system, str):
         raise DataError(f"{where}: system must be text: write it so, or leave it out")
+    if checked[0] == {"role": "system", "content": system}:
+        return checked
     if checked[0]["role"] == "system":
-        raise DataError(f"{where} has a system message and system beside the messages: leave one of them out")
+        raise DataError(f"{where} has a system message and another system beside the messages: leave one of them out")
     return [{"role": "system", "content": system}, *checked]
 
 
@@ -79,13 +86,13 @@ def _check_message(message: Any, number: int, where: str) -> dict[str, Any]:
     if role not in ROLES:
         raise DataError(f"{where}: message {number} has the role {role!r}: use one of {', '.join(ROLES)}")
     for key in _CALLS:
-        if message.get(key):  # its content is empty as a rule: the model would be taught to answer nothing
+        if _says(message.get(key)):  # its content is empty as a rule: the model would be taught to answer nothing
             raise DataError(
                 f"{where}: message {number} calls a tool ({key}), which mm cannot learn: remove the row, or write the "
                 f"call into content and leave {key} out"
             )
     for key in _NOT_LEARNT:
-        if message.get(key):
+        if _says(message.get(key)):
             raise DataError(
                 f"{where}: message {number} has {key}, which mm does not learn: remove the row, or write it into content "
                 f"and leave {key} out"

@@ -174,7 +174,8 @@ def obtain_tokenizer(config: TokenizerConfig, data: DataConfig, vocab_size: int)
     sources = [open_source(source, data.kind) for source in data.sources]
     size = config.train_vocab_size or vocab_size
     facts = [_hashes(sources, cache), [_facts(source) for source in data.sources], data.kind, size,
-             config.train_megabytes, data.validation_fraction if not data.validation else 0, 1]
+             config.train_megabytes, data.validation_fraction if not data.validation else 0,
+             2 if data.kind == "conversations" else 1]  # 1 read no system text beside the messages
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
     folder = cache.parent / "tokenizers" / key if not data.cache else cache / "tokenizers" / key
     if (folder / "tokenizer.model").is_file() and (folder / "tokenizer_config.json").is_file():

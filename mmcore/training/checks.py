@@ -22,10 +22,10 @@ from mmcore.training.run_folder import RunFolder
 _GIB = 2**30
 
 
-def check_recipe(recipe: Recipe, world: World | None = None) -> None:
-    """Raise ConfigError where sections of a recipe contradict one another, or the number of ranks."""
+def check_recipe(recipe: Recipe, world: World | None = None, begins: bool = True) -> None:
+    """Raise ConfigError where sections of a recipe contradict one another, or the number of ranks; see check_run."""
     world = world or World()
-    check_run(recipe, world.size, world.local_size)
+    check_run(recipe, world.size, world.local_size, begins)
 
 
 def choose_device(requested: str, world: World | None = None) -> torch.device:

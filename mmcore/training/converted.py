@@ -15,9 +15,6 @@ from mmcore.checkpoint.targets import CONVERTED
 from mmcore.config import ModelConfig
 from mmcore.errors import CheckpointError
 
-_LLAMA_ONLY = ("num_key_value_heads", "head_dim", "rope_theta", "rope_scaling")
-_MEMORIES_ONLY = ("short_term_window", "long_term_delay", "long_term_delay_range")
-
 
 def is_converted(state: dict[str, Any]) -> bool:
     """Whether trainer.json is that of weights from elsewhere."""
@@ -47,9 +44,7 @@ def read_converted(checkpoint: Path, model: ModelConfig) -> bool:
 
 def _meaning(config: ModelConfig, name: str) -> Any:
     """A setting, alike for those that compute the same."""
-    if name in (_LLAMA_ONLY if config.model_type == "memory_mosaics_v2" else ()):
-        return None
-    if name in (_MEMORIES_ONLY if config.model_type == "llama" else ()):
+    if name in config.unused:
         return None
     known = {"num_key_value_heads": config.kv_heads, "head_dim": config.head_size}
     return known.get(name, getattr(config, name))

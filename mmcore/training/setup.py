@@ -80,7 +80,7 @@ def prepare_trainer(
     Raises an MMError for every mistake that can be known before the first step.
     """
     here = world_from_environment()
-    checks.check_recipe(recipe, here)
+    checks.check_recipe(recipe, here, begins=not (start and start.resume))
     check_installed(recipe)
     device = checks.choose_device(recipe.training.device, here)
     precision = checks.choose_precision(recipe.training.precision, device)

@@ -133,6 +133,8 @@ def test_settings_of_another_program_are_carried_as_they_are(trained, given):
     assert settings(theirs, ids | given) == given
     assert settings(ours, ids | given) == (given or hub.CHAT_SAMPLING)
     assert settings(ours, ids | {"transformers_version": "5"}) == {"transformers_version": "5"}
+    named = json.loads(hub.hub_files(BASE, trained, ours, named=True)["generation_config.json"])
+    assert not hub.CHAT_SAMPLING.keys() & named.keys(), "a tokenizer that was named says nothing of the weights"
 
 
 def test_a_tokenizer_that_frames_texts_in_its_own_way_is_left_alone(trained):

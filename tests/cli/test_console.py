@@ -2,7 +2,9 @@
 
 import dataclasses
 import io
+import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -157,3 +159,14 @@ def test_seconds(value, text):
 def test_sizes_and_counts():
     assert [size(v) for v in (5, 2048, 3 * 2**20, 2**40)] == ["5 B", "2 KiB", "3.0 MiB", "1.0 TiB"]
     assert [count(v) for v in (4096, 51_200, 6.29e6, 9.93e9, 1e12)] == ["4,096", "51.2 k", "6.29 M", "9.93 B", "1 T"]
+
+
+def test_training_goes_on_where_nobody_reads(monkeypatch, capfd):
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr(sys, "stdout", open(writer, "w"))
+    view = make_view("mm pretrain", "mm pretrain r.yaml --resume")
+    for text in ("step 1", "step 2"):
+        view.say(text)
+    print("and whoever else prints", flush=True)
+    assert capfd.readouterr().err == "mm: nobody reads the output any more; training goes on without it\n"

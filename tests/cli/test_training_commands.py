@@ -10,6 +10,7 @@ import pytest
 
 from mmcli import app
 from mmcli.pretrain import Command
+from mmcore.config import checks
 from mmcore.kernels import dispatch
 from mmcore.kernels.linear import cpu as linear_cpu
 from mmcore.training import setup
@@ -39,8 +40,14 @@ def test_pretrain_then_finetune(path, tmp_path, capsys):
     chat = str(write_recipe(tmp_path / "t", values))
     assert app.run(["pretrain", chat, "--plan", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["parameters"] == plan["parameters"]
-    assert "there is no nowhere: name a checkpoint" in complaint(capsys, "pretrain", chat, "--plan", "--set",
-                                                                 "training.init_from=nowhere")  # fmt: skip
+    (tmp_path / "begun/checkpoints").mkdir(parents=True)
+    longer = ["--set", "model.max_position_embeddings=128"]
+    for source, told in (("nowhere", "there is no nowhere: name a checkpoint"), (tmp_path / "begun", "has no whole checkpoint")):
+        start = ["--plan", "--set", f"training.init_from={source}"]
+        assert told in complaint(capsys, "pretrain", chat, *start)
+        assert told in complaint(capsys, "pretrain", chat, *start, *longer), "the context alone is no model"
+        assert app.run(["pretrain", str(path), "--json", *start]) == 0, "it says itself what model that is"
+        capsys.readouterr()
 
 
 def test_a_cpu_without_compiled_kernels_is_told_so(path, tmp_path, monkeypatch, capfd):
@@ -67,7 +74,7 @@ def complaint(capsys, *words):
 LLAMA = "model.model_type=llama"
 MODELS_THAT_CANNOT_BE = [
     ((LLAMA, "model.rope_scaling={rope_type: yarn, factor: 4}"), "rope_scaling has rope_type 'yarn', and only linear and llama3"),
-    ((LLAMA, "model.rope_scaling={factor: 4}"), "model.rope_scaling has factor and no rope_type: choose linear or llama3"),
+    ((LLAMA, "model.rope_scaling={factor: 4}"), "model.rope_scaling has factor and no rope_type that uses it: choose linear or llama3"),
     ((LLAMA, "model.rope_scaling={rope_type: linear}"), "model.rope_scaling.factor is None and must be a positive number"),
     ((LLAMA, "model.rope_theta=0"), "model.rope_theta is 0.0: it must be positive and finite"),
     (("model.rope_theta=500000",), "model.rope_theta is given for a memory_mosaics_v2, which has no use for it: remove it"),
@@ -98,6 +105,17 @@ def test_a_used_folder(path, capsys):
     assert app.run(["pretrain", str(path), "--resume", *changes]) == 0
     shown = capsys.readouterr().out
     assert "from step 2 on" in shown and "learning_rate was 0.003 and is now 0.5" in " ".join(shown.split())
+
+
+def test_a_run_goes_on_with_what_has_no_effect(path, tmp_path, capsys, monkeypatch):
+    """Recipes of before may hold it, and must stay as they were."""
+    with monkeypatch.context() as before:
+        before.setattr(checks, "_without_effect", lambda model: [])
+        change = ["--set", "model.rope_theta=500000", "--set", "model.rope_scaling={rope_type: yarn}"]
+        assert app.run(["pretrain", str(path), *change, "--set", "training.schedule=constant"]) == 0
+    more = ["--set", "training.schedule=constant", "--set", "training.steps=3"]
+    assert app.run(["pretrain", str(path), *change, *more, "--resume"]) == 0
+    assert "which has no use for it" in complaint(capsys, "pretrain", path, *change, "--overwrite")
 
 
 def test_a_plan_needs_no_data(path, tmp_path, capsys):

@@ -148,8 +148,10 @@ def test_what_stands_beside_the_messages_is_read_or_refused(tmp_path, ending):
     talk, system = MESSAGES[1:3], {"role": "system", "content": "You are a pirate"}
     plain = {"messages": talk, "system": "", "tools": [], "id": 3}
     assert read({"system": "You are a pirate", "messages": talk}, plain) == [[system, *talk], talk]
+    empty = {"messages": [system, *talk], "system": system["content"], "tools": "[]", "functions": " "}
+    assert read({"messages": talk, "system": " \n"}, empty) == [talk, [system, *talk]]
     for row, told in [
-        ({"system": "x", "messages": MESSAGES}, "2 has a system message and system beside the messages: leave one of them out"),
+        ({"system": "x", "messages": MESSAGES}, "2 has a system message and another system beside the messages: leave one of them out"),
         ({"system": ["x"], "messages": talk}, "2: system must be text"),
         ({"messages": talk, "tools": [{"name": "f"}]}, r"2 offers tools \(tools\), which mm cannot learn to call: remove the row"),
         ({"messages": talk, "functions": [{"name": "f"}]}, r"2 offers tools \(functions\), which mm cannot learn to call"),

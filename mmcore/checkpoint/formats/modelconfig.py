@@ -12,6 +12,7 @@ from mmcore.checkpoint import untrusted
 from mmcore.checkpoint.tensorfile import dtype_name
 from mmcore.checkpoint.untrusted import shown
 from mmcore.config import ARCHITECTURES, ModelConfig, model_config_from_json
+from mmcore.config.model import ROTARY
 from mmcore.config.rotary import NUMBERS, rope_type, scaling_problem
 from mmcore.errors import CheckpointError, ConfigError
 
@@ -27,7 +28,6 @@ _TWO_MEMORIES = ("short_term_window", "long_term_delay", "long_term_delay_range"
 _UNSUPPORTED = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "quantization_config": None,
                 "partial_rotary_factor": 1.0}  # fmt: skip
 """Settings of other Llamas -> the only value this model has."""
-_ROTARY = ("llama", "long_short_transformer")
 _WEIGHT_DTYPE_NAMES = ("float64", "float32", "bfloat16", "float16")
 
 def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
@@ -56,9 +56,9 @@ def config_from(values: dict[str, Any], origin: str) -> ModelConfig:
         if values.get(key, only) not in (only, None):
             problems.append(f"{key} is {shown(repr(values[key]))} and this model only knows {only!r}")
     try:
-        scaling = _rope_scaling(values) if kind in _ROTARY else None
+        scaling = _rope_scaling(values) if kind in ROTARY else None
         known = {key: value for key, value in values.items() if key not in ("rope_scaling", "rope_parameters")}
-        theta = (values.get("rope_parameters") or {}).get("rope_theta") if kind in _ROTARY else None
+        theta = (values.get("rope_parameters") or {}).get("rope_theta") if kind in ROTARY else None
         if theta is not None:
             known["rope_theta"] = theta
         config = model_config_from_json(_without_nulls(known | ({"rope_scaling": scaling} if scaling else {})))
