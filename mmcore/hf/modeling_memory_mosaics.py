@@ -342,7 +342,7 @@ class MemoryMosaicForCausalLM(MemoryMosaicPreTrainedModel, GenerationMixin):
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            position_ids=position_ids,
+            position_ids=position_ids if x is None else None,  # what they say of documents is said
             cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,

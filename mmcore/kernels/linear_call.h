@@ -27,14 +27,15 @@ Every sum has an order of its own that depends on the shapes alone: neither timi
 #define ROUND_FLOATS (PANELS * DEPTH * COLUMNS)
 
 /* A list of matrices, and X [rows, in]; for int8 weights that meet it in 16 bits, `narrow` is X so, words_of(in) words a row,
-   and `steps` what each row is counted in. Threads may share `panels`. A tile has `height` rows. Where operands are ROUNDED,
+   and `steps` what each row is counted in. Threads may share `panels`. A tile has `height` rows, and a thread keeps
+   `kept` of X. Where operands are ROUNDED,
    X and dX may be bf16 in memory (`x_halves`), and so may all Y and dY (`y_halves`). */
 struct call {
     const struct matrix *list;
     const char *x;
     char *dx;
     float *narrow, *steps, *panels;
-    whole count, total, rows, in, x_row, height;
+    whole count, total, rows, in, x_row, height, kept;
     int format, x_halves, y_halves;
     block *block, *block_by_depth;
 };

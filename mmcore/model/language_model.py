@@ -44,6 +44,8 @@ class Classifier(Linear):
 
         A method of the module that owns the weight, so that sharding can gather the weight around the call.
         """
+        if self.bias is not None:
+            return of_logits(Linear.forward(self, hidden), labels, reduction)
         return linear_cross_entropy(
             hidden, self.exact_weight(), labels, reduction=reduction, implementation=self.kernels
         )
@@ -176,17 +178,17 @@ class LanguageModel(nn.Module):
     def takes_back(self, state: DecodingState) -> bool:
         """Whether, of a token that is fed to `state` next, `state.take_back()` can leave no trace. A GPU's steps can, but
         for the first and those that move a store: it may be asked for the step on a token that is not known to be wanted."""
-        if self.knocked_out or not state.length or not state.whole_step:
+        if self.knocked_out or watched() or not state.length or not state.whole_step:
             return False
         return getattr(self._step_of(state), "takes_back", False)
 
     def _step_of(self, state: DecodingState) -> Callable | bool:
         """The state's compiled step: made when it is first wanted, which takes 1 ms, given up where the model has been hung
         with hooks since, which a step passes over."""
-        handles = RemovableHandle.next_id
+        handles, block = RemovableHandle.next_id, type(self.model.layers[0])
         if state.whole_step is None:
             state.whole_step = self._whole_step()
-        elif state.whole_step and state.handles != handles and not type(self.model.layers[0]).as_built(self):
+        elif state.whole_step and state.handles != handles and not (hasattr(block, "as_built") and block.as_built(self)):
             state.whole_step = False
         state.handles = handles
         return state.whole_step

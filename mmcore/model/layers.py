@@ -110,7 +110,7 @@ def is_plain(layer: nn.Module) -> bool:
     """Whether a layer does what Linear does and nothing else, so that its weight is all there is to know."""
     return (
         isinstance(layer, Linear) and type(layer).forward is Linear.forward and "forward" not in layer.__dict__
-        and layer.bias is None and not hooked(layer)
+        and layer._parameters["bias"] is None and not hooked(layer)  # layer.bias takes nn.Module 0.4 us to find
     )  # fmt: skip
 
 
@@ -135,7 +135,7 @@ def _products(x: Tensor, layers: Sequence[Linear], narrow: bool = False) -> list
     inference = x.is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_exporting()
     if inference and x.numel() <= MOST_ROWS * x.shape[-1]:
         return [thin_linear(x, layer.weight, layer.scale) for layer in layers]
-    scales, rounded = ([getattr(layer, name) for layer in layers] for name in ("scale", "rounded"))
+    scales, rounded = ([layer._buffers[name] for layer in layers] for name in ("scale", "rounded"))
     bare = [scale is None for scale in scales]
     if any(bare) and not all(bare):  # quantized in part: a product is of weights of one kind
         return _alike([_products(x, [layer], narrow)[0] for layer in layers])

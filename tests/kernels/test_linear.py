@@ -95,12 +95,12 @@ def test_narrow_weights_without_gradients(rows, inside):
 
 
 @needs_compiler
-@pytest.mark.parametrize("rows, threads", [(2_100, 1), (2_100, 3), (6_500, 3)])
+@pytest.mark.parametrize("rows, threads, inside", [(2_100, 1, 513), (2_100, 3, 513), (4_100, 2, 1_100), (6_500, 3, 513)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
-def test_more_rows_than_are_kept_from_round_to_round(rows, threads, dtype):
-    """Panels of several rounds, and more tiles of x than a thread keeps (64), by columns and by rows; the number of threads
-    changes no bit."""
-    x, weight = torch.randn(rows, 513), torch.randn(1_600, 513)
+def test_more_rows_than_are_kept_from_round_to_round(rows, threads, inside, dtype):
+    """Panels of several rounds, and more tiles of x than a thread keeps (64), by columns and by rows, and for one of two
+    threads alone; the number of threads changes no bit."""
+    x, weight = torch.randn(rows, inside), torch.randn(1_600 if rows < 4_000 else 600, inside)
     scale = torch.rand(len(weight)) + 0.1 if dtype is torch.int8 else None
     weight = torch.randint(-128, 128, weight.shape).to(dtype) if dtype is torch.int8 else weight.to(dtype)
     before = torch.get_num_threads()

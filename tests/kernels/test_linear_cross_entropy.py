@@ -184,6 +184,20 @@ def test_gradcheck(few_rows, reduction):
     )
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
+def test_a_loss_may_be_changed_in_place(implementation, reduction):
+    found = []
+    for in_place in (False, True):
+        hidden, weight, labels = draw(20, 6, 11)
+        leaves = [t.float().requires_grad_() for t in (hidden, weight)]
+        loss = linear_cross_entropy(*leaves, labels, reduction=reduction, implementation=implementation)
+        loss = loss.div_(3).add_(1) if in_place else loss / 3 + 1
+        found.append([loss, *torch.autograd.grad(loss.sum(), leaves)])
+    for wanted, got in zip(*found, strict=True):
+        assert torch.allclose(wanted, got, rtol=1e-6)
+
+
 def test_a_second_backward_pass_through_a_kept_graph_gives_the_same():
     hidden, weight, labels = draw(20, 5, 13)
     hidden = hidden.float().requires_grad_()

@@ -146,11 +146,26 @@ def test_a_changed_classifier_is_the_one_of_the_loss_too(model_type, change):
     assert all(parameter.grad.isfinite().all() for parameter in model.lm_head.parameters())
 
 
+def test_a_classifiers_own_loss_adds_its_bias():
+    """Sharding calls it without asking what else the classifier is."""
+    head, labels, hidden = with_bias(tiny().lm_head), random_tokens(10), torch.randn(10, 32)
+    assert torch.allclose(head.loss(hidden, labels, "mean"), nn.functional.cross_entropy(head(hidden), labels))
+
+
+def test_a_replaced_layer_and_a_hook_anywhere_end_the_compiled_step():
+    model, tokens = tiny(), random_tokens(2, 20)
+    state = model.new_state(2)
+    model.advance(tokens, state)
+    model.model.layers[0] = nn.Sequential()
+    nn.Linear(1, 1).register_forward_hook(lambda *_: None)
+    assert model._step_of(state) is False
+
+
 @pytest.mark.parametrize("change", [lambda layer: layer, with_bias])
 def test_a_traced_loss_sees_what_the_classifier_has_become(change):
     head, labels, hidden = change(tiny().lm_head), random_tokens(10), torch.randn(10, 32)
     want = nn.functional.cross_entropy(head(hidden), labels)
-    assert torch.allclose(torch.compile(_loss, backend="eager")(head, hidden, labels, "mean"), want)
+    assert torch.allclose(torch.compile(_loss, backend="eager", fullgraph=True)(head, hidden, labels, "mean"), want)
 
 
 @pytest.mark.parametrize("model_type, name", [

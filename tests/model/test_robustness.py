@@ -1,5 +1,7 @@
 """What a program around the model may do: other defaults of torch, other rows, empty batches, vocabularies of two lengths."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -113,5 +115,9 @@ def test_a_step_that_is_looked_at_shows_its_products():
         assert torch.allclose(logits, built.advance(piece, unseen), atol=1e-5)
         built.advance(piece[:, :1], seen)
         built.advance(piece[:, :1], unseen)
+    unseen.whole_step = SimpleNamespace(takes_back=True)
+    with FlopCounterMode(display=False):
+        assert not built.takes_back(unseen), "no step will have been that could be taken back"
+    assert built.takes_back(unseen)
     weights = sum(p.numel() for p in built.parameters() if p.dim() == 2) - built.model.embed_tokens.weight.numel()
     assert counts[0] > counts[1] > 2 * 2 * weights - 1

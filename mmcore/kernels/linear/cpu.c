@@ -3,7 +3,8 @@
 #include "linear_call.h"
 
 #define HELD 16       /* tiles of X that are kept for all threads, of 8 to 66 KiB */
-#define KEPT 64       /* tiles that a thread keeps for itself from round to round where a matrix unit multiplies */
+#define KEPT 64       /* tiles that a thread keeps for itself from round to round where a matrix unit multiplies, 4 MiB */
+#define FEW_THREADS 4 /* of more each has so few panels that one round holds them */
 #define EVEN_TILES 32 /* for each thread: with fewer, one more or less leaves another waiting (5 % of 512 rows) */
 
 /* Columns [n, n + count) of all Y, from a block that is not written where they lie. */
@@ -141,9 +142,12 @@ static struct ahead rows_of(const struct call *c, whole row, whole end, whole k,
 static whole tile_floats(int format) { return rows_of_block(format) * TILE_ROW; }
 
 /* Tiles that a thread keeps of so many rows: beside the matrix unit's products packing them for each round of panels took a sixth
-   of the time. fp32's are as fast packed again, into the first-level cache. */
-static whole kept_tiles(whole rows, int format) {
-    return by_matrix(format) ? least(KEPT, parts_of(rows, rows_of_block(format))) : 1;
+   of the time. fp32's are as fast packed again, into the first-level cache. 1: none is kept. */
+static whole kept_tiles(whole rows, int format, whole threads) {
+    whole tiles = parts_of(rows, rows_of_block(format));
+    if (!by_matrix(format) || tiles <= HELD) return 1;
+    if (tiles < EVEN_TILES * threads) return threads <= FEW_THREADS ? least(KEPT, tiles) : 1;
+    return least(KEPT, parts_of(tiles, threads));
 }
 
 /* Rows [row, end) of X meet the panels of a round, outputs from n on. In the `first` round they are packed into the thread's
@@ -151,7 +155,7 @@ static whole kept_tiles(whole rows, int format) {
 static void forward_round(const struct call *c, whole row, whole end, whole n, whole held, int first, whole k, whole depth,
                           float *tiles, const float *panels, struct ahead *then) {
     whole each = panel_floats(depth, c->format);
-    int keep = kept_tiles(c->rows, c->format) > 1;
+    int keep = c->kept > 1;
     for (whole number = 0; row < end; row += c->height, number += keep) {
         float *tile = tiles + number * tile_floats(c->format);
         whole rows = least(c->height, end - row);
@@ -166,8 +170,7 @@ static void forward_round(const struct call *c, whole row, whole end, whole n, w
 /* Y where there are many rows: threads share the panels, and each takes rows of its own. */
 static void forward(const struct call *c, float *tiles) {
     whole first, end, deep = depth_of(DEPTH, c->format), all = parts_of(c->rows, c->height);
-    whole longest = parts_of(all, omp_get_num_threads()) * c->height, kept = kept_tiles(c->rows, c->format);
-    whole group = kept > 1 ? kept * c->height : longest;
+    whole longest = parts_of(all, omp_get_num_threads()) * c->height, group = c->kept > 1 ? c->kept * c->height : longest;
     my_rows(c, &first, &end);
     for (whole k = 0; k < c->in; k += deep) {
         whole depth = least(deep, c->in - k), each = panel_floats(depth, c->format), most = ROUND_FLOATS / each;
@@ -185,10 +188,10 @@ static void forward(const struct call *c, float *tiles) {
 /* Y where there are few: each thread takes panels of its own, and all rows. Up to HELD tiles are packed once, by all threads for
    all, and meet the panels one by one; more are packed by each thread for itself. */
 static void forward_columns(const struct call *c, float *panels, float *shared, float *own) {
-    whole first, end, deep = depth_of(DEPTH, c->format), kept = kept_tiles(c->rows, c->format);
+    whole first, end, deep = depth_of(DEPTH, c->format);
     my_share(parts_of(c->total, COLUMNS), &first, &end);
     int share = parts_of(c->rows, c->height) <= HELD;
-    whole group = kept > 1 && !share ? kept * c->height : c->rows;
+    whole group = c->kept > 1 ? c->kept * c->height : c->rows;
     for (whole k = 0; k < c->in; k += deep) {
         whole depth = least(deep, c->in - k), each = panel_floats(depth, c->format), most = share ? 1 : ROUND_FLOATS / each;
         if (share) {
@@ -235,7 +238,8 @@ static void narrow_x(const struct call *c) {
 /* Floats of scratch for so many rows. */
 whole mm_linear_scratch(whole rows, whole in, int format, int threads) {
     whole narrow = in_steps(format) ? rows * (words_of(in) + 1) : 0;
-    return threads * (ROUND_FLOATS + kept_tiles(rows, format) * tile_floats(format)) + HELD * tile_floats(format) + narrow;
+    whole own = kept_tiles(rows, format, threads) * tile_floats(format);
+    return threads * (ROUND_FLOATS + own) + HELD * tile_floats(format) + narrow;
 }
 
 /* Whether this processor multiplies in bf16 faster than in fp32: without that nothing is to be ROUNDED. */
@@ -246,11 +250,11 @@ whole mm_linear_depth(int format) { return depth_of(DEPTH, format); }
 
 void mm_linear(const struct matrix *list, whole count, int format, const char *x, whole rows, whole in, whole x_row,
                int x_halves, int y_halves, float *scratch, int threads) {
-    whole own = kept_tiles(rows, format) * tile_floats(format);
+    whole kept = kept_tiles(rows, format, threads), own = kept * tile_floats(format);
     float *tiles = scratch + threads * (whole)ROUND_FLOATS, *shared = tiles + threads * own;
     float *steps = shared + HELD * tile_floats(format);
     struct call c = {.list = list, .x = x, .count = count, .total = outputs_of(list, count), .rows = rows, .in = in,
-                     .x_row = x_row, .height = rows_of_block(format), .format = format, .x_halves = x_halves,
+                     .x_row = x_row, .height = rows_of_block(format), .kept = kept, .format = format, .x_halves = x_halves,
                      .y_halves = y_halves, .block = block_of(format), .panels = scratch, .steps = steps,
                      .narrow = steps + rows};
 #pragma omp parallel num_threads(threads) if (threads > 1)

@@ -43,7 +43,8 @@ def apply(hidden: Tensor, weight: Tensor, labels: Tensor, reduction: str, step: 
         return _rows(hidden, weight, labels, step)
     recorded = torch.is_grad_enabled()
     total, _, _ = _total(hidden, weight, labels, step, recorded and hidden.requires_grad, recorded and weight.requires_grad)
-    return total if reduction == "sum" else total / (labels != IGNORED).sum().clamp(min=1)
+    # A copy: the operator's own output is saved for its backward pass, and a caller may scale what he is given in place.
+    return total.clone() if reduction == "sum" else total / (labels != IGNORED).sum().clamp(min=1)
 
 
 def softmax_step(logits: Tensor, labels: Tensor, with_gradient: bool) -> Tensor:

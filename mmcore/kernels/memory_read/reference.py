@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mmcore.kernels.dispatch import autocasting
+
 
 def intervals(
     starts: Tensor | None,
@@ -46,8 +48,7 @@ def memory_read(queries, keys, values, base, slope, exponent, starts, window, de
     """See mmcore.kernels.memory_read.memory_read."""
     batch, length, _, _ = queries.shape
     # Autocast would round the scores, whose errors a bandwidth multiplies. It leaves fp64 alone, in the backward pass too.
-    autocast = not queries.is_meta and torch.is_autocast_enabled(queries.device.type)
-    dtype = torch.float64 if autocast else wide(queries.dtype)
+    dtype = torch.float64 if autocasting(queries.device.type) else wide(queries.dtype)
     shape = (batch, length, keys.shape[1])
     first_BQ, last_BQ = intervals(starts, window, delay, offset, shape, queries.device)
     beta_BQH = bandwidth(last_BQ - first_BQ + 1, base.to(dtype), slope.to(dtype), exponent.to(dtype))
