@@ -28,7 +28,7 @@ def tour(folder, source, stations, **options):
     return source
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, *(pytest.param(d, marks=pytest.mark.slow) for d in (torch.bfloat16, torch.float16))])
 @pytest.mark.parametrize("config", ALL.values(), ids=ALL)
 def test_every_pair_of_formats(tmp_path, config, dtype):
     """hf, train, torch in an order in which each follows each, itself too."""

@@ -88,6 +88,7 @@ def test_training_says_what_does_not_fit(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", SLOW_KINDS)
 def test_saved_tokenizer_is_the_same(part, prose, tmp_path):
     tokenizer = given_tokenizer(part)

@@ -44,6 +44,7 @@ def test_one_process_starts_nothing(monkeypatch):
     stop_world(world)
 
 
+@pytest.mark.slow
 def test_ranks_that_do_not_come_are_not_waited_for_beyond_the_timeout(monkeypatch):
     values = {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": free_port()}
     for name, value in (values | {"MASTER_ADDR": "127.0.0.1"}).items():

@@ -492,6 +492,7 @@ def test_triton_carries_its_state(small_chunks, monkeypatch, way):
 
 
 @needs_triton
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("gate, decay", [(80.0, -0.5), (-80.0, 0.0), (500.0, -500.0), (-500.0, -0.5)])
 def test_triton_extreme_gates_and_decays(small_chunks, monkeypatch, gate, decay, way):

@@ -95,7 +95,9 @@ def test_narrow_weights_without_gradients(rows, inside):
 
 
 @needs_compiler
-@pytest.mark.parametrize("rows, threads, inside", [(2_100, 1, 513), (2_100, 3, 513), (4_100, 2, 1_100), (6_500, 3, 513)])
+@pytest.mark.parametrize("rows, threads, inside", [
+    (2_100, 1, 513), (2_100, 3, 513), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((4_100, 2, 1_100), (6_500, 3, 513))),
+])  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
 def test_more_rows_than_are_kept_from_round_to_round(rows, threads, inside, dtype):
     """Panels of several rounds, and more tiles of x than a thread keeps (64), by columns and by rows, and for one of two

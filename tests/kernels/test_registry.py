@@ -101,6 +101,7 @@ def opcheck_everything(work):
     return {func.__name__.removesuffix(".default") for func, _ in seen.calls}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [*FORMS, IN_INTERPRETER])
 def test_opcheck(form):
     seen = set()

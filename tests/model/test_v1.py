@@ -53,6 +53,7 @@ def test_logits_equal_the_loops_in_float64(case):
             assert (got - want).abs().max() < 1e-11 * want.abs().max(), (where, memories)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernels", ["auto", "blocked"])
 def test_fast_kernels_in_fp32(case, kernels):
     path, state, args = case
