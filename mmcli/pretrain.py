@@ -106,9 +106,9 @@ def _recipe_to_plan(path: Path, changes: list[str]) -> Recipe:
 
     recipe = load_recipe(path, changes)
     source = recipe.training.init_from
-    says_itself = "hidden_size" in (read_recipe(path, tuple(changes)).get("model") or {})
     if source is None:
         return recipe
+    says_itself = "hidden_size" in (read_recipe(path, tuple(changes)).get("model") or {})
     if os.path.exists(source):
         from mmcore.training.finetune import load_finetune_recipe
 

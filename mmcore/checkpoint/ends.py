@@ -8,18 +8,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mmcore.checkpoint.formats.base import Checkpoint
 from mmcore.checkpoint.formats.modelconfig import are_token_ids
 from mmcore.checkpoint.untrusted import read_json, shown
+from mmcore.data.tokenizer import END_OF_TURN, Tokenizer
 from mmcore.errors import CheckpointError
 
-if TYPE_CHECKING:
-    from mmcore.data.tokenizer import Tokenizer
-
 GENERATION = "generation_config.json"
-_END_OF_TURN = "<|eot_id|>"
 
 
 def stop_ids(checkpoint: Checkpoint) -> list[int]:
@@ -36,7 +33,7 @@ def named_ends(values: Mapping[str, Any]) -> list[int]:
 
 def all_ends(named: Iterable[int], tokenizer: Tokenizer) -> list[int]:
     """The ids `named` and what ends a text of the tokenizer, and, where that has a chat template, a turn."""
-    turn = tokenizer.special(_END_OF_TURN) if tokenizer.chat_template is not None else None
+    turn = tokenizer.special(END_OF_TURN) if tokenizer.chat_template is not None else None
     own = [end for end in (tokenizer.eos_id, turn) if end is not None]
     return list(dict.fromkeys([*named, *own]))
 

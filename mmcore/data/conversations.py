@@ -29,7 +29,8 @@ CHAT_TEMPLATE = (
 """The same format as jinja text, for chat_template in an exported checkpoint."""
 
 
-BESIDE_MESSAGES = ("system", "tools", "functions")
+_OFFERS = ("tools", "functions")
+BESIDE_MESSAGES = ("system", *_OFFERS)
 """The fields of a row that say something of its messages."""
 _CALLS = ("tool_calls", "function_call")
 _NOT_LEARNT = ("reasoning_content", "reasoning", "thinking", "refusal", "audio")  # what others write beside content
@@ -45,7 +46,7 @@ def conversation_of(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
 
     Raises DataError also for two different system messages, and for tools that the row offers.
     """
-    for key in ("tools", "functions"):
+    for key in _OFFERS:
         if _says(row.get(key)):
             raise DataError(
                 f"{where} offers tools ({key}), which mm cannot learn to call: remove the row, or leave {key} out of it"

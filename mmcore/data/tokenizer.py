@@ -27,7 +27,8 @@ from mmcore.errors import ConfigError, DataError
 
 BEGIN_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>")
 END_NAMES = ("<|end_of_text|>", "</s>", "<eos>", "<|endoftext|>")
-CHAT_TOKENS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+END_OF_TURN = "<|eot_id|>"
+CHAT_TOKENS = ("<|start_header_id|>", "<|end_header_id|>", END_OF_TURN)
 CONFIG_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
 FILE_KEY = "mm_file"

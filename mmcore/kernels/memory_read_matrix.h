@@ -38,8 +38,7 @@ static void pack_split_rows(float *out, const char *rows, long row, long count, 
 static void pack_columns(float *out, const char *rows, long row, long width, long count, long size, const int narrow) {
     const long bytes = narrow ? 2 : 4;
     for (long j = 0; j < count; j += SIDE) {
-        for (long r = j + SIDE; r < (count < j + 2 * SIDE ? count : j + 2 * SIDE); r++)
-            for (long d = 0; d < size * bytes; d += 64) __builtin_prefetch(rows + r * row * bytes + d);
+        call_rows(rows, row, j + SIDE, j + 2 * SIDE, count, size, bytes, 0);
         for (long d = 0; d < width; d += LANES, out += LANES * TILE_SIDE) {
             vec words[LANES];
             for (int r = 0; r < LANES; r++) {

@@ -149,12 +149,22 @@ NOINLINE static void add_columns_times_panel(float *out, const float *scale, con
 
 #include "transpose.h"
 
+/* Calls for rows [from, end) of the `count` that there are, of numbers of so many bytes, to be read or to `write` them. A head's
+rows lie heads * size numbers apart, often on pages of their own, where the hardware does not see them coming. */
+INLINE void call_rows(const char *rows, long row, long from, long end, long count, long size, const long bytes, const int write) {
+    for (long r = from; r < end && r < count; r++)
+        for (long d = 0; d < size * bytes; d += 64) {
+            if (write)
+                __builtin_prefetch(rows + r * row * bytes + d, 1);
+            else
+                __builtin_prefetch(rows + r * row * bytes + d);
+        }
+}
+
 /* out[d][PANEL] = column d of `count` rows, each times its scale; zeros beyond count and beyond size. */
 static void pack_panel(float *out, const float *rows, long row, const float *scale, long count, long size) {
     for (long i = 0; i < PANEL; i += LANES) {
-        for (long r = i + LANES; r < i + 2 * LANES; r++)
-            if (r < count)
-                for (long d = 0; d < size; d += 16) __builtin_prefetch(rows + r * row + d);
+        call_rows((const char *)rows, row, i + LANES, i + 2 * LANES, count, size, 4, 0);
         for (long d = 0; d < size; d += LANES) {
             vec x[LANES];
 #pragma GCC unroll 16
@@ -171,9 +181,7 @@ static void pack_panel(float *out, const float *rows, long row, const float *sca
 static void unpack_panel(float *rows, long row, const float *panel, const float *scale, long count, long size,
                          int add) {
     for (long i = 0; i < count; i += LANES) {
-        for (long r = i + LANES; r < i + 2 * LANES; r++)
-            if (r < count)
-                for (long d = 0; d < size; d += 16) __builtin_prefetch(rows + r * row + d, 1);
+        call_rows((const char *)rows, row, i + LANES, i + 2 * LANES, count, size, 4, 1);
         for (long d = 0; d < size; d += LANES) {
             vec x[LANES];
 #pragma GCC unroll 16
@@ -188,11 +196,9 @@ static void unpack_panel(float *rows, long row, const float *panel, const float 
     }
 }
 
-/* Calls for the row 8 further on, of numbers of so many bytes. A head's rows lie heads * size numbers apart, often on pages
-of their own, where the hardware does not see them coming. */
+/* Calls for the row 8 further on. */
 INLINE void expect_pair(const char *rows, long row, long j, long count, long size, const long bytes) {
-    if (j + 8 < count)
-        for (long d = 0; d < size * bytes; d += 64) __builtin_prefetch(rows + (j + 8) * row * bytes + d);
+    call_rows(rows, row, j + 8, j + 9, count, size, bytes, 0);
 }
 
 INLINE void expect(const float *rows, long row, long j, long count, long size) {

@@ -226,7 +226,7 @@ class LanguageModel(nn.Module):
     def _advance(self, tokens: Tensor, state: DecodingState, last_only: bool) -> Tensor:
         T = tokens.shape[1]
         one = T == 1 and state.length > 0
-        if (one or (T and tokens.is_cpu)) and not self.knocked_out and not watched():
+        if (one or tokens.is_cpu) and not self.knocked_out and not watched():
             step = self._step_of(state)
             if step and (one or step.pieces):
                 logits = step(self.embed(tokens), tuple(state.memories.values()), state.length, state.padding, last_only)

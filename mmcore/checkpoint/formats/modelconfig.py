@@ -30,6 +30,7 @@ _UNSUPPORTED = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"
 """Settings of other Llamas -> the only value this model has."""
 _WEIGHT_DTYPE_NAMES = ("float64", "float32", "bfloat16", "float16")
 
+
 def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
     """config.json of a folder, as settings and as it is. Raises CheckpointError; auto_map is never followed."""
     path = folder / "config.json"

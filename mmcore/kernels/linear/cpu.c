@@ -150,18 +150,16 @@ static whole kept_tiles(whole rows, int format, whole threads) {
     return least(KEPT, parts_of(tiles, threads));
 }
 
-/* Rows [row, end) of X meet the panels of a round, outputs from n on. In the `first` round they are packed into the thread's
-   tiles, each just before its products, while the next is asked for; later ones find them there if they are kept. */
-static void forward_round(const struct call *c, whole row, whole end, whole n, whole held, int first, whole k, whole depth,
+/* Rows [row, end) of X meet the panels of a round, outputs from n on. To `pack` them: into the thread's tiles, or into one where
+   none is kept, each just before its products, while the next is asked for; else they lie in `tiles` already. */
+static void forward_round(const struct call *c, whole row, whole end, whole n, whole held, int pack, whole k, whole depth,
                           float *tiles, const float *panels, struct ahead *then) {
-    whole each = panel_floats(depth, c->format);
-    int keep = c->kept > 1;
-    for (whole number = 0; row < end; row += c->height, number += keep) {
-        float *tile = tiles + number * tile_floats(c->format);
+    whole each = panel_floats(depth, c->format), apart = c->kept > 1 || !pack ? tile_floats(c->format) : 0;
+    for (float *tile = tiles; row < end; row += c->height, tile += apart) {
         whole rows = least(c->height, end - row);
-        struct ahead next = rows_of(c, row + c->height, first || !keep ? end : 0, k, depth);
+        struct ahead next = rows_of(c, row + c->height, pack ? end : 0, k, depth);
         next.then = then;
-        if (first || !keep) pack_tile(c, tile, row, rows, k, depth);
+        if (pack) pack_tile(c, tile, row, rows, k, depth);
         for (whole p = 0; p < held; p++)
             forward_block(c, row, rows, n + p * COLUMNS, k > 0, depth, tile, panels + p * each, &next);
     }
@@ -179,7 +177,8 @@ static void forward(const struct call *c, float *tiles) {
                 whole held = least(most, parts_of(c->total - n, COLUMNS));
 #pragma omp for schedule(static, 1)
                 for (whole p = 0; p < held; p++) pack_weights(c, c->panels + p * each, n + p * COLUMNS, k, depth);
-                forward_round(c, top, least(end, top + group), n, held, n == 0, k, depth, tiles, c->panels, NULL);
+                int pack = n == 0 || c->kept == 1;
+                forward_round(c, top, least(end, top + group), n, held, pack, k, depth, tiles, c->panels, NULL);
 #pragma omp barrier
             }
     }
@@ -208,13 +207,9 @@ static void forward_columns(const struct call *c, float *panels, float *shared, 
                 else if (k + deep < c->in)
                     weights = weights_of(c, first * COLUMNS, least(most, end - first), k + deep, least(deep, c->in - k - deep));
                 for (whole i = 0; i < held; i++) pack_weights(c, panels + i * each, (p + i) * COLUMNS, k, depth);
-                if (!share) {
-                    forward_round(c, top, least(c->rows, top + group), p * COLUMNS, held, p == first, k, depth, own, panels, &weights);
-                    continue;
-                }
-                for (whole row = 0; row < c->rows; row += c->height)
-                    forward_block(c, row, least(c->height, c->rows - row), p * COLUMNS, k > 0, depth, shared + row * TILE_ROW, panels,
-                                  &weights);
+                int pack = !share && (p == first || c->kept == 1);
+                forward_round(c, top, least(c->rows, top + group), p * COLUMNS, held, pack, k, depth, share ? shared : own, panels,
+                              &weights);
             }
         if (share && k + deep < c->in) {
 #pragma omp barrier
